@@ -1,0 +1,206 @@
+"""Choosing one option per site under a budget: convex hulls, a greedy walk, and a fill of what remains.
+
+Each site brings a list of options (costs and an estimated loss each). On the lower convex hulls of loss over cost,
+taking cuts by loss per saved cost is optimal for the sum of the losses; the last cut overshoots by less than one
+step, and what is left of the budget is spent on the best affordable upgrades among all options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .cost import Cost, Shape, attention_cost, break_even, linear_cost, low_rank_cost, neurons_cost
+from .errors import BudgetError
+from .sites import AttentionSite, Choice, FFNSite, Site, select_parts
+
+#: The loss of a part at every width: (full + 1,) non-increasing, zero at full.
+Curve = np.ndarray
+#: Budgets are met from below within this fraction.
+TOLERANCE = 0.005
+#: At most this many ranks per low-rank matrix are considered, evenly spaced.
+_GRID = 160
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one site, the dense one included."""
+
+    site: Site
+    parts: tuple[np.ndarray, ...]  # widths per part name, each (n,); -1 stands for dense
+    names: tuple[str, ...]
+    params: np.ndarray  # (n,)
+    macs: np.ndarray  # (n,)
+    loss: np.ndarray  # (n,)
+
+    def choice(self, index: int) -> Choice:
+        return {name: int(w[index]) for name, w in zip(self.names, self.parts, strict=True) if w[index] >= 0}
+
+    def cost(self, unit: str) -> np.ndarray:
+        return self.params if unit == "params" else self.macs
+
+
+def _widths(limit: int, multiple: int, count: int | None = None) -> np.ndarray:
+    """Multiples below ``limit``, thinned evenly to ``count``."""
+    widths = np.arange(multiple, limit, multiple)
+    if count is not None and len(widths) > count:
+        widths = widths[np.unique(np.linspace(0, len(widths) - 1, count).astype(int))]
+    return widths
+
+
+def site_options(site: Site, curves: dict[str, Curve], parts: tuple[str, ...], shape: Shape, multiple: int) -> Options:
+    """All options of a site: the parts that have a curve, every multiple, dense included.
+
+    A rank at or above break-even, which would not shrink its layer, is no option.
+    """
+    full = {p: w for p, w in select_parts(site.full, site.kind, parts).items() if p in curves}
+    if isinstance(site, AttentionSite):
+        return _attention_options(site, curves, full, shape, multiple)
+    if isinstance(site, FFNSite):
+        return _ffn_options(site, curves, full, shape, multiple)
+    linear = site.module
+    return _join(site, [_linear_options(linear, curves.get("rank") if full else None, shape.tokens, multiple)], ("rank",))
+
+
+def _attention_options(
+    site: AttentionSite, curves: dict[str, Curve], full: Choice, shape: Shape, multiple: int
+) -> Options:
+    d = site.head_dim
+    qk, vo = (
+        np.append(_widths(d, multiple) if part in full else np.arange(0), d)[shape_]
+        for part, shape_ in (("qk", np.s_[:, None]), ("vo", np.s_[None, :]))
+    )
+    qk, vo = (grid.ravel() for grid in np.broadcast_arrays(qk, vo))
+    cost = attention_cost(site, qk, vo, shape)
+    loss = sum(curves[p][w] if p in full else np.zeros(len(w)) for p, w in (("qk", qk), ("vo", vo)))
+    widths = tuple(np.where(w < d, w, -1) for w in (qk, vo))
+    return Options(site, widths, ("qk", "vo"), *(np.asarray(c) for c in cost), loss)
+
+
+def _linear_options(
+    linear: object, curve: Curve | None, tokens: int, multiple: int
+) -> tuple[np.ndarray, Cost, np.ndarray]:
+    size = (linear.in_features, linear.out_features)  # type: ignore[attr-defined]
+    ranks = np.arange(0) if curve is None else _widths(min(break_even(*size), len(curve) - 1), multiple, _GRID)
+    low, dense = low_rank_cost(*size, ranks, tokens), linear_cost(*size, linear.bias is not None, tokens)  # type: ignore[attr-defined]
+    cost = Cost(np.append(low.params, dense.params), np.append(low.macs, dense.macs))
+    loss = np.append(np.zeros(0) if curve is None else curve[ranks], 0.0)
+    return np.append(ranks, -1), cost, loss
+
+
+def _join(site: Site, tables: list[tuple[np.ndarray, Cost, np.ndarray]], names: tuple[str, ...]) -> Options:
+    """Every combination of the options of one or two linear layers."""
+    widths, params, macs, loss = [], 0, 0, 0
+    for axis, (w, cost, value) in enumerate(tables):
+        slot = np.s_[:, None] if axis == 0 and len(tables) == 2 else np.s_[...]
+        params, macs, loss = params + cost.params[slot], macs + cost.macs[slot], loss + value[slot]
+        widths.append(w[slot])
+    flat = tuple(np.broadcast_to(w, np.shape(loss)).ravel() for w in widths)
+    return Options(site, flat, names, *(np.ravel(a) for a in (params, macs, loss)))
+
+
+def _ffn_options(site: FFNSite, curves: dict[str, Curve], full: Choice, shape: Shape, multiple: int) -> Options:
+    low = _join(
+        site,
+        [
+            _linear_options(linear, curves.get(fc) if fc in full else None, shape.tokens, multiple)
+            for fc, linear in site.linears.items()
+        ],
+        ("fc1", "fc2"),
+    )
+    neurons = _widths(full["neurons"], multiple) if "neurons" in full else np.arange(0)
+    cost = neurons_cost(site, neurons, shape.tokens)
+    absent = np.full(len(neurons), -1)
+    parts = (
+        np.concatenate([np.full(len(low.loss), -1), neurons]),
+        *(np.concatenate([w, absent]) for w in low.parts),
+    )
+    loss = np.concatenate([low.loss, curves["neurons"][neurons] if len(neurons) else np.zeros(0)])
+    params, macs = np.concatenate([low.params, cost.params]), np.concatenate([low.macs, cost.macs])
+    return Options(site, parts, ("neurons", "fc1", "fc2"), params, macs, loss)
+
+
+def lower_hull(cost: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """Indices of the lower convex hull of (cost, loss), from the cheapest option to the one of least loss."""
+    order = np.lexsort((loss, cost))
+    hull: list[int] = []
+    for i in order:
+        if hull and loss[i] >= loss[hull[-1]]:
+            continue  # dearer and not better
+        while len(hull) >= 2:
+            a, b = hull[-2], hull[-1]
+            if (loss[b] - loss[a]) * (cost[i] - cost[a]) < (loss[i] - loss[a]) * (cost[b] - cost[a]):
+                break
+            hull.pop()
+        hull.append(int(i))
+    return np.array(hull)
+
+
+def allocate(
+    options: list[Options],
+    unit: str,
+    limit: int,
+    fixed: int,
+    shown: Callable[[int], str],
+    tolerance: float = TOLERANCE,
+) -> list[int]:
+    """One option index per site, of least total loss within the limit.
+
+    Args:
+        unit: ``"params"`` or ``"macs"``.
+        limit: largest admissible cost of the whole model; fixed: what of it no option changes.
+        shown: formats a cost for error messages.
+
+    Raises:
+        BudgetError: even the smallest options exceed the limit, or the widths are too coarse to meet it closely.
+    """
+    costs = [o.cost(unit).astype(np.int64) for o in options]
+    # A tiny slope breaks ties among equal losses: the larger model wins, so no budget is left unused.
+    slope = 1e-12 * max(float(o.loss.max(initial=0)) for o in options) / max(c.max() for c in costs) + 1e-300
+    losses = [o.loss - slope * c for o, c in zip(options, costs, strict=True)]
+    smallest = fixed + sum(int(c.min()) for c in costs)
+    if smallest > limit:
+        raise BudgetError(
+            f"the budget of {shown(limit)} is out of reach: the smallest reachable with these parts and rank multiple "
+            f"is {shown(smallest)}"
+        )
+    hulls = [lower_hull(c, v) for c, v in zip(costs, losses, strict=True)]
+    position = [len(h) - 1 for h in hulls]
+    total = fixed + sum(int(c[h[-1]]) for c, h in zip(costs, hulls, strict=True))
+    cuts = []
+    for g, hull in enumerate(hulls):
+        saved, added = np.diff(costs[g][hull]), -np.diff(losses[g][hull])
+        cuts += [(added[i] / saved[i], -i, g) for i in range(len(hull) - 1)]
+    for _, minus_i, g in sorted(cuts):
+        if total <= limit:
+            break
+        i = -minus_i
+        total += int(costs[g][hulls[g][i]] - costs[g][hulls[g][i + 1]])
+        position[g] = i
+    chosen = [int(h[p]) for h, p in zip(hulls, position, strict=True)]
+    total = _fill(chosen, costs, losses, total, limit)
+    if total < limit - tolerance * limit:
+        raise BudgetError(
+            f"the widths are too coarse for this model: the closest below {shown(limit)} is {shown(total)}; "
+            "use a smaller rank multiple"
+        )
+    return chosen
+
+
+def _fill(chosen: list[int], costs: list[np.ndarray], losses: list[np.ndarray], total: int, limit: int) -> int:
+    """Spend what is left on the upgrade of largest gain that fits, until none does; changes ``chosen``."""
+    while True:
+        best, pick = 0.0, None
+        for g, (cost, loss) in enumerate(zip(costs, losses, strict=True)):
+            fits = cost <= cost[chosen[g]] + limit - total
+            index = int(np.where(fits, loss, np.inf).argmin())
+            gain = loss[chosen[g]] - loss[index]
+            if gain > best:
+                best, pick = gain, (g, index)
+        if pick is None:
+            return total
+        g, index = pick
+        total += int(costs[g][index] - costs[g][chosen[g]])
+        chosen[g] = index

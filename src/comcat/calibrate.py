@@ -1,0 +1,259 @@
+"""Streaming second moments of the activations, in one forward pass over unlabelled images.
+
+Per attention layer: moments of queries and of keys (centred over the keys that a query sees: image, or window in
+Swin) per head, and the covariance of the concatenated head outputs. Per linear layer: mean and covariance of the
+input. Memory is O(d^2) per head and O(D^2) per linear layer, whatever the number of images; a bounded random sample
+of the images themselves is kept for probing. Optionally second moments of the output gradients (true Fisher:
+labels sampled from the model's own prediction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calibration import Calibration
+from .cost import Shape
+from .errors import CalibrationError
+from .hosts import find_sites
+from .modes import frozen
+from .progress import Progress
+from .sites import AttentionSite, FFNSite, Site, check_finite
+
+
+
+class Moment:
+    """Mean and covariance of rows (..., rows, n), shifted by the first batch's mean against cancellation.
+
+    Products run in the activations' dtype (at least float32), sums over batches in float64.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.shift: Tensor | None = None
+        self.sum: Any = 0.0
+        self.outer: Any = 0.0
+
+    def add(self, rows: Tensor, centred: bool = False) -> None:
+        """``centred`` rows have a mean of zero by construction."""
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        if self.shift is None:
+            self.shift = torch.zeros_like(rows[..., :1, :]) if centred else rows.mean(-2, keepdim=True)
+        rows = rows - self.shift
+        self.count += rows.shape[-2]
+        self.sum = self.sum + rows.sum(-2).double()
+        self.outer = self.outer + (rows.mT @ rows).double()
+
+    @property
+    def mean(self) -> Tensor:
+        assert self.shift is not None
+        return self.shift.double().squeeze(-2) + self.sum / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        mean = self.sum / self.count
+        return self.outer / self.count - mean[..., :, None] * mean[..., None, :]
+
+    @property
+    def second(self) -> Tensor:
+        mean = self.mean
+        return self.covariance + mean[..., :, None] * mean[..., None, :]
+
+
+class _Recorder:
+    """Hooks on the linear layers of one site, and the moments they fill."""
+
+    def __init__(self, site: Site, fisher: bool) -> None:
+        self.site = site
+        self.fisher = fisher
+        self.moments: dict[str, Moment] = {}
+        self.sums: dict[str, Tensor] = {}
+        self.images = 0  # of the current batch
+        self.shape: Shape | None = None
+
+    def hooks(self) -> list[Any]:
+        site = self.site
+        if isinstance(site, AttentionSite):
+            handles = [site.proj.register_forward_hook(self._output("z", "out_grad"))]
+            if "qk" not in site.dense_parts:
+                handles.append(site.qkv.register_forward_hook(self._qkv))
+            return handles
+        if isinstance(site, FFNSite):
+            return [
+                site.fc1.register_forward_hook(self._output("x", "fc1_grad")),
+                site.fc2.register_forward_hook(self._output("h", "fc2_grad")),
+            ]
+        return [site.module.register_forward_hook(self._output("x", "grad"))]
+
+    def _add(self, name: str, rows: Tensor, centred: bool = False) -> None:
+        moment = self.moments.setdefault(name, Moment())
+        moment.add(rows.detach(), centred)
+        if not torch.isfinite(moment.sum).all():
+            raise CalibrationError(
+                f"module '{self.site.name}' produced NaN or infinite activations; check the checkpoint and the "
+                "images, or calibrate in a wider dtype"
+            )
+
+    def _output(self, name: str, grad_name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            x = args[0].detach()
+            if self.shape is None:
+                tokens = x.numel() // x.shape[-1] // self.images
+                self.shape = Shape(tokens, x.shape[1] if x.dim() == 3 else tokens)
+            self._add(name, x.flatten(0, -2))
+            if self.fisher and out.requires_grad:
+                out.register_hook(lambda g: self._add_grad(grad_name, g))
+
+        return hook
+
+    def _add_grad(self, name: str, grad: Tensor) -> None:
+        rows = grad.flatten(0, -2)
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        self._accumulate(name, (rows.mT @ rows).double())
+
+    def _accumulate(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def _qkv(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        assert isinstance(self.site, AttentionSite)
+        H = self.site.num_heads
+        q, k, _ = out.detach().unflatten(-1, (3, H, -1)).unbind(-3)  # (sequences, tokens, heads, d)
+        self._add("q", q.permute(2, 0, 1, 3).flatten(1, 2))
+        k = k - k.mean(1, keepdim=True)
+        self._add("k", k.permute(2, 0, 1, 3).flatten(1, 2), centred=True)
+        if self.fisher and out.requires_grad:
+            out.register_hook(lambda g: self._add_qk_grad(q, g.unflatten(-1, (3, H, -1)).select(-3, 0)))
+
+    def _add_qk_grad(self, q: Tensor, grad: Tensor) -> None:
+        """``A = Q^T dL/dQ`` per image and head: the gradient of the loss in the product's own coordinates."""
+        q, grad = (t.unflatten(0, (self.images, -1)).flatten(1, 2).transpose(1, 2) for t in (q, grad))
+        A = (q.mT @ grad).double()  # (images, heads, d, d)
+        self._accumulate("qk_rows", (A @ A.mT).sum(0))
+        self._accumulate("qk_cols", (A.mT @ A).sum(0))
+
+    def result(self, images: int) -> dict[str, Tensor]:
+        m = self.moments
+        out: dict[str, Tensor] = {}
+        if "q" in m:
+            out |= {"q": m["q"].second, "k": m["k"].covariance}
+        for name in ("z", "x", "h"):
+            if name in m:
+                out |= {name: m[name].covariance, f"{name}_mean": m[name].mean}
+        # Gradients of one image's loss; summed over its tokens they estimate the loss increase of that image.
+        out |= {name: total / images for name, total in self.sums.items()}
+        return {name: tensor.cpu() for name, tensor in out.items()}
+
+
+@contextmanager
+def _recording(recorders: list[_Recorder]) -> Any:
+    with ExitStack() as stack:
+        for recorder in recorders:
+            for handle in recorder.hooks():
+                stack.callback(handle.remove)
+        yield
+
+
+class Reservoir:
+    """A uniform random sample of bounded size from a stream of unknown length (algorithm R)."""
+
+    def __init__(self, size: int, seed: int = 0) -> None:
+        self.size = size
+        self.items: list[Tensor] = []
+        self.seen = 0
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def add(self, batch: Tensor) -> None:
+        for item in batch:
+            self.seen += 1
+            if len(self.items) < self.size:
+                self.items.append(item.cpu().clone())
+            else:
+                place = int(torch.randint(self.seen, (), generator=self.generator))
+                if place < self.size:
+                    self.items[place] = item.cpu().clone()
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    fisher: bool = False,
+    probe_images: int = 256,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Collect the statistics from which any number of plans and compressed models can be made.
+
+    Args:
+        model: a model whose layers comcat knows (see :func:`comcat.hosts.find_sites`); run in evaluation mode.
+        batches: iterable of (B, 3, H, W) tensors, or of (images, labels), whose labels are not used.
+        fisher: also collect output-gradient moments, with one backward pass per batch.
+        probe_images: how many images to keep for probing, a random sample of all.
+        progress: called as ``progress("calibrate", batches done, batches in all or None)``.
+
+    Raises:
+        CalibrationError: no images, images of differing sizes, or non-finite images or activations.
+        ModelError: nothing to compress, or non-finite weights.
+    """
+    inventory = find_sites(model)
+    check_finite(model)
+    recorders = [_Recorder(site, fisher) for site in inventory.sites]
+    parameter = next(model.parameters())
+    generator = torch.Generator(device=parameter.device).manual_seed(seed)
+    sample = Reservoir(probe_images, seed)
+    total = len(batches) if hasattr(batches, "__len__") else None
+    size: tuple[int, ...] | None = None
+    with _recording(recorders), frozen(model), torch.set_grad_enabled(fisher):
+        for done, batch in enumerate(batches):
+            images = _images(batch, done, size)
+            size = tuple(images.shape[1:])
+            sample.add(images)
+            for recorder in recorders:
+                recorder.images = len(images)
+            images = images.to(parameter.device, parameter.dtype)
+            if fisher:
+                _backward(model, images, generator)
+            else:
+                model(images)
+            if progress:
+                progress("calibrate", done + 1, total)
+    if not sample.seen or size is None:
+        raise CalibrationError("no calibration images: the iterable of batches is empty")
+    missed = [r.site.name for r in recorders if r.shape is None]
+    if missed:
+        raise CalibrationError(f"module '{missed[0]}' was never called in the forward pass; is it in use?")
+    return Calibration(
+        moments={r.site.name: r.result(sample.seen) for r in recorders},
+        shapes={r.site.name: r.shape for r in recorders if r.shape is not None},
+        images=torch.stack(sample.items) if sample.items else torch.empty(0, *size),
+        num_images=sample.seen,
+        input_size=size,
+        fisher=fisher,
+    )
+
+
+def _images(batch: Any, index: int, size: tuple[int, ...] | None) -> Tensor:
+    images = batch[0] if isinstance(batch, (tuple, list)) else batch
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise CalibrationError(f"batch {index} must be a (B, C, H, W) tensor or (images, labels), not {got}")
+    if size is not None and tuple(images.shape[1:]) != size:
+        raise CalibrationError(f"batch {index} holds images {tuple(images.shape[1:])}, but the first held {size}")
+    if not torch.isfinite(images).all():
+        raise CalibrationError(f"batch {index} holds NaN or infinite pixels")
+    return images.detach()
+
+
+def _backward(model: nn.Module, images: Tensor, generator: torch.Generator) -> None:
+    """Gradients of the loss at labels drawn from the prediction; they reach the hooks, nothing is stored."""
+    images = images.requires_grad_(True)
+    logits = model(images)
+    if isinstance(logits, (tuple, list)):
+        logits = sum(logits) / len(logits)
+    labels = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
+    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    torch.autograd.grad(loss, images)

@@ -1,0 +1,105 @@
+"""The result of a calibration: plain tensors and numbers, saved as one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .cost import Shape
+from .errors import CalibrationError
+from .files import atomic_file, tensor_bytes
+from .sites import Inventory
+
+FORMAT = 1
+_SEPARATOR = "::"
+
+
+@dataclass
+class Calibration:
+    """Second moments by site and name, the shape of the data there, and a sample of images for probing.
+
+    ``moments[site][name]`` are float64 tensors on the CPU; :mod:`comcat.factors` documents the names. ``probes`` caches
+    measured sensitivities, so that a second plan from the same calibration costs nothing.
+    """
+
+    moments: dict[str, dict[str, Tensor]]
+    shapes: dict[str, Shape]
+    images: Tensor  # (n, C, H, W)
+    num_images: int
+    input_size: tuple[int, ...]  # (C, H, W)
+    fisher: bool = False
+    probes: dict[str, Any] = field(default_factory=dict)
+
+    def check(self, inventory: Inventory) -> None:
+        """Raise CalibrationError, naming the module, unless this belongs to a model with these sites."""
+        for site in inventory.sites:
+            moments = self.moments.get(site.name)
+            widths = {"z": "proj", "x": "fc1" if "fc1" in site.linears else "linear", "h": "fc2"}
+            if moments is None:
+                raise CalibrationError(
+                    f"the calibration has no statistics of '{site.name}': it was made for another model"
+                )
+            for name, linear in widths.items():
+                if name in moments and len(moments[name]) != site.linears[linear].in_features:
+                    raise CalibrationError(
+                        f"the calibration of '{site.name}' has width {len(moments[name])}, the model "
+                        f"{site.linears[linear].in_features}: it was made for another model"
+                    )
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, atomically."""
+        tensors = {f"{site}{_SEPARATOR}{name}": t for site, ms in self.moments.items() for name, t in ms.items()}
+        tensors["images"] = self.images
+        meta = {
+            "format": FORMAT,
+            "shapes": self.shapes,
+            "num_images": self.num_images,
+            "input_size": self.input_size,
+            "fisher": self.fisher,
+            "probes": self.probes,
+        }
+        with atomic_file(path) as file:
+            file.write(tensor_bytes(tensors, {"comcat_calibration": json.dumps(meta)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            CalibrationError: not a calibration file, of a newer version, or damaged.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                meta = json.loads((file.metadata() or {}).get("comcat_calibration", "null"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError) as error:
+            raise CalibrationError(f"cannot read calibration '{path}': {error}") from error
+        if not isinstance(meta, dict) or "images" not in tensors:
+            raise CalibrationError(f"'{path}' is not a comcat calibration; make one with comcat.calibrate(...).save(path)")
+        if meta["format"] > FORMAT:
+            raise CalibrationError(f"calibration '{path}' has format {meta['format']}; upgrade comcat to read it")
+        images = tensors.pop("images")
+        moments: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            site, _, name = key.partition(_SEPARATOR)
+            moments.setdefault(site, {})[name] = tensor
+        return cls(
+            moments=moments,
+            shapes={name: Shape(*shape) for name, shape in meta["shapes"].items()},
+            images=images,
+            num_images=meta["num_images"],
+            input_size=tuple(meta["input_size"]),
+            fisher=meta["fisher"],
+            probes=meta["probes"],
+        )
+
+    def to(self, device: torch.device | str) -> Calibration:
+        """A copy with the moments on ``device`` (the image sample stays)."""
+        moments = {s: {n: t.to(device) for n, t in ms.items()} for s, ms in self.moments.items()}
+        return Calibration(**{**self.__dict__, "moments": moments})

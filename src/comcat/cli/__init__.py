@@ -1,0 +1,53 @@
+"""The command line. Everything heavy (torch, timm) is imported inside the commands, so ``--help`` is instant."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from .compress import compress
+from .demo import demo
+from .evaluate import evaluate
+from .inspect import inspect
+
+app = typer.Typer(
+    name="comcat",
+    help="Make attention-based vision models small.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(compress)
+app.command()(evaluate)
+app.command()(inspect)
+app.command()(demo)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .._version import __version__
+
+        typer.echo(f"comcat {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Make attention-based vision models small: per-head low-rank compression of trained vision transformers."""
+
+
+def main() -> None:
+    """The entry point of the command ``comcat``."""
+    try:
+        app()
+    except KeyboardInterrupt:  # before a command has begun
+        print("interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)

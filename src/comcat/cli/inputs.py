@@ -1,0 +1,176 @@
+"""From command line values to models, data and budgets; every mistake ends here, before the long work begins."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ..errors import DataError, ModelError
+from .console import Screen
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..imageloader import ImageData, StreamData
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
+
+
+def parse_count(text: str | None, option: str) -> int | None:
+    """``11M`` -> 11000000, with K, M, G or B."""
+    if text is None:
+        return None
+    match = re.fullmatch(
+        r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgb]?)", text.strip().replace(",", ""), re.IGNORECASE
+    )
+    if not match:
+        raise typer.BadParameter(f"{text!r} is not a number such as 11M or 2.3G", param_hint=option)
+    return round(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def parse_model_args(items: list[str] | None) -> dict[str, Any]:
+    """``["img_size=32", "act_layer=gelu"]`` -> ``{"img_size": 32, "act_layer": "gelu"}``."""
+    args: dict[str, Any] = {}
+    for item in items or []:
+        name, separator, value = item.partition("=")
+        if not separator or not name.strip().isidentifier():
+            raise typer.BadParameter(
+                f"{item!r} is not NAME=VALUE, e.g. img_size=32", param_hint="--model-arg"
+            )
+        try:
+            args[name.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            args[name.strip()] = value.strip()
+    return args
+
+
+def parse_device(name: str) -> torch.device:
+    """A device that exists on this machine.
+
+    Raises:
+        ModelError: there is no such device.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ModelError(
+            f"there is no device {name!r} on this machine. Use --device cpu or leave it out"
+        ) from e
+    return device
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read: the options that all commands with --data share."""
+
+    data: str
+    root: Path | None = None
+    class_map: Path | None = None
+    skip_bad: bool = False
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+
+    def configure(self, model: nn.Module) -> dict[str, Any]:
+        """The model's preprocessing, with the options' values; these become the model's own, to be saved with it."""
+        from timm.data import resolve_model_data_config
+
+        from ..profile import default_input_size
+
+        if self.interpolation is not None:
+            from timm.data.transforms import str_to_interp_mode
+
+            try:
+                str_to_interp_mode(self.interpolation)
+            except KeyError as e:
+                raise DataError(
+                    f"there is no interpolation {self.interpolation!r}. Use nearest, bilinear, bicubic or lanczos"
+                ) from e
+        if self.std is not None and not all(s > 0 for s in self.std):
+            raise DataError("a standard deviation must be positive. Correct --std")
+        given = {
+            key: value
+            for key in ("mean", "std", "crop_pct", "interpolation")
+            if (value := getattr(self, key)) is not None
+        }
+        size = default_input_size(model)
+        own = getattr(model, "pretrained_cfg", None)
+        if isinstance(own, dict):
+            model.pretrained_cfg = {**own, **given, "input_size": size}  # type: ignore[assignment]
+        config = resolve_model_data_config(model)
+        return {**config, **given, "input_size": size}
+
+    def open(
+        self, split: str | None, purpose: Any, config: dict[str, Any], num_classes: int | None, seed: int = 0
+    ) -> ImageData | StreamData:
+        from ..data import load_dataset
+
+        return load_dataset(
+            self.data,
+            split,
+            config,
+            purpose=purpose,
+            on_error="skip" if self.skip_bad else "raise",
+            num_classes=num_classes,
+            root=str(self.root) if self.root else None,
+            class_map=str(self.class_map) if self.class_map else None,
+            crop_pct=self.crop_pct,
+            seed=seed,
+        )
+
+    def open_labelled(
+        self, split: str | None, config: dict[str, Any], model: nn.Module, screen: Screen
+    ) -> ImageData | StreamData:
+        """Data to evaluate on.
+
+        Raises:
+            DataError: it has no labels; ModelError: the model has no classes.
+        """
+        classes = count_classes(model)
+        if classes == 0:
+            raise ModelError("the model has no classifier to evaluate. Give one: --model-arg num_classes=N")
+        data = self.open(split, "evaluation", config, classes)
+        if not data.labelled:
+            raise DataError(f"{_place(data)} has no labels to evaluate against. Choose another --split")
+        if classes and data.num_classes and data.num_classes != classes and self.class_map is None:
+            screen.warn(
+                f"{_place(data)} has {data.num_classes} classes and the model {classes} outputs; class i is taken "
+                "for output i. If the model numbers them differently, give --class-map"
+            )
+        return data
+
+
+def count_classes(model: nn.Module) -> int | None:
+    """The number of the model's outputs, if it says."""
+    classes = getattr(model, "num_classes", None)
+    return int(classes) if isinstance(classes, int) else None
+
+
+def report_skipped(screen: Screen, skipped: dict[str, str], show: int = 5) -> None:
+    """Name the images that were left out, the first few of them, and count all."""
+    if skipped:
+        names = [f"{name} ({cause})" for name, cause in list(skipped.items())[:show]]
+        more = f", and {len(skipped) - show} more" if len(skipped) > show else ""
+        screen.warn(f"{len(skipped)} images could not be read and were left out: {', '.join(names)}{more}")
+
+
+def check_input_file(path: Path | None, option: str) -> None:
+    """Refuse a file that is to be read and is not there."""
+    if path is not None and not path.is_file():
+        raise DataError(f"there is no file {path}. Correct {option}")
+
+
+def _place(data: ImageData | StreamData) -> str:
+    return f"split {data.split!r} of {data.name}" if data.split else data.name

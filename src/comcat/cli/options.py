@@ -1,0 +1,114 @@
+"""Options that several commands share, so that they read and behave the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+Option = typer.Option
+MODEL = "Model"
+DATA = "Data"
+RUN = "Run"
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A timm model name, [bold]hf-hub:[/bold] name, a directory saved by comcat, or, with --checkpoint, an "
+        "architecture name.",
+    ),
+]
+Checkpoint = Annotated[
+    Optional[Path],  # noqa: UP045 - typer reads the annotation at run time, on Python 3.10 as well
+    Option(help="Weights for the architecture MODEL (.safetensors, .pth).", rich_help_panel=MODEL),
+]
+ModelArgs = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    Option(
+        "--model-arg",
+        metavar="NAME=VALUE",
+        help="Argument of timm's model, e.g. img_size=32; repeatable.",
+        rich_help_panel=MODEL,
+    ),
+]
+Data = Annotated[
+    str,
+    Option(
+        metavar="DATA",
+        help="Folder of images (one folder per class), folder of parquet files, or a timm data set: hfds/NAME, "
+        "wds/NAME, torch/NAME.",
+        rich_help_panel=DATA,
+    ),
+]
+OptionalData = Annotated[
+    Optional[str],  # noqa: UP045
+    Option(
+        metavar="DATA",
+        help="Folder of images (one folder per class), folder of parquet files, or a timm data set: hfds/NAME, "
+        "wds/NAME, torch/NAME.",
+        rich_help_panel=DATA,
+    ),
+]
+DataRoot = Annotated[
+    Optional[Path],  # noqa: UP045
+    Option(help="Where torch/ and wds/ data sets lie.", rich_help_panel=DATA),
+]
+ClassMap = Annotated[
+    Optional[Path],  # noqa: UP045
+    Option(
+        help="Class folder names, one per line, in the order of the model's outputs; alphabetical otherwise.",
+        rich_help_panel=DATA,
+    ),
+]
+SkipBad = Annotated[
+    bool,
+    Option(
+        "--skip-bad-images",
+        help="Leave out images that cannot be read, instead of stopping.",
+        rich_help_panel=DATA,
+    ),
+]
+Mean = Annotated[
+    Optional[tuple[float, float, float]],  # noqa: UP045
+    Option(
+        metavar="R G B", help="Mean of the normalization; from the model otherwise.", rich_help_panel=DATA
+    ),
+]
+Std = Annotated[
+    Optional[tuple[float, float, float]],  # noqa: UP045
+    Option(metavar="R G B", help="Standard deviation of the normalization.", rich_help_panel=DATA),
+]
+CropPct = Annotated[
+    Optional[float],  # noqa: UP045
+    Option(
+        min=0.01,
+        max=1.0,
+        help="Centre crop after resizing, as a fraction; images of exactly the model's size are taken as they are.",
+        rich_help_panel=DATA,
+    ),
+]
+Interpolation = Annotated[
+    Optional[str],  # noqa: UP045
+    Option(metavar="NAME", help="bilinear, bicubic, ...; from the model otherwise.", rich_help_panel=DATA),
+]
+EvalImages = Annotated[
+    Optional[int],  # noqa: UP045
+    Option(min=1, metavar="N", help="Evaluate on the first N images only.", rich_help_panel=DATA),
+]
+BatchSize = Annotated[int, Option(min=1, help="Images in a batch.", rich_help_panel=RUN)]
+Workers = Annotated[
+    Optional[int],  # noqa: UP045
+    Option(min=0, help="Processes that read images; 0 or 2 by the size of the data.", rich_help_panel=RUN),
+]
+Device = Annotated[
+    str, Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.", rich_help_panel=RUN)
+]
+Seed = Annotated[int, Option(help="Choice of calibration images and everything random.", rich_help_panel=RUN)]
+Json = Annotated[
+    bool, Option("--json", help="Print one JSON document and nothing else.", rich_help_panel=RUN)
+]
+Overwrite = Annotated[
+    bool, Option("--overwrite", help="Replace what the output directory holds.", rich_help_panel=RUN)
+]

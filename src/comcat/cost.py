@@ -1,0 +1,88 @@
+"""Parameters and multiply-accumulates of a site at a choice of widths.
+
+Convention: one MAC is one multiply-add of a matrix product or convolution, for one image; the two products
+inside attention are counted, at the width at which they run. Biases count as parameters, not as MACs.
+All functions take integers or integer arrays and broadcast.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .sites import AttentionSite, Choice, FFNSite, Site
+
+
+class Shape(NamedTuple):
+    """How much data one image brings to a site."""
+
+    tokens: int  # rows that pass the layer, all windows together
+    sequence: int  # keys that one query sees
+
+
+class Cost(NamedTuple):
+    params: Any
+    macs: Any
+
+    def __add__(self, other: Any) -> Cost:
+        return Cost(self.params + other.params, self.macs + other.macs)
+
+    def __sub__(self, other: Any) -> Cost:
+        return Cost(self.params - other.params, self.macs - other.macs)
+
+
+def attention_cost(site: AttentionSite, qk: Any, vo: Any, shape: Shape) -> Cost:
+    """Attention with ranks ``qk`` and ``vo``; at ``head_dim`` both it is the dense layer."""
+    H, d = site.num_heads, site.head_dim
+    D, D_out = site.qkv.in_features, site.proj.out_features
+    inner = H * (2 * qk + vo)
+    params = D * inner + H * vo * D_out
+    params = params + (inner if site.qkv.bias is not None else 0)
+    params = params + (D_out if site.proj.bias is not None else np.where(vo < d, D_out, 0))
+    macs = shape.tokens * (D * inner + H * vo * D_out + 2 * shape.sequence * H * np.maximum(qk, vo))
+    return Cost(params, macs)
+
+
+def linear_cost(in_features: int, out_features: int, bias: bool, tokens: int) -> Cost:
+    """A dense linear layer."""
+    weight = in_features * out_features
+    return Cost(weight + (out_features if bias else 0), tokens * weight)
+
+
+def low_rank_cost(in_features: int, out_features: int, rank: Any, tokens: int) -> Cost:
+    """A :class:`~comcat.linear.LowRankLinear`, which always has a bias."""
+    weight = rank * (in_features + out_features)
+    return Cost(weight + out_features, tokens * weight)
+
+
+def neurons_cost(site: FFNSite, neurons: Any, tokens: int) -> Cost:
+    """An FFN with fewer hidden units; its second bias holds the mean of the dropped ones."""
+    D, D_out = site.fc1.in_features, site.fc2.out_features
+    params = neurons * (D + D_out + (site.fc1.bias is not None)) + D_out
+    return Cost(params, tokens * neurons * (D + D_out))
+
+
+def break_even(in_features: int, out_features: int) -> int:
+    """Smallest rank at which a low-rank layer is no longer smaller than the dense one."""
+    return -(-in_features * out_features // (in_features + out_features))
+
+
+def site_cost(site: Site, choice: Choice, shape: Shape) -> Cost:
+    """What the site's linear layers cost at ``choice``; a norm or gate that it carries along is not counted."""
+    if isinstance(site, AttentionSite):
+        d = site.head_dim
+        cost = attention_cost(site, choice.get("qk", d), choice.get("vo", d), shape)
+        return Cost(int(cost.params), int(cost.macs))
+    if isinstance(site, FFNSite) and "neurons" in choice:
+        return neurons_cost(site, choice["neurons"], shape.tokens)
+    total = Cost(0, 0)
+    for part, linear in site.linears.items():
+        rank = choice.get("rank" if part == "linear" else part)
+        shape_args = (linear.in_features, linear.out_features)
+        total += (
+            linear_cost(*shape_args, linear.bias is not None, shape.tokens)
+            if rank is None
+            else low_rank_cost(*shape_args, rank, shape.tokens)
+        )
+    return total

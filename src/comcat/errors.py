@@ -1,0 +1,40 @@
+"""The exception tree: everything comcat raises on purpose derives from :class:`ComcatError`.
+
+    ComcatError
+    ├── ModelError          the model cannot be built, has nothing to compress, or holds NaN
+    ├── DataError           images are missing, unreadable or mislabelled
+    ├── CalibrationError    statistics cannot be collected, or do not belong to this model
+    ├── BudgetError         the budget is not a budget, or out of reach
+    ├── PlanError           the plan does not fit the model
+    └── CheckpointError     a saved model cannot be written or read back
+
+A message names the cause and the fix. The command line prints it without a traceback.
+"""
+
+
+class ComcatError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class ModelError(ComcatError):
+    """The model cannot be built, has nothing to compress, or holds non-finite weights."""
+
+
+class DataError(ComcatError):
+    """Images are missing, unreadable or mislabelled."""
+
+
+class CalibrationError(ComcatError):
+    """Statistics cannot be collected, or do not belong to this model."""
+
+
+class BudgetError(ComcatError):
+    """The budget is malformed or out of reach."""
+
+
+class PlanError(ComcatError):
+    """The plan is malformed or does not fit the model."""
+
+
+class CheckpointError(ComcatError):
+    """A saved model cannot be written or read back."""

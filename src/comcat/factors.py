@@ -1,0 +1,307 @@
+"""Everything that one site needs to be built at any choice of widths, computed once.
+
+The factors are nested in the rank, so a whole curve of candidates costs one decomposition. A part's *energy* is
+what its components are worth: the expected squared error that dropping them causes, in the units of the scores
+(qk), of the layer output (vo, ffn, head), or of the loss where output gradients were collected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from . import factorize
+from .factorize import NeuronOrder, Projection, QKFactors
+from .heads import HeadWeights, as_parameter, flatten_heads, zeros_like_bias
+from .linear import LowRankLinear
+from .sites import AttentionSite, Choice, FFNSite, HeadSite, Site, check_choice
+
+Moments = Mapping[str, Tensor]
+
+
+class SiteFactors:
+    """Base: ``moments`` is empty for the data-free route."""
+
+    site: Site
+
+    def __init__(self, moments: Moments | None = None) -> None:
+        self.moments = moments or {}
+
+    def modules(self, choice: Choice) -> dict[str, nn.Module]:
+        """The site's swappable modules by full name at ``choice``: new ones, and the dense ones that it keeps."""
+        return {**self.site.dense_modules, **self.build(choice)}
+
+    def errors(self, part: str) -> Tensor:
+        """(full + 1,) expected squared error when ``part`` keeps 0, 1, ..., full components."""
+        energy = self.energy(part)
+        tail = energy.flip(0).cumsum(0).flip(0)
+        return torch.cat([tail, tail.new_zeros(1)])
+
+    def energy(self, part: str) -> Tensor:
+        """(full,) energies of the components of ``part`` in the order in which they are kept."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    def build(self, choice: Choice) -> dict[str, nn.Module]:
+        """New modules by full name; empty for the dense choice."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    def relative_error(self, choice: Choice) -> float:
+        """Sum over the parts of dropped energy over total energy; a rough guide, comparable within a part only."""
+        total = 0.0
+        for part, rank in choice.items():
+            errors = self.errors(part)
+            total += float(errors[rank] / errors[0].clamp_min(1e-300))
+        return total
+
+
+class AttentionFactors(SiteFactors):
+    """Moments: ``q``, ``k`` (H, d, d), ``z`` (H d, H d) and ``z_mean`` (H d,); optional ``qk_rows``, ``qk_cols``, ``out_grad``."""
+
+    def __init__(self, site: AttentionSite, moments: Moments | None = None) -> None:
+        super().__init__(moments)
+        self.site = site
+        self.heads = HeadWeights.from_fused(site.qkv, site.proj, site.num_heads)
+
+    @cached_property
+    def qk(self) -> QKFactors:
+        m = self.moments
+        if not m:
+            query, key, _ = self.heads.free_moments()
+            return factorize.factor_qk(query, key)
+        if "qk_rows" in m:
+            return factorize.factor_qk(*_loss_metric(m))
+        return factorize.factor_qk(m["q"], m["k"])
+
+    @cached_property
+    def vo(self) -> Projection:
+        target = self.heads.output.double()
+        if "out_grad" in self.moments:
+            target = target @ factorize.whitening(self.moments["out_grad"]).mT
+        return factorize.project(self._value_moments, target)
+
+    @cached_property
+    def _value_moments(self) -> Tensor:
+        """(H, d, d) covariance of each head's output."""
+        if not self.moments:
+            return self.heads.free_moments()[2]
+        H, d = self.site.num_heads, self.site.head_dim
+        blocks = self.moments["z"].view(H, d, H, d)
+        return torch.stack([blocks[h, :, h] for h in range(H)])
+
+    def energy(self, part: str) -> Tensor:
+        # Heads of one layer share a rank: a component of the layer is one component of every head.
+        return (self.qk if part == "qk" else self.vo).gains.sum(0)
+
+    def build(self, choice: Choice) -> dict[str, nn.Module]:
+        check_choice(self.site, choice)
+        if not choice:
+            return {}
+        site, heads = self.site, self.heads
+        qk_rank, vo_rank = choice.get("qk"), choice.get("vo")
+        small = site.build(qk_rank or site.head_dim, vo_rank or site.head_dim)
+        query, key, query_bias = heads.query, heads.key, heads.query_bias
+        if qk_rank is not None:
+            q_map, k_map = self.qk.q_map[..., :qk_rank], self.qk.k_map[..., :qk_rank]
+            query, key = q_map.mT @ query.double(), k_map.mT @ key.double()
+            query_bias = None if query_bias is None else (query_bias.double()[:, None] @ q_map)[:, 0]
+        value, value_bias = heads.value, heads.value_bias
+        output, output_bias = heads.output, heads.output_bias
+        if vo_rank is not None:
+            down, up = self.vo.down[..., :vo_rank], self.vo.up[..., :vo_rank, :]
+            value = down.mT @ value.double()
+            value_bias = None if value_bias is None else (value_bias.double()[:, None] @ down)[:, 0]
+            output, output_bias = self._output(down, up)
+        _fill_attention(small, (query, key, value), (query_bias, value_bias), output, output_bias, like=site)
+        return {site.name: small}
+
+    def _output(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Output weights (H, r, D_out) and bias behind reduced values; the mean output is kept exactly."""
+        heads = self.heads
+        dense = heads.output.double()
+        if self.moments:
+            output = factorize.refit_output(down, up, dense, self.moments["z"])
+            mean = self.moments["z_mean"].double().view(down.shape[0], 1, -1)
+        else:
+            # Without data the mean of the inputs is taken as zero, which leaves the value bias.
+            output = up @ dense
+            bias = heads.value_bias
+            mean = torch.zeros_like(dense[:, :1, :1]) if bias is None else bias.double()[:, None]
+        lost = (mean @ dense - mean @ down @ output).sum((0, 1)) if mean.shape[-1] > 1 else 0.0
+        return output, zeros_like_bias(heads.output_bias, dense.shape[-1], dense) + lost
+
+
+def _loss_metric(m: Moments) -> tuple[Tensor, Tensor]:
+    """Query-key metric in units of the loss: with ``A = Q^T dL/dQ`` per image, ``dL = <P - I, A>``.
+
+    Its second moment is taken as a Kronecker product, ``E[A A^T] x E[A^T A] / tr E[A A^T]``. A tenth of the
+    activation moments (in the same scale) is mixed in, because few images leave the former nearly singular.
+    """
+    rows, cols = m["qk_rows"].double(), m["qk_cols"].double()
+    trace = rows.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp_min(1e-300)
+    mixed = []
+    for metric, moment in ((rows, m["q"].double()), (cols, m["k"].double())):
+        ratio = _trace(metric) / _trace(moment).clamp_min(1e-300)
+        mixed.append(0.9 * metric + 0.1 * ratio * moment)
+    return mixed[0], mixed[1] / trace
+
+
+def _trace(moment: Tensor) -> Tensor:
+    return moment.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+
+
+def _fill_attention(
+    small: nn.Module,
+    weights: tuple[Tensor, Tensor, Tensor],
+    biases: tuple[Tensor | None, Tensor | None],
+    output: Tensor,
+    output_bias: Tensor | None,
+    like: AttentionSite,
+) -> None:
+    """Write per-head weights into the fused layers of a ``LowRankAttention``."""
+    small.qkv.weight = as_parameter(
+        torch.cat([flatten_heads(w).double() for w in weights]), like.qkv.weight
+    )
+    if small.qkv.bias is not None:
+        query_bias, value_bias = biases
+        assert query_bias is not None
+        assert value_bias is not None
+        # The key bias adds the same score to every key of a query; the softmax removes it.
+        key_bias = torch.zeros_like(query_bias)
+        small.qkv.bias = as_parameter(
+            torch.cat([b.double().flatten() for b in (query_bias, key_bias, value_bias)]), like.qkv.bias
+        )
+    small.proj.weight = as_parameter(flatten_heads(output).mT, like.proj.weight)
+    if small.proj.bias is not None:
+        assert output_bias is not None
+        small.proj.bias = as_parameter(output_bias, like.proj.weight)
+
+
+class FFNFactors(SiteFactors):
+    """Moments: ``x``, ``h`` covariances and ``x_mean``, ``h_mean`` of the inputs of fc1 and fc2; optional ``fc1_grad``, ``fc2_grad``."""
+
+    def __init__(self, site: FFNSite, moments: Moments | None = None) -> None:
+        super().__init__(moments)
+        self.site = site
+        self._projections: dict[str, Projection] = {}
+
+    def projection(self, part: str) -> Projection:
+        if part not in self._projections:
+            linear, moment, grad = (
+                (self.site.fc1, "x", "fc1_grad") if part == "fc1" else (self.site.fc2, "h", "fc2_grad")
+            )
+            self._projections[part] = _linear_projection(
+                linear, self.moments.get(moment), self.moments.get(grad)
+            )
+        return self._projections[part]
+
+    @cached_property
+    def neurons(self) -> NeuronOrder:
+        output = self.site.fc2.weight.detach().mT.double()
+        if "fc2_grad" in self.moments:
+            output = output @ factorize.whitening(self.moments["fc2_grad"]).mT
+        return factorize.order_neurons(self._hidden_moment, output)
+
+    @property
+    def _hidden_moment(self) -> Tensor:
+        """Covariance of the hidden units; data-free, independent units of variance ``|w_1|^2``."""
+        if self.moments:
+            return self.moments["h"]
+        return torch.diag(self.site.fc1.weight.detach().double().square().sum(-1))
+
+    def energy(self, part: str) -> Tensor:
+        if part == "neurons":
+            return -self.neurons.errors.diff()
+        return self.projection(part).gains
+
+    def build(self, choice: Choice) -> dict[str, nn.Module]:
+        check_choice(self.site, choice)
+        if "neurons" in choice:
+            return self._build_neurons(choice["neurons"])
+        new = {}
+        for part, mean in (("fc1", "x_mean"), ("fc2", "h_mean")):
+            if part in choice:
+                linear = getattr(self.site, part)
+                new[f"{self.site.name}.{part}"] = _build_linear(
+                    linear, self.projection(part), choice[part], self.moments.get(mean)
+                )
+        return new
+
+    def _build_neurons(self, count: int) -> dict[str, nn.Module]:
+        fc1, fc2, name = self.site.fc1, self.site.fc2, self.site.name
+        keep = self.neurons.order[:count].sort().values
+        dense = fc2.weight.detach().mT.double()  # (M, D_out)
+        weight = factorize.refit_neurons(self._hidden_moment, dense, keep)
+        bias = zeros_like_bias(fc2.bias, fc2.out_features, dense)
+        if self.moments:
+            mean = self.moments["h_mean"].double()
+            bias = bias + mean @ dense - mean[keep] @ weight
+        new1 = nn.Linear(fc1.in_features, count, bias=fc1.bias is not None, **_like(fc1))
+        new1.weight = as_parameter(fc1.weight.detach()[keep], fc1.weight)
+        if fc1.bias is not None:
+            new1.bias = as_parameter(fc1.bias.detach()[keep], fc1.bias)
+        new2 = nn.Linear(count, fc2.out_features, bias=True, **_like(fc2))
+        new2.weight = as_parameter(weight.mT, fc2.weight)
+        new2.bias = as_parameter(bias, fc2.weight)
+        return {f"{name}.fc1": new1, f"{name}.fc2": new2}
+
+
+class HeadFactors(SiteFactors):
+    """Moments: ``x`` covariance and ``x_mean`` of the classifier's input; optional ``grad``."""
+
+    def __init__(self, site: HeadSite, moments: Moments | None = None) -> None:
+        super().__init__(moments)
+        self.site = site
+
+    @cached_property
+    def projection(self) -> Projection:
+        return _linear_projection(self.site.module, self.moments.get("x"), self.moments.get("grad"))
+
+    def energy(self, part: str) -> Tensor:
+        return self.projection.gains
+
+    def build(self, choice: Choice) -> dict[str, nn.Module]:
+        check_choice(self.site, choice)
+        if not choice:
+            return {}
+        mean = self.moments.get("x_mean")
+        return {self.site.name: _build_linear(self.site.module, self.projection, choice["rank"], mean)}
+
+
+def site_factors(site: Site, moments: Moments | None = None) -> SiteFactors:
+    """The factors of a site; nothing is decomposed before it is asked for."""
+    if isinstance(site, AttentionSite):
+        return AttentionFactors(site, moments)
+    return FFNFactors(site, moments) if isinstance(site, FFNSite) else HeadFactors(site, moments)
+
+
+def _like(linear: nn.Linear) -> dict[str, torch.device | torch.dtype]:
+    return {"device": linear.weight.device, "dtype": linear.weight.dtype}
+
+
+def _linear_projection(linear: nn.Linear, moment: Tensor | None, grad: Tensor | None) -> Projection:
+    weight = linear.weight.detach().mT.double()  # (in, out)
+    if moment is None:
+        moment = torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device)
+    if grad is not None:
+        weight = weight @ factorize.whitening(grad).mT
+    return factorize.project(moment, weight)
+
+
+def _build_linear(linear: nn.Linear, projection: Projection, rank: int, mean: Tensor | None) -> LowRankLinear:
+    """``y = x P_r W + b + mean (I - P_r) W``: low rank with the mean output restored."""
+    small = LowRankLinear(linear.in_features, linear.out_features, rank, **_like(linear))  # type: ignore[arg-type]
+    weight = linear.weight.detach().mT.double()
+    down = projection.down[:, :rank]
+    up = projection.up[:rank] @ weight
+    bias = zeros_like_bias(linear.bias, linear.out_features, weight)
+    if mean is not None:
+        bias = bias + mean.double() @ weight - mean.double() @ down @ up
+    # Share the scale between the two factors, so that neither leaves the range of half precision.
+    balance = (up.norm(dim=1) / down.norm(dim=0).clamp_min(1e-300)).clamp_min(1e-12).sqrt()
+    small.down.weight = as_parameter((down * balance).mT, linear.weight)
+    small.up.weight = as_parameter((up / balance[:, None]).mT, linear.weight)
+    small.up.bias = as_parameter(bias, linear.weight)
+    return small

@@ -1,0 +1,124 @@
+"""Hub-style parquet, from a local folder or the Hub, read through the package ``datasets``."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .errors import DataError
+
+_IMAGE_COLUMNS = ("image", "img")
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "cls")
+
+
+class HubSource:
+    """One split of a table with an image column and, usually, a label column."""
+
+    def __init__(self, data: str, split: str | None, cache: str | None, mode: str) -> None:
+        self.name = data
+        self.split = split
+        self._mode = mode
+        with quiet_datasets(data) as datasets:
+            table = datasets.load_dataset(_hub_name(data), split=split, cache_dir=cache)
+            if not len(table):
+                raise DataError(f"split {split!r} of {data} holds no images. Choose another split")
+            self._image, self._label = _find_columns(table.features, data, datasets)
+            # Undecoded, so that a corrupt image is ours to name.
+            table = table.cast_column(self._image, datasets.Image(decode=False))
+        self._table = table.select_columns([k for k in (self._image, self._label) if k is not None])
+        self.num_classes: int | None = getattr(table.features.get(self._label), "num_classes", None)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        row = self._table[index]
+        cell = row[self._image] or {}
+        label = None if self._label is None else row[self._label]
+        content = cell.get("bytes")
+        if not content:
+            if not cell.get("path"):
+                raise ValueError("the cell is empty")
+            content = Path(cell["path"]).read_bytes()
+        return Image.open(io.BytesIO(content)).convert(self._mode), -1 if label is None else int(label)
+
+    def describe(self, index: int) -> str:
+        path = (self._table[index][self._image] or {}).get("path")
+        where = f"in row {index} of split {self.split!r} of {self.name}"
+        return f"{path} {where}" if path else where
+
+    def labels(self) -> np.ndarray | None:
+        if self._label is None:
+            return np.full(len(self), -1)
+        column = self._table.with_format("numpy")[self._label][:]
+        return np.nan_to_num(np.asarray(column, dtype=np.float64), nan=-1).astype(np.int64)
+
+
+def hub_splits(data: str) -> list[str]:
+    """The splits of a table, without reading it."""
+    with quiet_datasets(data) as datasets:
+        builder = datasets.load_dataset_builder(_hub_name(data))
+    files = getattr(builder.config, "data_files", None)
+    return [str(name) for name in (files or builder.info.splits or ())]
+
+
+@contextlib.contextmanager
+def quiet_datasets(data: str) -> Iterator[Any]:
+    """The module ``datasets``, with its progress bars and logs off and its errors as :class:`DataError`."""
+    try:
+        import datasets
+    except ImportError as e:
+        raise DataError(f"reading {data} needs another package. Install it: pip install datasets") from e
+    verbosity = datasets.logging.get_verbosity()
+    hidden = datasets.utils.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield datasets
+    except DataError:
+        raise
+    except Exception as e:  # a broken file, a full disk, no network: each wrapped in a type of its own
+        cause: BaseException = e.__cause__ or e
+        text = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
+        raise DataError(f"{data} cannot be read: {text}. Check that its files are complete") from e
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if not hidden:
+            datasets.enable_progress_bars()
+
+
+def _hub_name(data: str) -> str:
+    """The name ``datasets`` knows DATA by: an absolute path, or ``hfds/name`` without its prefix."""
+    path = Path(data).expanduser()
+    return str(path.resolve()) if path.exists() else data.partition("/")[2]
+
+
+def _find_columns(features: Any, data: str, datasets: Any) -> tuple[str, str | None]:
+    """The image column and the label column (or None), from the types of the columns.
+
+    Raises:
+        DataError: there is no image column.
+    """
+
+    def is_image(feature: Any) -> bool:
+        # Written without Hub metadata, an image is a plain struct.
+        return "bytes" in feature if isinstance(feature, dict) else isinstance(feature, datasets.Image)
+
+    def is_label(feature: Any) -> bool:
+        is_class = isinstance(feature, datasets.ClassLabel)
+        return is_class or (isinstance(feature, datasets.Value) and "int" in feature.dtype)
+
+    images = [k for k, feature in features.items() if is_image(feature)]
+    if not images:
+        raise DataError(f"{data} has no image column; its columns are {', '.join(features)}. Check the data")
+    image = next((k for k in _IMAGE_COLUMNS if k in images), images[0])
+    labels = [k for k, feature in features.items() if is_label(feature)]
+    named = [k for k in _LABEL_COLUMNS if k in labels]
+    classes = [k for k in labels if isinstance(features[k], datasets.ClassLabel)]
+    return image, next(iter(named + classes), None)

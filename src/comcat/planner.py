@@ -1,0 +1,269 @@
+"""From a model, a calibration and a budget to a plan: the methods that value the components.
+
+* ``uniform``: every part keeps the same fraction.
+* ``spectrum``: energies of the factors; in units of the loss where the calibration has output gradients, otherwise
+  relative to each part's own energy (raw energies of different layers and parts do not compare).
+* ``probe``: the measured divergence when one part of one layer is cut to a few levels, interpolated along the part's
+  energy; then measured again at the chosen point, where effects no longer add, and allocated once more.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+from torch import nn
+
+from .allocate import Curve, Options, allocate, site_options
+from .calibration import Calibration
+from .cost import Cost, Shape, break_even, site_cost
+from .errors import PlanError
+from .factors import SiteFactors, site_factors
+from .hosts import find_sites
+from .modes import evaluating
+from .plan import Budget, Plan
+from .probe import Prober, classifier_of, levels, probe_images, probe_key
+from .profile import default_input_size, profile, site_shapes
+from .progress import Progress
+from .sites import PARTS, AttentionSite, Choice, FFNSite, Inventory, Site, check_finite, check_parts, select_parts
+
+METHODS = ("uniform", "spectrum", "probe")
+Curves = dict[str, dict[str, Curve]]
+
+
+def plan(
+    model: nn.Module,
+    budget: Budget,
+    calibration: Calibration | None = None,
+    method: str | None = None,
+    parts: Sequence[str] = PARTS,
+    rank_multiple: int = 1,
+    input_size: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Choose the widths of every layer so that the model meets the budget from below.
+
+    Args:
+        model: the dense model; it is not changed.
+        budget: fraction or number of parameters or MACs, met from below within 0.5 %.
+        calibration: statistics of this model; without them only weights are looked at.
+        method: one of :data:`METHODS`; default ``"probe"`` with a calibration, ``"uniform"`` without.
+        parts: which of ``qk``, ``vo``, ``ffn``, ``head`` may be reduced.
+        rank_multiple: every width is a multiple of this (8 suits tensor cores and SIMD).
+        input_size: (C, H, W) at which MACs count, default that of the calibration or of the model.
+        progress: called as ``progress(stage, done, total)``.
+
+    Raises:
+        BudgetError: out of reach (the smallest reachable figure is named), or already met by the dense model.
+        PlanError: unknown method or part, or ``"probe"`` without calibration images.
+        CalibrationError: the calibration belongs to another model.
+    """
+    parts = check_parts(parts)
+    method = method or ("probe" if calibration is not None and len(calibration.images) else "uniform")
+    if method not in METHODS:
+        raise PlanError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+    if method == "probe" and (calibration is None or not len(calibration.images)):
+        raise PlanError("method 'probe' measures on images: give a calibration made with probe_images > 0")
+    if not isinstance(rank_multiple, int) or rank_multiple < 1:
+        raise PlanError(f"rank_multiple must be a positive integer, not {rank_multiple!r}")
+    return _Planner(model, budget, calibration, parts, rank_multiple, input_size, progress).plan(method)
+
+
+class _Planner:
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: Budget,
+        calibration: Calibration | None,
+        parts: tuple[str, ...],
+        multiple: int,
+        input_size: Sequence[int] | None,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.budget, self.calibration = model, budget, calibration
+        self.parts, self.multiple, self.progress = parts, multiple, progress
+        inventory = find_sites(model)
+        check_finite(model)
+        if calibration is not None:
+            calibration.check(inventory)
+        size = tuple(input_size or (calibration.input_size if calibration else default_input_size(model)))
+        self.shapes = (
+            calibration.shapes
+            if calibration is not None and size == tuple(calibration.input_size)
+            else site_shapes(model, inventory, size)
+        )
+        dense = profile(model, size)
+        self.dense = Cost(dense.params, dense.macs)
+        sites = [s for s in inventory.sites if select_parts(s.full, s.kind, parts)]
+        if not sites:
+            raise PlanError(f"no layer of this model has a part among {', '.join(parts)}")
+        self.inventory = Inventory(sites, inventory.dense)
+        moments = calibration.moments if calibration else {}
+        device = next(model.parameters()).device
+        self.factors: dict[str, SiteFactors] = {
+            s.name: site_factors(s, {n: t.to(device) for n, t in moments.get(s.name, {}).items()}) for s in sites
+        }
+        parts_cost = sum((_parts_cost(s, parts, self.shapes[s.name]) for s in sites), Cost(0, 0))
+        self.limit = budget.absolute(getattr(self.dense, budget.unit), getattr(parts_cost, budget.unit))
+
+    def plan(self, method: str) -> Plan:
+        if method == "probe":
+            return self._probed()
+        curves = {s.name: self._spectrum(s) if method == "spectrum" else self._uniform(s) for s in self.inventory.sites}
+        return self._plan(self._solve(curves), method)
+
+    def _solve(self, curves: Curves) -> tuple[dict[str, Choice], float]:
+        """Choices by site, and their estimated loss."""
+        options: list[Options] = [
+            site_options(s, curves[s.name], self.parts, self.shapes[s.name], self.multiple) for s in self.inventory.sites
+        ]
+        unit = self.budget.unit
+        dense = getattr(self.dense, unit)
+        compressible = sum(getattr(site_cost(o.site, {}, self.shapes[o.site.name]), unit) for o in options)
+
+        def shown(cost: int) -> str:
+            return f"{cost:,} {unit} ({100 * cost / dense:.1f} % of the model)"
+
+        chosen = allocate(options, unit, self.limit, dense - compressible, shown)
+        choices = {o.site.name: o.choice(i) for o, i in zip(options, chosen, strict=True)}
+        return choices, float(sum(o.loss[i] for o, i in zip(options, chosen, strict=True)))
+
+    def _plan(self, solved: tuple[dict[str, Choice], float], method: str) -> Plan:
+        choices, loss = solved
+        saved = Cost(0, 0)
+        for site in self.inventory.sites:
+            shape = self.shapes[site.name]
+            saved += site_cost(site, {}, shape) - site_cost(site, choices[site.name], shape)
+        kept = self.dense - saved
+        estimate = {"params": kept.params, "macs": kept.macs}
+        if method != "uniform":
+            estimate["loss"] = loss
+        budget = {self.budget.unit: self.budget.value, "of": self.budget.of}
+        layers = {name: choice for name, choice in choices.items() if choice}
+        return Plan(layers, method=method, budget=budget, estimate=estimate)
+
+    # -- curves ---------------------------------------------------------------------------------------------------
+
+    def _uniform(self, site: Site) -> dict[str, Curve]:
+        """Equal kept fractions as a minimum: sum of ``cost / fraction`` is least, at a given cost, where all are equal.
+
+        The FFN goes by neurons where there are activations to refit on, else by rank.
+        """
+        curves: dict[str, Curve] = {}
+        neurons = self.calibration is not None and "neurons" in site.full
+        for part, full in select_parts(site.full, site.kind, self.parts).items():
+            if isinstance(site, FFNSite) and (part == "neurons") != neurons:
+                continue
+            equal = break_even(*_linear_size(site, part)) if not isinstance(site, AttentionSite) and part != "neurons" else full
+            weight = 2 * site.num_heads * site.qkv.in_features * full if isinstance(site, AttentionSite) else 0
+            if part == "neurons":
+                weight = full * (site.fc1.in_features + site.fc2.out_features)  # type: ignore[union-attr]
+            elif not weight:
+                weight = int(np.prod(_linear_size(site, part)))
+            fraction = np.arange(full + 1) / equal
+            with np.errstate(divide="ignore"):
+                curve = weight * np.maximum(1 / fraction - 1, 0)
+            curve[0] = curve[1] * 10
+            curves[part] = curve
+        return curves
+
+    def _spectrum(self, site: Site) -> dict[str, Curve]:
+        curves = {}
+        fisher = self.calibration is not None and self.calibration.fisher
+        for part in select_parts(site.full, site.kind, self.parts):
+            errors = self.factors[site.name].errors(part).cpu().numpy()
+            curves[part] = errors / 2 if fisher else errors / max(errors[0], 1e-300)
+        return curves
+
+    def _energies(self, site: Site, part: str) -> np.ndarray:
+        errors = self.factors[site.name].errors(part).cpu().numpy()
+        return np.maximum(errors / max(errors[0], 1e-300), 1e-12)
+
+    # -- probing --------------------------------------------------------------------------------------------------
+
+    def _probed(self) -> Plan:
+        assert self.calibration is not None
+        images = probe_images(self.calibration, self.dense.macs)
+        with evaluating(self.model):
+            prober = Prober(self.model, images, classifier_of(find_sites(self.model)))
+            prober.record(self.inventory)
+            curves = self._measure(prober, len(images))
+            first = self._solve(curves)
+            refined = self._refine(curves, first, images, prober)
+        return self._plan(refined, "probe")
+
+    def _measure(self, prober: Prober, images: int) -> Curves:
+        """One curve per part from a few measured levels; what the calibration already knows is not measured again."""
+        assert self.calibration is not None
+        known = self.calibration.probes.setdefault(f"n={images}", {})
+        work = [
+            (site, part, width)
+            for site in self.inventory.sites
+            for part, full in select_parts(site.full, site.kind, self.parts).items()
+            for width in levels(part, full if part in ("qk", "vo", "neurons") else break_even(*_linear_size(site, part)))
+            if width < full
+        ]
+        measured: dict[tuple[str, str], dict[int, float]] = {}
+        for done, (site, part, width) in enumerate(work):
+            key = probe_key(site, part, width)
+            if key not in known:
+                known[key] = prober.measure(site, self.factors[site.name], {part: width})
+            measured.setdefault((site.name, part), {})[width] = known[key]
+            if self.progress:
+                self.progress("probe", done + 1, len(work))
+        curves: Curves = {site.name: {} for site in self.inventory.sites}
+        for (name, part), points in measured.items():
+            curves[name][part] = interpolate(self._energies(self.inventory[name], part), points)
+        return curves
+
+    def _refine(
+        self, curves: Curves, first: tuple[dict[str, Choice], float], images: object, prober: Prober
+    ) -> tuple[dict[str, Choice], float]:
+        return first
+
+
+def interpolate(energies: np.ndarray, points: dict[int, float]) -> Curve:
+    """A non-increasing loss curve through measured ``points``, log-linear in the part's dropped ``energies``.
+
+    Args:
+        energies: (full + 1,) positive, non-increasing; what is dropped at every width.
+        points: measured loss by width.
+    """
+    widths = np.array(sorted(points))
+    values = np.maximum.accumulate(np.array([points[w] for w in widths])[::-1])[::-1]  # non-increasing in the width
+    x, y = np.log(energies[widths]), np.log(np.maximum(values, 1e-9))
+    # Ascending in x; outside the measured levels the loss goes on in proportion to the energy.
+    x, y = x[::-1], y[::-1]
+    x, unique = np.unique(x, return_index=True)
+    y = y[unique]
+    at = np.log(energies)
+    curve = np.interp(at, x, y)
+    curve = np.where(at < x[0], y[0] + (at - x[0]), curve)
+    curve = np.where(at > x[-1], y[-1] + (at - x[-1]), curve)
+    curve = np.exp(curve)
+    curve[-1] = 0.0
+    return np.maximum.accumulate(curve[::-1])[::-1]
+
+
+def _linear_size(site: Site, part: str) -> tuple[int, int]:
+    linear = site.linears["linear" if part == "rank" else part]
+    return linear.in_features, linear.out_features
+
+
+def _parts_cost(site: Site, parts: tuple[str, ...], shape: Shape) -> Cost:
+    """What the selected parts of a dense site cost."""
+    from .cost import attention_cost
+
+    if not isinstance(site, AttentionSite):
+        return site_cost(site, {}, shape)
+    d = site.head_dim
+    whole = attention_cost(site, d, d, shape)
+    rest = attention_cost(site, 0 if "qk" in parts else d, 0 if "vo" in parts else d, shape)
+    cost = whole - rest
+    return Cost(int(cost.params), int(cost.macs))
+
+
+def model_copy(model: nn.Module) -> nn.Module:
+    """A deep copy; kept in one place because hooks and caches of a host may need care."""
+    return copy.deepcopy(model)

@@ -1,0 +1,169 @@
+"""Measured sensitivities: what a cut of one part of one layer does to the model's own output.
+
+One part of one site is cut to a few levels at a time and the divergence from the dense output is measured on a
+small sample of calibration images. Blocks before the cut need not run again: their recorded output is replayed, which
+is checked against a full pass first and abandoned where the model does not allow it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .calibration import Calibration
+from .factors import SiteFactors
+from .sites import Choice, Inventory, Site
+
+
+@contextmanager
+def swapped(model: nn.Module, new: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put modules in place by name, and the old ones back afterwards."""
+    old = {name: model.get_submodule(name) for name in new}
+    for name, module in new.items():
+        model.set_submodule(name, module)
+    try:
+        yield
+    finally:
+        for name, module in old.items():
+            model.set_submodule(name, module)
+
+
+class _Skip(nn.Module):
+    """Stands in for a block whose output will be overwritten by a later :class:`_Replay`."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x
+
+
+class _Replay(nn.Module):
+    """Returns a recorded output instead of computing one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.output is not None
+        return self.output
+
+
+class Prober:
+    """Measures the divergence of a changed model from the dense one.
+
+    Args:
+        model: the model to change; it is used in evaluation mode and left as it was.
+        images: (n, C, H, W) sample; batch_size: how many at a time.
+        classifier: whether the outputs are logits, compared by KL divergence (nats per image); other outputs are
+            compared by squared error relative to their variance.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, classifier: bool, batch_size: int = 64) -> None:
+        parameter = next(model.parameters())
+        self.model = model
+        self.classifier = classifier
+        self.batches = images.to(parameter.device, parameter.dtype).split(batch_size)
+        self.blocks: list[str] = []
+        self.recorded: dict[str, list[Tensor]] = {}
+        self.reference = self._outputs()
+
+    @torch.no_grad()
+    def _outputs(self, replay: _Replay | None = None, recorded: list[Tensor] | None = None) -> Tensor:
+        outputs = []
+        for i, batch in enumerate(self.batches):
+            if replay is not None and recorded is not None:
+                replay.output = recorded[i]
+            out = self.model(batch)
+            outputs.append((sum(out) / len(out) if isinstance(out, (tuple, list)) else out).float())
+        return torch.cat(outputs)
+
+    def divergence(self, outputs: Tensor) -> float:
+        """Mean over the images of KL(dense || changed), or the relative squared error."""
+        if self.classifier:
+            dense, changed = self.reference.log_softmax(-1), outputs.log_softmax(-1)
+            return float(F.kl_div(changed, dense, log_target=True, reduction="batchmean").clamp_min(0))
+        spread = self.reference - self.reference.mean(0)
+        return float((outputs - self.reference).square().sum() / spread.square().sum().clamp_min(1e-30))
+
+    def record(self, inventory: Inventory) -> float:
+        """Record the blocks' outputs of the model as it is now, for replay; returns its divergence.
+
+        A block is the parent of a site. Replay is kept for the blocks at which it reproduces the output exactly.
+        """
+        parents = dict.fromkeys(s.name.rpartition(".")[0] for s in inventory.sites if s.kind != "head")
+        candidates = [name for name in parents if name]
+        recorded: dict[str, list[Tensor]] = {name: [] for name in candidates}
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(
+                lambda module, args, out, name=name: recorded[name].append(out)
+            )
+            for name in candidates
+        ]
+        outputs = self._outputs()
+        for handle in handles:
+            handle.remove()
+        self.blocks, self.recorded = [], {}
+        whole = [n for n in candidates if len(recorded[n]) == len(self.batches)]
+        if len(whole) == len(candidates) and all(isinstance(o, Tensor) for n in whole for o in recorded[n]):
+            self.blocks, self.recorded = whole, recorded
+            if any(not torch.equal(self._replayed(i), outputs) for i in range(len(whole))):
+                self.blocks, self.recorded = [], {}
+        return self.divergence(outputs)
+
+    def _replayed(self, last: int) -> Tensor:
+        """Outputs when the blocks up to and including ``last`` are replayed."""
+        replay = _Replay()
+        stand_ins: dict[str, nn.Module] = {name: _Skip() for name in self.blocks[:last]}
+        stand_ins[self.blocks[last]] = replay
+        with swapped(self.model, stand_ins):
+            return self._outputs(replay, self.recorded[self.blocks[last]])
+
+    def measure(self, site: Site, factors: SiteFactors, choice: Choice) -> float:
+        """Divergence with ``site`` at ``choice`` and everything else as it was recorded."""
+        block = site.name.rpartition(".")[0]
+        if site.kind == "head" and self.blocks:
+            before = len(self.blocks) - 1
+        else:
+            before = self.blocks.index(block) - 1 if block in self.blocks else -1
+        with swapped(self.model, factors.modules(choice)):
+            return self.divergence(self._replayed(before) if before >= 0 else self._outputs())
+
+
+def sample_size(macs: int, images: int) -> int:
+    """How many images to probe with: all of a small model's, fewer of a large one's, 32 at least."""
+    return min(images, max(32, int(4e11 / max(macs, 1))))
+
+
+#: Levels at which a part is probed, as fractions of its full width (of break-even for low-rank FFN matrices).
+LEVELS = {
+    "qk": (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75),
+    "vo": (0.125, 0.25, 0.375, 0.5, 0.625, 0.8),
+    "neurons": (0.05, 0.15, 0.25, 0.4, 0.55, 0.75),
+    "fc1": (0.15, 0.35, 0.6, 0.85),
+    "fc2": (0.15, 0.35, 0.6, 0.85),
+    "rank": (0.2, 0.4, 0.7),
+}
+
+
+def levels(part: str, full: int) -> list[int]:
+    """The widths at which ``part`` is probed, ascending."""
+    return sorted({max(1, round(full * level)) for level in LEVELS[part]} - {full})
+
+
+def classifier_of(inventory: Inventory) -> bool:
+    """Whether the model ends in a classifier."""
+    return any(site.kind == "head" for site in inventory.sites)
+
+
+def probe_key(site: Site, part: str, width: int) -> str:
+    """Key of one measurement in ``Calibration.probes``."""
+    return f"{site.name}/{part}/{width}"
+
+
+def probe_images(calibration: Calibration, macs: int) -> Tensor:
+    """The images to probe with."""
+    return calibration.images[: sample_size(macs, len(calibration.images))]

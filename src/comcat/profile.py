@@ -1,0 +1,115 @@
+"""Parameters and multiply-accumulates of a model, per module, counted by PyTorch's own operator counter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .cost import Shape
+from .errors import ModelError
+from .modes import evaluating
+from .sites import Inventory
+
+
+class ModuleCost(NamedTuple):
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Counts for one image; ``modules`` holds every submodule, children included in their parents.
+
+    A MAC is one multiply-add of a matrix product, convolution or attention; norms, activations and softmax are
+    not counted.
+    """
+
+    params: int
+    macs: int
+    input_size: tuple[int, ...]
+    modules: dict[str, ModuleCost]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self) | {"modules": {name: cost._asdict() for name, cost in self.modules.items()}}
+
+
+def default_input_size(model: nn.Module) -> tuple[int, int, int]:
+    """(C, H, W) that the model was built for: its patch embedding's size, else that of its data config."""
+    config = getattr(model, "pretrained_cfg", None)
+    size = tuple(config["input_size"]) if isinstance(config, dict) and config.get("input_size") else (3, 224, 224)
+    embed = getattr(model, "patch_embed", None)
+    grid = getattr(embed, "img_size", None)
+    channels = getattr(getattr(embed, "proj", None), "in_channels", size[0])
+    return (channels, *(grid if grid is not None else size[1:]))
+
+
+def profile(model: nn.Module, input_size: Sequence[int] | None = None) -> Profile:
+    """Count parameters and MACs with one forward pass of a single image.
+
+    Args:
+        model: any module that takes (B, C, H, W); its mode is kept.
+        input_size: (C, H, W), default what the model was built for.
+
+    Raises:
+        ModelError: the model does not run on an input of this size.
+    """
+    size = tuple(input_size or default_input_size(model))
+    parameter = next(model.parameters())
+    image = torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype)
+    counter = FlopCounterMode(display=False)
+    try:
+        with evaluating(model), counter, torch.no_grad():
+            model(image)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"the model does not run on an input of size {size}: {error}") from error
+    counts = {name.partition(".")[2]: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
+    modules = {
+        name: ModuleCost(sum(p.numel() for p in module.parameters()), counts.get(name, 0))
+        for name, module in model.named_modules()
+        if name
+    }
+    return Profile(
+        params=sum(p.numel() for p in model.parameters()),
+        macs=counter.get_total_flops() // 2,
+        input_size=size,
+        modules=modules,
+    )
+
+
+def site_shapes(model: nn.Module, inventory: Inventory, input_size: Sequence[int]) -> dict[str, Shape]:
+    """Tokens and sequence length that one image brings to every site, from one forward pass.
+
+    Raises:
+        ModelError: a site that the forward pass does not reach.
+    """
+    shapes: dict[str, Shape] = {}
+
+    def hook(name: str) -> Any:
+        def record(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0]
+            tokens = x.numel() // x.shape[-1]
+            shapes[name] = Shape(tokens, x.shape[1] if x.dim() == 3 else tokens)
+
+        return record
+
+    first = [(site.name, next(iter(site.linears.values()))) for site in inventory.sites]
+    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in first]
+    parameter = next(model.parameters())
+    try:
+        with evaluating(model), torch.no_grad():
+            model(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"the model does not run on an input of size {tuple(input_size)}: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    missed = [name for name, _ in first if name not in shapes]
+    if missed:
+        raise ModelError(f"module '{missed[0]}' was never called in the forward pass; is it in use?")
+    return shapes

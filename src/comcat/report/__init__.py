@@ -1,0 +1,1 @@
+"""What a compression did, as tables for the terminal and as figures."""
