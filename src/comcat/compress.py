@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from .plan import Plan
 from .profile import default_input_size, profile, site_shapes
 from .progress import Progress
 from .sites import Choice, LeftDense, check_finite
+from .source import Source, describe
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,13 @@ class Report:
         """Plain data for JSON."""
         return asdict(self) | {"dense": [entry._asdict() for entry in self.dense]}
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        """The inverse of :meth:`to_dict`."""
+        layers = [LayerReport(**layer) for layer in data["layers"]]
+        dense = [LeftDense(**entry) for entry in data["dense"]]
+        return cls(**{**data, "layers": layers, "dense": dense, "input_size": tuple(data["input_size"])})
+
 
 @dataclass(frozen=True)
 class Compression:
@@ -61,6 +69,7 @@ class Compression:
 
     plan: Plan
     report: Report | None = None
+    source: Source | None = None
 
 
 def compress_(
@@ -94,6 +103,7 @@ def compress_(
     if calibration is not None:
         calibration.check(inventory)
     size = tuple(calibration.input_size if calibration is not None else default_input_size(model))
+    source = describe(model)
     before = profile(model, size)
     shapes = calibration.shapes if calibration is not None else site_shapes(model, inventory, size)
     device = next(model.parameters()).device
@@ -125,7 +135,7 @@ def compress_(
             progress("compress", done + 1, len(plan.layers))
     after = profile(model, size)
     report = Report(layers, inventory.dense, before.params, after.params, before.macs, after.macs, size)
-    model.comcat = Compression(plan, report)  # type: ignore[assignment]
+    model.comcat = Compression(plan, report, source)  # type: ignore[assignment]
     return report
 
 
@@ -141,7 +151,3 @@ def compress(
     compress_(small, plan, calibration, progress=progress)
     return small
 
-
-def input_shape(calibration: Calibration | None, model: nn.Module) -> Sequence[int]:
-    """(C, H, W) at which costs are counted."""
-    return calibration.input_size if calibration is not None else default_input_size(model)

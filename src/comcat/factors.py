@@ -17,7 +17,8 @@ from . import factorize
 from .factorize import NeuronOrder, Projection, QKFactors
 from .heads import HeadWeights, as_parameter, flatten_heads, zeros_like_bias
 from .linear import LowRankLinear
-from .sites import AttentionSite, Choice, FFNSite, HeadSite, Site, check_choice
+from .sites import AttentionSite, Choice, FFNSite, HeadSite, Site
+from .skeleton import empty_modules
 
 Moments = Mapping[str, Tensor]
 
@@ -96,12 +97,11 @@ class AttentionFactors(SiteFactors):
         return (self.qk if part == "qk" else self.vo).gains.sum(0)
 
     def build(self, choice: Choice) -> dict[str, nn.Module]:
-        check_choice(self.site, choice)
-        if not choice:
-            return {}
+        new = empty_modules(self.site, choice)
+        if not new:
+            return new
         site, heads = self.site, self.heads
         qk_rank, vo_rank = choice.get("qk"), choice.get("vo")
-        small = site.build(qk_rank or site.head_dim, vo_rank or site.head_dim)
         query, key, query_bias = heads.query, heads.key, heads.query_bias
         if qk_rank is not None:
             q_map, k_map = self.qk.q_map[..., :qk_rank], self.qk.k_map[..., :qk_rank]
@@ -114,8 +114,9 @@ class AttentionFactors(SiteFactors):
             value = down.mT @ value.double()
             value_bias = None if value_bias is None else (value_bias.double()[:, None] @ down)[:, 0]
             output, output_bias = self._output(down, up)
-        _fill_attention(small, (query, key, value), (query_bias, value_bias), output, output_bias, like=site)
-        return {site.name: small}
+        weights, biases = (query, key, value), (query_bias, value_bias)
+        _fill_attention(new[site.name], weights, biases, output, output_bias, like=site)
+        return new
 
     def _output(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Output weights (H, r, D_out) and bias behind reduced values; the mean output is kept exactly."""
@@ -217,20 +218,18 @@ class FFNFactors(SiteFactors):
         return self.projection(part).gains
 
     def build(self, choice: Choice) -> dict[str, nn.Module]:
-        check_choice(self.site, choice)
+        new = empty_modules(self.site, choice)
         if "neurons" in choice:
-            return self._build_neurons(choice["neurons"])
-        new = {}
+            self._fill_neurons(choice["neurons"], *new.values())
+            return new
         for part, mean in (("fc1", "x_mean"), ("fc2", "h_mean")):
             if part in choice:
-                linear = getattr(self.site, part)
-                new[f"{self.site.name}.{part}"] = _build_linear(
-                    linear, self.projection(part), choice[part], self.moments.get(mean)
-                )
+                small, linear = new[f"{self.site.name}.{part}"], self.site.linears[part]
+                _fill_linear(small, linear, self.projection(part), self.moments.get(mean))
         return new
 
-    def _build_neurons(self, count: int) -> dict[str, nn.Module]:
-        fc1, fc2, name = self.site.fc1, self.site.fc2, self.site.name
+    def _fill_neurons(self, count: int, new1: nn.Module, new2: nn.Module) -> None:
+        fc1, fc2 = self.site.fc1, self.site.fc2
         keep = self.neurons.order[:count].sort().values
         dense = fc2.weight.detach().mT.double()  # (M, D_out)
         weight = factorize.refit_neurons(self._hidden_moment, dense, keep)
@@ -238,14 +237,11 @@ class FFNFactors(SiteFactors):
         if self.moments:
             mean = self.moments["h_mean"].double()
             bias = bias + mean @ dense - mean[keep] @ weight
-        new1 = nn.Linear(fc1.in_features, count, bias=fc1.bias is not None, **_like(fc1))
         new1.weight = as_parameter(fc1.weight.detach()[keep], fc1.weight)
         if fc1.bias is not None:
             new1.bias = as_parameter(fc1.bias.detach()[keep], fc1.bias)
-        new2 = nn.Linear(count, fc2.out_features, bias=True, **_like(fc2))
         new2.weight = as_parameter(weight.mT, fc2.weight)
         new2.bias = as_parameter(bias, fc2.weight)
-        return {f"{name}.fc1": new1, f"{name}.fc2": new2}
 
 
 class HeadFactors(SiteFactors):
@@ -263,11 +259,10 @@ class HeadFactors(SiteFactors):
         return self.projection.gains
 
     def build(self, choice: Choice) -> dict[str, nn.Module]:
-        check_choice(self.site, choice)
-        if not choice:
-            return {}
-        mean = self.moments.get("x_mean")
-        return {self.site.name: _build_linear(self.site.module, self.projection, choice["rank"], mean)}
+        new = empty_modules(self.site, choice)
+        for small in new.values():
+            _fill_linear(small, self.site.module, self.projection, self.moments.get("x_mean"))
+        return new
 
 
 def site_factors(site: Site, moments: Moments | None = None) -> SiteFactors:
@@ -275,10 +270,6 @@ def site_factors(site: Site, moments: Moments | None = None) -> SiteFactors:
     if isinstance(site, AttentionSite):
         return AttentionFactors(site, moments)
     return FFNFactors(site, moments) if isinstance(site, FFNSite) else HeadFactors(site, moments)
-
-
-def _like(linear: nn.Linear) -> dict[str, torch.device | torch.dtype]:
-    return {"device": linear.weight.device, "dtype": linear.weight.dtype}
 
 
 def _linear_projection(linear: nn.Linear, moment: Tensor | None, grad: Tensor | None) -> Projection:
@@ -290,9 +281,10 @@ def _linear_projection(linear: nn.Linear, moment: Tensor | None, grad: Tensor | 
     return factorize.project(moment, weight)
 
 
-def _build_linear(linear: nn.Linear, projection: Projection, rank: int, mean: Tensor | None) -> LowRankLinear:
+def _fill_linear(small: nn.Module, linear: nn.Linear, projection: Projection, mean: Tensor | None) -> None:
     """``y = x P_r W + b + mean (I - P_r) W``: low rank with the mean output restored."""
-    small = LowRankLinear(linear.in_features, linear.out_features, rank, **_like(linear))  # type: ignore[arg-type]
+    assert isinstance(small, LowRankLinear)
+    rank = small.rank
     weight = linear.weight.detach().mT.double()
     down = projection.down[:, :rank]
     up = projection.up[:rank] @ weight
@@ -304,4 +296,3 @@ def _build_linear(linear: nn.Linear, projection: Projection, rank: int, mean: Te
     small.down.weight = as_parameter((down * balance).mT, linear.weight)
     small.up.weight = as_parameter((up / balance[:, None]).mT, linear.weight)
     small.up.bias = as_parameter(bias, linear.weight)
-    return small

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -263,7 +262,3 @@ def _parts_cost(site: Site, parts: tuple[str, ...], shape: Shape) -> Cost:
     cost = whole - rest
     return Cost(int(cost.params), int(cost.macs))
 
-
-def model_copy(model: nn.Module) -> nn.Module:
-    """A deep copy; kept in one place because hooks and caches of a host may need care."""
-    return copy.deepcopy(model)

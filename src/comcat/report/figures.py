@@ -1,0 +1,242 @@
+"""Figures: what was kept of every layer, the energy curves of a model, and the picture of the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import format as fmt
+from .style import COLORS, INK, MUTED, TITLES, TRACK, heading, new_figure, save, tidy
+
+if TYPE_CHECKING:
+    from ..compress import LayerReport, Report
+    from .spectra import SpectrumSummary
+
+__all__ = ["draw_demo", "draw_kept", "draw_spectra"]
+
+
+class Kept(NamedTuple):
+    """What a layer kept of one part: the share of its parameters, and the widths in words."""
+
+    share: float
+    label: str
+
+
+def kept_by_part(report: Report) -> tuple[list[str], dict[str, dict[str, Kept]]]:
+    """Block names in order, and part -> block -> what was kept. ``blocks.0.attn`` is in the block ``blocks.0``."""
+    rows: list[str] = []
+    parts: dict[str, dict[str, Kept]] = {}
+    for layer in report.layers:
+        row = layer.name.rpartition(".")[0] or layer.name
+        if row not in rows:
+            rows.append(row)
+        for part, kept in _parts(layer).items():
+            parts.setdefault(part, {})[row] = kept
+    return rows, {part: parts[part] for part in ("qk", "vo", "ffn", "head") if part in parts}
+
+
+def _parts(layer: LayerReport) -> dict[str, Kept]:
+    if layer.kind == "attention":
+        return {
+            part: Kept(kept / layer.full[part], f"{kept}/{layer.full[part]}")
+            for part, kept in layer.ranks.items()
+        }
+    share = layer.params_after / max(layer.params_before, 1)
+    label = ", ".join(
+        f"{n}/{layer.full[k]}" if k in ("neurons", "rank") else f"{k} {n}" for k, n in layer.ranks.items()
+    )
+    return {layer.kind: Kept(share, label)}
+
+
+def draw_kept(report: Report, path: str | Path, title: str, subtitle: str | None = None) -> None:
+    """Write a PNG: one bar per block and part, the share that was kept.
+
+    Raises:
+        ComcatError: matplotlib is not installed.
+    """
+    rows, parts = kept_by_part(report)
+    figure = new_figure(1.2 + 2.6 * max(len(parts), 2), 1.5 + 0.26 * max(len(rows), 4))
+    heading(figure, title, subtitle)
+    if parts:
+        all_axes = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
+        for axes, (part, blocks) in zip(all_axes, parts.items(), strict=True):
+            _bars(axes, rows, part, [(blocks, COLORS[part], 0.72)])
+            _labels(axes, rows, blocks)
+    save(figure, path)
+
+
+def _bars(
+    axes: Any, rows: Sequence[str], part: str, series: Sequence[tuple[Mapping[str, Kept], str, float]]
+) -> None:
+    """Horizontal bars, one per block, of each series on top of the one before."""
+    present = {row for blocks, _, _ in series for row in blocks}
+    places = [i for i, row in enumerate(rows) if row in present]
+    axes.barh(places, [1.0] * len(places), height=0.72, color=TRACK)
+    for blocks, color, height in series:
+        found = [i for i, row in enumerate(rows) if row in blocks]
+        axes.barh(found, [blocks[rows[i]].share for i in found], height=height, color=color)
+    for i, row in enumerate(rows):
+        if row not in present:
+            axes.text(0.02, i, "dense", va="center", fontsize=7, color=MUTED)
+    axes.set(xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)), yticklabels=rows)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "50 %", "", "100 %"])
+    axes.set_title(TITLES[part], fontsize=9, loc="left", color=INK)
+    tidy(axes)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _labels(axes: Any, rows: Sequence[str], blocks: Mapping[str, Kept]) -> None:
+    for i, row in enumerate(rows):
+        if row in blocks:
+            share, label = blocks[row]
+            inside = share > 0.45
+            x, align, color = (share - 0.015, "right", "white") if inside else (share + 0.015, "left", INK)
+            axes.text(x, i, label, va="center", ha=align, fontsize=7, color=color)
+
+
+def draw_spectra(summaries: Sequence[SpectrumSummary], path: str | Path, title: str, subtitle: str) -> None:
+    """Write a PNG: for every part, the energy lost against the components kept, one curve per layer.
+
+    Raises:
+        ComcatError: matplotlib is not installed.
+    """
+    parts = [p for p in ("qk", "vo", "fc1", "fc2", "neurons", "head") if any(s.part == p for s in summaries)]
+    columns = min(3, len(parts))
+    lines = -(-len(parts) // columns)
+    figure = new_figure(1 + 3.1 * columns, 1.3 + 2.6 * lines)
+    heading(figure, title, subtitle)
+    all_axes = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+    for axes, part in zip(all_axes, parts, strict=False):
+        _energy_panel(axes, part, [s for s in summaries if s.part == part])
+    for axes in all_axes[len(parts) :]:
+        axes.set_visible(False)
+    for axes in all_axes[::columns]:
+        axes.set_ylabel("energy lost", fontsize=8, color=INK)
+    save(figure, path)
+
+
+def _energy_panel(axes: Any, part: str, summaries: Sequence[SpectrumSummary]) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    # From pale (first layer) to full colour (last layer).
+    shade = LinearSegmentedColormap.from_list(part, ["#d9dee3", COLORS[part], "#1f2a36"])
+    for i, s in enumerate(summaries):
+        place = (i + 1) / (len(summaries) + 1)
+        x = [n / s.full for n in range(len(s.tail))]
+        axes.plot(x, [max(t, 1e-9) for t in s.tail], color=shade(place), linewidth=1.3)
+    even = summaries[0].break_even / summaries[0].full
+    if even < 1:
+        axes.axvline(even, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.text(even + 0.02, 0.6, "break-even", fontsize=7, color=MUTED, va="top")
+    axes.axhline(0.01, color=MUTED, linewidth=0.7, linestyle=(0, (1, 2)))
+    axes.set_yscale("log")
+    axes.set(xlim=(0, 1), ylim=(1e-4, 1))
+    axes.set_xticks([0, 0.5, 1], ["0", "half kept", f"all {summaries[0].full}"])
+    axes.set_yticks([1, 0.1, 0.01, 0.001, 0.0001], ["100 %", "10 %", "1 %", "0.1 %", "0.01 %"])
+    axes.minorticks_off()
+    axes.set_title(TITLES[part], fontsize=9, loc="left", color=INK)
+    axes.text(
+        0.985,
+        0.96,
+        _depth_note(summaries),
+        transform=axes.transAxes,
+        fontsize=7,
+        color=MUTED,
+        ha="right",
+        va="top",
+    )
+    tidy(axes, grid="y")
+
+
+def _depth_note(summaries: Sequence[SpectrumSummary]) -> str:
+    return "pale: first layer\ndark: last layer" if len(summaries) > 1 else summaries[0].layer
+
+
+def draw_demo(
+    points: Sequence[tuple[str, int, float]],
+    reports: Mapping[str, Report],
+    digits: Sequence[tuple[Any, int, int]],
+    path: str | Path,
+    title: str,
+    subtitle: str,
+) -> None:
+    """Write a PNG: accuracy against size, what every layer kept, and what a small model answers.
+
+    Args:
+        points: (name, parameters, top-1 in percent), the dense model first.
+        reports: name -> report of two budgets, the larger one first.
+        digits: (image (H, W) in [0, 1], label, answer of the smallest model).
+
+    Raises:
+        ComcatError: matplotlib is not installed.
+    """
+    figure = new_figure(11, 5.6)
+    heading(figure, title, subtitle)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[5, 1.25])
+    left, right = top.subfigures(1, 2, width_ratios=[1, 1.9])
+    _accuracy(left.subplots(), points)
+    grids = [kept_by_part(report) for report in reports.values()]
+    rows = grids[0][0]
+    panels = [part for part in ("qk", "vo", "ffn") if any(part in parts for _, parts in grids)]
+    for axes, part in zip(right.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+        series = [
+            (
+                parts.get(part, {}),
+                _lighter(COLORS[part]) if i == 0 else COLORS[part],
+                0.72 if i == 0 else 0.36,
+            )
+            for i, (_, parts) in enumerate(grids)
+        ]
+        _bars(axes, rows, part, series)
+        axes.set_xlabel(
+            " · ".join(f"{'pale' if i == 0 else 'dark'}: {n}" for i, n in enumerate(reports)),
+            fontsize=7.5,
+            color=MUTED,
+        )
+    for axes, (image, label, answer) in zip(bottom.subplots(1, len(digits)), digits, strict=True):
+        axes.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+        axes.set(xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set_color("#dddddd")
+        right_answer = answer == label
+        axes.set_title(
+            str(answer), fontsize=9, color=COLORS["vo"] if right_answer else "#c0392b", fontweight="bold"
+        )
+    save(figure, path)
+
+
+def _accuracy(axes: Any, points: Sequence[tuple[str, int, float]]) -> None:
+    sizes = [params / 1e6 for _, params, _ in points]
+    accuracy = [top1 for _, _, top1 in points]
+    axes.axhline(accuracy[0], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.plot(
+        sizes, accuracy, color=COLORS["qk"], linewidth=1.8, marker="o", markersize=6, markeredgecolor="white"
+    )
+    axes.plot(sizes[:1], accuracy[:1], marker="o", markersize=7, color=INK, markeredgecolor="white")
+    for (name, _, top1), x in zip(points, sizes, strict=True):
+        axes.annotate(
+            f"{name}\n{top1:.1f} %",
+            (x, top1),
+            (0, -9),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=8,
+            color=INK,
+        )
+    low = min(accuracy)
+    span = max(accuracy[0] - low, 1.5)
+    axes.set(xlim=(0, max(sizes) * 1.15), ylim=(low - 0.55 * span, accuracy[0] + 0.25 * span))
+    axes.set_xlabel("parameters, millions", fontsize=8, color=INK)
+    axes.set_title("test accuracy against size", fontsize=9, loc="left", color=INK)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    tidy(axes, grid="y")
+
+
+def _lighter(color: str) -> tuple[float, float, float]:
+    from matplotlib.colors import to_rgb
+
+    r, g, b = to_rgb(color)
+    return 1 - 0.45 * (1 - r), 1 - 0.45 * (1 - g), 1 - 0.45 * (1 - b)
