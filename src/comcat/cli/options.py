@@ -22,7 +22,7 @@ Model = Annotated[
 ]
 Checkpoint = Annotated[
     Optional[Path],  # noqa: UP045 - typer reads the annotation at run time, on Python 3.10 as well
-    Option(help="Weights for the architecture MODEL (.safetensors, .pth).", rich_help_panel=MODEL),
+    Option(help="Weights for the architecture MODEL (.safetensors).", rich_help_panel=MODEL),
 ]
 ModelArgs = Annotated[
     Optional[list[str]],  # noqa: UP045

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from . import format as fmt
 from .style import COLORS, INK, MUTED, TITLES, TRACK, heading, new_figure, save, tidy
 
 if TYPE_CHECKING:
@@ -96,7 +95,9 @@ def _labels(axes: Any, rows: Sequence[str], blocks: Mapping[str, Kept]) -> None:
             axes.text(x, i, label, va="center", ha=align, fontsize=7, color=color)
 
 
-def draw_spectra(summaries: Sequence[SpectrumSummary], path: str | Path, title: str, subtitle: str) -> None:
+def draw_spectra(
+    summaries: Sequence[SpectrumSummary], path: str | Path | IO[bytes], title: str, subtitle: str
+) -> None:
     """Write a PNG: for every part, the energy lost against the components kept, one curve per layer.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import ComcatError
 
@@ -65,5 +65,5 @@ def heading(figure: Any, title: str, subtitle: str | None = None) -> None:
         figure.text(0.01, 1 - 0.42 / height, subtitle, ha="left", va="center", fontsize=9.5, color=MUTED)
 
 
-def save(figure: Any, path: str | Path) -> None:
-    figure.savefig(path, dpi=150)
+def save(figure: Any, path: str | Path | IO[bytes]) -> None:
+    figure.savefig(path, dpi=150, format="png")
