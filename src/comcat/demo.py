@@ -1,7 +1,7 @@
 """The embedded demo: a small vision transformer that learns the handwritten digits shipped with scikit-learn.
 
-1 797 scans of 8 x 8 pixels, enlarged to 16 x 16; three quarters train, one quarter tests. Everything is offline and
-takes about a minute on two cores.
+1 797 scans of 8 x 8 pixels, enlarged to 16 x 16; three quarters train, one quarter tests. Training is offline and
+takes half a minute on two cores.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .errors import ComcatError
 from .progress import Progress
 
 ARCHITECTURE = "vit_tiny_patch16_224"
-#: 17 tokens, 6 blocks of width 128 with 4 heads of 32: 1.2 M parameters.
+#: 17 tokens, 6 blocks of width 96 with 3 heads of 32: 0.68 M parameters.
 MODEL_ARGS: dict[str, Any] = {
     "img_size": 16,
     "patch_size": 4,
-    "embed_dim": 128,
+    "embed_dim": 96,
     "depth": 6,
-    "num_heads": 4,
+    "num_heads": 3,
     "num_classes": 10,
 }
 SIZE = 16
@@ -72,34 +72,50 @@ def train(
     images: torch.Tensor,
     labels: torch.Tensor,
     *,
-    epochs: int = 60,
+    epochs: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> None:
-    """Train in place: AdamW, one-cycle learning rate, label smoothing, small random shifts and turns.
+    """Train in place: one-cycle learning rate, label smoothing, small random shifts and turns.
+
+    Muon for the block matrices and AdamW for the rest: on data this small it needs a quarter of the epochs. Before
+    PyTorch 2.9, which has no Muon, AdamW takes them all.
 
     Args:
         images: (N, C, H, W), normalized; labels: (N,).
         progress: called as ``progress("train", epochs done, epochs)``.
     """
+    has_muon = hasattr(torch.optim, "Muon")
+    epochs = epochs or (20 if has_muon else 80)
+    rate = 6e-3 if has_muon else 1.5e-3
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "blocks" in name and has_muon]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=rate, weight_decay=0.05)]
+    if has_muon:
+        muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
+    steps = math.ceil(len(images) / batch_size) * epochs
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(o, rate, steps, pct_start=0.15, cycle_momentum=False)
+        for o in optimizers
+    ]
+    model.train()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
-        steps = math.ceil(len(images) / batch_size)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, epochs * steps, pct_start=0.15)
-        model.train()
         for epoch in range(epochs):
             for batch in torch.randperm(len(images)).split(batch_size):
                 logits = model(_jitter(images[batch]))
                 loss = F.cross_entropy(logits, labels[batch], label_smoothing=0.1)
-                optimizer.zero_grad()
+                model.zero_grad()
                 loss.backward()
-                optimizer.step()
-                schedule.step()
+                for optimizer in optimizers:
+                    optimizer.step()
+                for schedule in schedules:
+                    schedule.step()
             if progress:
                 progress("train", epoch + 1, epochs)
-        model.eval()
+    model.eval()
 
 
 def _jitter(images: torch.Tensor) -> torch.Tensor:

@@ -22,13 +22,16 @@ from .factors import SiteFactors, site_factors
 from .hosts import find_sites
 from .modes import evaluating
 from .plan import Budget, Plan
-from .probe import Prober, classifier_of, levels, probe_images, probe_key
+from .probe import Prober, classifier_of, levels, probe_images, probe_key, swapped
 from .profile import default_input_size, profile, site_shapes
 from .progress import Progress
 from .sites import PARTS, AttentionSite, Choice, FFNSite, Inventory, Site, check_finite, check_parts, select_parts
 
 METHODS = ("uniform", "spectrum", "probe")
+#: How often ``probe`` measures again around the point that it chose.
+ROUNDS = 1
 Curves = dict[str, dict[str, Curve]]
+Solution = tuple[dict[str, Choice], float]
 
 
 def plan(
@@ -112,7 +115,7 @@ class _Planner:
         curves = {s.name: self._spectrum(s) if method == "spectrum" else self._uniform(s) for s in self.inventory.sites}
         return self._plan(self._solve(curves), method)
 
-    def _solve(self, curves: Curves) -> tuple[dict[str, Choice], float]:
+    def _solve(self, curves: Curves) -> Solution:
         """Choices by site, and their estimated loss."""
         options: list[Options] = [
             site_options(s, curves[s.name], self.parts, self.shapes[s.name], self.multiple) for s in self.inventory.sites
@@ -128,7 +131,7 @@ class _Planner:
         choices = {o.site.name: o.choice(i) for o, i in zip(options, chosen, strict=True)}
         return choices, float(sum(o.loss[i] for o, i in zip(options, chosen, strict=True)))
 
-    def _plan(self, solved: tuple[dict[str, Choice], float], method: str) -> Plan:
+    def _plan(self, solved: Solution, method: str) -> Plan:
         choices, loss = solved
         saved = Cost(0, 0)
         for site in self.inventory.sites:
@@ -189,7 +192,7 @@ class _Planner:
             prober.record(self.inventory)
             curves = self._measure(prober, len(images))
             first = self._solve(curves)
-            refined = self._refine(curves, first, images, prober)
+            refined = self._refine(curves, first, prober)
         return self._plan(refined, "probe")
 
     def _measure(self, prober: Prober, images: int) -> Curves:
@@ -216,10 +219,49 @@ class _Planner:
             curves[name][part] = interpolate(self._energies(self.inventory[name], part), points)
         return curves
 
-    def _refine(
-        self, curves: Curves, first: tuple[dict[str, Choice], float], images: object, prober: Prober
-    ) -> tuple[dict[str, Choice], float]:
-        return first
+    def _refine(self, curves: Curves, first: Solution, prober: Prober) -> Solution:
+        """Measure again around the chosen point, rescale the curves to what is found there, and allocate once more.
+
+        Far from the dense model the effects of cuts no longer add. The new choice is taken if the divergence that
+        it causes as a whole is measured to be lower.
+        """
+        best, best_loss = first, np.inf
+        for round_ in range(ROUNDS + 1):
+            choices = first[0]
+            modules = {n: m for s in self.inventory.sites for n, m in self.factors[s.name].modules(choices[s.name]).items()}
+            with swapped(self.model, modules):
+                loss = prober.record(self.inventory)
+                if loss < best_loss:
+                    best, best_loss = (choices, loss), loss
+                if round_ < ROUNDS:
+                    curves = self._rescaled(curves, choices, prober, loss, round_)
+            if round_ < ROUNDS:
+                first = self._solve(curves)
+        return best
+
+    def _rescaled(self, curves: Curves, choices: dict[str, Choice], prober: Prober, loss: float, round_: int) -> Curves:
+        new: Curves = {}
+        for done, site in enumerate(self.inventory.sites):
+            choice, known = choices[site.name], curves[site.name]
+            used = {p: w for p, w in choice.items() if p in known}
+            if "neurons" not in used:  # dense parts of the form in use are candidates as well
+                used |= {p: site.full[p] for p in known if p not in used and p != "neurons"}
+            scales = {}
+            for part, width in used.items():
+                low, high = max(1, round(width * 0.75)), min(site.full[part], max(width + 1, round(width * 1.3)))
+                measured = []
+                for w in (low, high):
+                    changed = {p: v for p, v in {**choice, part: w}.items() if v < site.full[p]}
+                    same = changed == choice
+                    measured.append(loss if same else prober.measure(site, self.factors[site.name], changed))
+                expected = known[part][low] - known[part][high]
+                ratio = (measured[0] - measured[1]) / max(expected, 1e-12)
+                scales[part] = float(np.clip(ratio, 0.1, 10.0))
+            other = float(np.exp(np.mean(np.log(list(scales.values()))))) if scales else 1.0
+            new[site.name] = {part: curve * scales.get(part, other) for part, curve in known.items()}
+            if self.progress:
+                self.progress(f"refine {round_ + 1}/{ROUNDS}", done + 1, len(self.inventory.sites))
+        return new
 
 
 def interpolate(energies: np.ndarray, points: dict[int, float]) -> Curve:

@@ -94,6 +94,30 @@ def comparison(columns: Sequence[Measured], title: str | None = None) -> Table:
     return table
 
 
+def budgets(models: Sequence[Measured], title: str) -> Table:
+    """One evaluated model per row; the first is the dense one."""
+    table = _table(title, caption=MAC_NOTE)
+    for heading in ("kept", "parameters", "MACs", "on disk", "top-1", "change", "images/s", "speed-up"):
+        table.add_column(heading, justify="right", style="cyan" if heading in ("change", "speed-up") else None)
+    base = models[0].evaluation
+    for model in models:
+        result = model.evaluation
+        if result is None or base is None:
+            continue
+        first = model is models[0]
+        table.add_row(
+            model.name,
+            fmt.count(model.params),
+            fmt.count(model.macs),
+            fmt.size(model.bytes),
+            f"{result.top1:.2f} %",
+            "" if first else _points(result.top1 - base.top1),
+            f"{result.images_per_second:,.0f}",
+            "" if first else f"{result.images_per_second / base.images_per_second:.2f} x",
+        )
+    return table
+
+
 def evaluation(name: str, result: Evaluation, params: int, macs: int) -> Table:
     """One evaluated model."""
     table = _table(f"{name}, {result.images:,} images", caption=MAC_NOTE)

@@ -1,0 +1,225 @@
+"""``comcat demo``: train, compress and compare on this machine, in a minute or two, offline."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from . import options as opt
+from .console import Screen, command
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..calibration import Calibration
+    from ..compress import Report
+    from ..imageloader import ImageData
+    from ..report.tables import Measured
+
+BUDGETS = (0.7, 0.5, 0.3, 0.2)
+SHOWN = (0.5, 0.3)  # the budgets whose layers are shown, the larger one first
+SAVED = 0.5
+DIGITS_SHOWN = 14
+
+
+@command
+def demo(
+    out: Annotated[Path, opt.Option(metavar="DIR", help="Directory for everything that is made.")] = Path(
+        "comcat-demo"
+    ),
+    epochs: Annotated[
+        int, opt.Option(min=0, metavar="N", help="Epochs of training; 0 takes the default.", hidden=True)
+    ] = 0,
+    seed: opt.Seed = 0,
+    overwrite: opt.Overwrite = False,
+    json_output: opt.Json = False,
+) -> None:
+    """Train a small vision transformer on handwritten digits, compress it, and show before and after.
+
+    Needs no network, no GPU and no data: the digits come with scikit-learn.
+    """
+    screen = Screen(json_output)
+    start = time.perf_counter()
+    run = _Demo(screen, out, seed, epochs or None)
+    with screen:
+        run.prepare(overwrite)
+        run.train()
+        run.compress()
+        run.write()
+    run.show(time.perf_counter() - start)
+
+
+class _Demo:
+    def __init__(self, screen: Screen, out: Path, seed: int, epochs: int | None) -> None:
+        self.screen, self.out, self.seed, self.epochs = screen, out, seed, epochs
+        self.columns: list[Measured] = []
+        self.reports: dict[float, Report] = {}
+
+    def prepare(self, overwrite: bool) -> None:
+        """Digits as PNG files and the model, in a directory that appears only when all is done."""
+        import tempfile
+
+        import torch
+
+        from .. import demo
+        from ..files import check_free
+
+        torch.manual_seed(self.seed)
+        if self.out.is_dir() and (self.out / "model" / "comcat.json").exists() and overwrite:
+            pass  # an earlier demo
+        else:
+            check_free(self.out, overwrite=False)
+        self._scratch = tempfile.TemporaryDirectory(prefix="comcat-demo-")
+        self.stage = Path(self._scratch.name) / "demo"
+        demo.write_digits(self.stage / "digits", self.seed)
+        self.model: nn.Module = demo.build(self.seed)
+        self.train_data, self.test_data = self._open("train"), self._open("test")
+
+    def _open(self, split: str) -> ImageData:
+        from ..imageloader import ImageData
+        from .inputs import Reading
+
+        reading = Reading(str(self.stage / "digits"))
+        data = reading.open(split, "evaluation", reading.configure(self.model), 10)
+        assert isinstance(data, ImageData)
+        return data
+
+    def train(self) -> None:
+        import torch
+        from safetensors.torch import save_file
+
+        from .. import demo
+        from ..data import loader
+
+        batches = list(loader(self.train_data))
+        images, labels = (torch.cat(column) for column in zip(*batches, strict=True))
+        demo.train(
+            self.model, images, labels, epochs=self.epochs, seed=self.seed, progress=self.screen.progress
+        )
+        save_file(self.model.state_dict(), self.stage / "dense.safetensors")
+
+    def compress(self) -> None:
+        """Calibrate once, then compress to every budget from the same statistics."""
+        import comcat
+
+        from ..data import calibration_batches, loader
+
+        batches = calibration_batches(self.train_data, 1024, seed=self.seed)
+        calibration = comcat.calibrate(self.model, batches, seed=self.seed, progress=self.screen.progress)
+        self.test_batches = loader(self.test_data, batch_size=50)
+        self._measure("dense", self.model)
+        for budget in BUDGETS:
+            self._compress_to(budget, calibration)
+
+    def _compress_to(self, budget: float, calibration: Calibration) -> None:
+        import comcat
+
+        name = f"{budget:.0%}"
+        plan = comcat.plan(
+            self.model,
+            comcat.Budget(params=budget),
+            calibration=calibration,
+            progress=self.screen.stage(f"choose ranks for {name}"),
+        )
+        small = comcat.compress(self.model, plan, calibration=calibration)
+        self.reports[budget] = small.comcat.report  # type: ignore[union-attr, assignment]
+        if budget == SAVED:
+            comcat.save(small, self.stage / "model")
+            self.identical = self._same(small, comcat.load(self.stage / "model"))
+        if budget == SHOWN[-1]:
+            self.smallest = small
+        self._measure(name, small)
+
+    def _measure(self, name: str, model: nn.Module) -> None:
+        import comcat
+
+        from ..evaluate import evaluate
+        from ..report.tables import Measured
+
+        cost = comcat.profile(model)
+        result = evaluate(model, self.test_batches, progress=self.screen.stage(f"evaluate {name}"))
+        size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        self.columns.append(Measured(name, cost.params, cost.macs, size, result))
+
+    def _same(self, small: nn.Module, again: nn.Module) -> bool:
+        """Whether a model that was saved and loaded computes exactly the same."""
+        import torch
+
+        with torch.no_grad():
+            return all(torch.equal(small(images), again(images)) for images, _ in self.test_batches)
+
+    def write(self) -> None:
+        """Draw the picture and move everything to its place."""
+        import json
+
+        from ..errors import CheckpointError
+        from ..files import atomic_directory
+        from ..report.figures import draw_demo
+
+        if not self.identical:
+            raise CheckpointError("the saved model differs from the one in memory. Please report this")
+        points = [(c.name, c.params, c.evaluation.top1) for c in self.columns if c.evaluation]
+        reports = {f"{b:.0%} kept": self.reports[b] for b in SHOWN}
+        draw_demo(
+            points,
+            reports,
+            self._answers(),
+            self.stage / "report.png",
+            "A vision transformer for handwritten digits, compressed by comcat",
+            "trained once, then compressed without any further training; below, test digits and the answers of "
+            f"the model at {SHOWN[-1]:.0%}",
+        )
+        (self.stage / "report.json").write_text(json.dumps(self._document(), indent=1) + "\n")
+        earlier = self.out / "comcat.json"
+        with atomic_directory(self.out, overwrite=earlier.exists() or not self.out.exists()) as target:
+            import shutil
+
+            shutil.copytree(self.stage, target, dirs_exist_ok=True)
+        self._scratch.cleanup()
+
+    def _answers(self) -> list[tuple[torch.Tensor, int, int]]:
+        """Some test digits, evenly spread, with the answers of the smallest model."""
+        import torch
+
+        step = len(self.test_data) // DIGITS_SHOWN
+        samples = [self.test_data[i * step + 2] for i in range(DIGITS_SHOWN)]
+        with torch.no_grad():
+            answers = self.smallest(torch.stack([image for image, _ in samples])).argmax(1).tolist()
+        return [
+            ((image[0] + 1) / 2, label, answer) for (image, label), answer in zip(samples, answers, strict=True)
+        ]
+
+    def _document(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "seed": self.seed,
+            "reloaded_identical": self.identical,
+            "models": {c.name: c.to_dict() for c in self.columns},
+            "reports": {f"{budget:.0%}": report.to_dict() for budget, report in self.reports.items()},
+        }
+
+    def show(self, seconds: float) -> None:
+        """Print what was measured, and how to go on from here."""
+        from .. import demo
+        from ..report import tables
+
+        out = self.screen.out
+        out.print()
+        out.print(tables.layers(self.reports[SAVED]))
+        title = f"Handwritten digits, {len(self.test_data)} test images, no training after compression"
+        out.print(tables.budgets(self.columns, title))
+        folder = shlex.quote(str(self.out))
+        out.print(f"[green]✓[/green] the model at {SAVED:.0%}, saved and loaded again, computes exactly the same")
+        out.print(f"[green]✓[/green] all of it in {seconds:.0f} s; see [bold]{self.out / 'report.png'}[/bold]")
+        args = " ".join(f"--model-arg {k}={v}" for k, v in demo.MODEL_ARGS.items())
+        out.print("\nYour turn:", style="bold")
+        for line in (
+            f"comcat evaluate {folder}/model --data {folder}/digits",
+            f"comcat compress {demo.ARCHITECTURE} --checkpoint {folder}/dense.safetensors {args} "
+            f"--data {folder}/digits --keep 0.4 --out digits-40",
+        ):
+            out.print(f"  {line}", soft_wrap=True)
+        self.screen.result(self._document())
