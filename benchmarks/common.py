@@ -47,7 +47,10 @@ def cifar10(shared: Path, split: str, limit: int | None = None) -> tuple[Tensor,
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 250) -> float:
     """Top-1 in percent, float32."""
     model.eval()
-    hits = sum(int((model(x).argmax(-1) == y).sum()) for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True))
+    hits = sum(
+        int((model(x).argmax(-1) == y).sum())
+        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    )
     return 100 * hits / len(labels)
 
 

@@ -199,9 +199,7 @@ def test_nothing_readable(tmp_path):
 def test_calibration_subset_is_seeded_and_topped_up(tmp_path):
     root = make_folder(tmp_path / "d", per_class=20)
     data = load_dataset(str(root), data_config=CONFIG, on_error="skip")
-    first, again, other = (
-        torch.cat([x for x, _ in calibration_batches(data, 32, 7, seed=s)]) for s in (0, 0, 1)
-    )
+    first, again, other = (torch.cat([x for x, _ in calibration_batches(data, 32, 7, seed=s)]) for s in (0, 0, 1))
     assert len(first) == 32
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .cost import Cost, Shape, attention_cost, break_even, linear_cost, low_rank_cost, neurons_cost
+from .curves import Curve
 from .errors import BudgetError
 from .sites import AttentionSite, Choice, FFNSite, Site, select_parts
 
-#: The loss of a part at every width: (full + 1,) non-increasing, zero at full.
-Curve = np.ndarray
 #: Budgets are met from below within this fraction.
 TOLERANCE = 0.005
 #: At most this many ranks per low-rank matrix are considered, evenly spaced.
@@ -61,7 +60,9 @@ def site_options(site: Site, curves: dict[str, Curve], parts: tuple[str, ...], s
     if isinstance(site, FFNSite):
         return _ffn_options(site, curves, full, shape, multiple)
     linear = site.module
-    return _join(site, [_linear_options(linear, curves.get("rank") if full else None, shape.tokens, multiple)], ("rank",))
+    return _join(
+        site, [_linear_options(linear, curves.get("rank") if full else None, shape.tokens, multiple)], ("rank",)
+    )
 
 
 def _attention_options(
@@ -74,9 +75,12 @@ def _attention_options(
     )
     qk, vo = (grid.ravel() for grid in np.broadcast_arrays(qk, vo))
     cost = attention_cost(site, qk, vo, shape)
-    loss = sum(curves[p][w] if p in full else np.zeros(len(w)) for p, w in (("qk", qk), ("vo", vo)))
+    loss = np.zeros(len(qk))
+    for part, width in (("qk", qk), ("vo", vo)):
+        if part in full:
+            loss = loss + curves[part][width]
     widths = tuple(np.where(w < d, w, -1) for w in (qk, vo))
-    return Options(site, widths, ("qk", "vo"), *(np.asarray(c) for c in cost), loss)
+    return Options(site, widths, ("qk", "vo"), np.asarray(cost.params), np.asarray(cost.macs), loss)
 
 
 def _linear_options(
@@ -92,13 +96,14 @@ def _linear_options(
 
 def _join(site: Site, tables: list[tuple[np.ndarray, Cost, np.ndarray]], names: tuple[str, ...]) -> Options:
     """Every combination of the options of one or two linear layers."""
-    widths, params, macs, loss = [], 0, 0, 0
+    widths: list[np.ndarray] = []
+    params = macs = loss = np.zeros(())
     for axis, (w, cost, value) in enumerate(tables):
         slot = np.s_[:, None] if axis == 0 and len(tables) == 2 else np.s_[...]
         params, macs, loss = params + cost.params[slot], macs + cost.macs[slot], loss + value[slot]
         widths.append(w[slot])
     flat = tuple(np.broadcast_to(w, np.shape(loss)).ravel() for w in widths)
-    return Options(site, flat, names, *(np.ravel(a) for a in (params, macs, loss)))
+    return Options(site, flat, names, params.ravel().astype(np.int64), macs.ravel().astype(np.int64), loss.ravel())
 
 
 def _ffn_options(site: FFNSite, curves: dict[str, Curve], full: Choice, shape: Shape, multiple: int) -> Options:

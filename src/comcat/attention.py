@@ -117,6 +117,4 @@ class LowRankAttention(nn.Module):
         return self.proj_drop(self.proj(z))
 
     def extra_repr(self) -> str:
-        return (
-            f"num_heads={self.num_heads}, head_dim={self.head_dim}, qk_rank={self.qk_rank}, vo_rank={self.vo_rank}"
-        )
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, qk_rank={self.qk_rank}, vo_rank={self.vo_rank}"

@@ -9,7 +9,7 @@ labels sampled from the model's own prediction).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,7 +23,6 @@ from .hosts import find_sites
 from .modes import frozen
 from .progress import Progress
 from .sites import AttentionSite, FFNSite, Site, check_finite
-
 
 
 class Moment:
@@ -205,7 +204,7 @@ def calibrate(
     parameter = next(model.parameters())
     generator = torch.Generator(device=parameter.device).manual_seed(seed)
     sample = Reservoir(probe_images, seed)
-    total = len(batches) if hasattr(batches, "__len__") else None
+    total = len(batches) if isinstance(batches, Sized) else None
     size: tuple[int, ...] | None = None
     with _recording(recorders), frozen(model), torch.set_grad_enabled(fisher):
         for done, batch in enumerate(batches):
@@ -253,7 +252,7 @@ def _backward(model: nn.Module, images: Tensor, generator: torch.Generator) -> N
     images = images.requires_grad_(True)
     logits = model(images)
     if isinstance(logits, (tuple, list)):
-        logits = sum(logits) / len(logits)
+        logits = torch.stack(list(logits)).mean(0)
     labels = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
     loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
     torch.autograd.grad(loss, images)

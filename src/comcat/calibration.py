@@ -81,7 +81,9 @@ class Calibration:
         except (OSError, SafetensorError, ValueError) as error:
             raise CalibrationError(f"cannot read calibration '{path}': {error}") from error
         if not isinstance(meta, dict) or "images" not in tensors:
-            raise CalibrationError(f"'{path}' is not a comcat calibration; make one with comcat.calibrate(...).save(path)")
+            raise CalibrationError(
+                f"'{path}' is not a comcat calibration; make one with comcat.calibrate(...).save(path)"
+            )
         if meta["format"] > FORMAT:
             raise CalibrationError(f"calibration '{path}' has format {meta['format']}; upgrade comcat to read it")
         images = tensors.pop("images")

@@ -78,7 +78,7 @@ def compress_(
     calibration: Calibration | None = None,
     *,
     progress: Progress | None = None,
-    factors: Mapping[str, SiteFactors] | None = None,
+    factors: Mapping[str, SiteFactors[Any]] | None = None,
 ) -> Report:
     """Replace the planned layers in place.
 
@@ -150,4 +150,3 @@ def compress(
     small = copy.deepcopy(model)
     compress_(small, plan, calibration, progress=progress)
     return small
-

@@ -123,9 +123,7 @@ def calibration_batches(
     if workers is None:
         workers = default_workers(wanted, data.input_size)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
-    return ImageLoader(
-        data, batch_size=batch_size, workers=workers, indices=order[:wanted], spare=order[wanted:]
-    )
+    return ImageLoader(data, batch_size=batch_size, workers=workers, indices=order[:wanted], spare=order[wanted:])
 
 
 def calibration_count(data: ImageData | StreamData, count: int | None) -> int:
@@ -138,8 +136,7 @@ def calibration_count(data: ImageData | StreamData, count: int | None) -> int:
     where = f"{data.name}, split {data.split!r}," if data.split else data.name
     if count is not None and have < count:
         raise DataError(
-            f"calibration asks for {count} images and {where} has {have}. "
-            f"Use --calibration-images {have} or add images"
+            f"calibration asks for {count} images and {where} has {have}. Use --calibration-images {have} or add images"
         )
     if count is None and have < MIN_CALIBRATION_IMAGES:
         raise DataError(

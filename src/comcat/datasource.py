@@ -64,9 +64,7 @@ def kind_of(data: str) -> str:
             return "tar"
         raise DataError(f"{data} is a file. Give the folder that holds it")
     if not os.access(path, os.R_OK | os.X_OK):
-        raise DataError(
-            f"the folder {data} cannot be read (permission denied). Check its permissions: ls -ld {data}"
-        )
+        raise DataError(f"the folder {data} cannot be read (permission denied). Check its permissions: ls -ld {data}")
     return "parquet" if next(path.rglob("*.parquet"), None) else "folder"
 
 
@@ -128,9 +126,7 @@ def open_source(
     if class_map is not None and kind not in ("folder", "tar"):
         raise DataError("a class map applies to image folders and tar files only. Leave it out")
     if class_map is not None and not Path(class_map).is_file():
-        raise DataError(
-            f"there is no class map file {class_map}. Give a text file with one class name per line"
-        )
+        raise DataError(f"there is no class map file {class_map}. Give a text file with one class name per line")
     if kind in ("folder", "tar"):
         return FileSource(data, split, class_map, mode)
     if kind in ("parquet", "hfds"):
@@ -152,9 +148,7 @@ class FileSource:
         self._mode = mode
         has_classes = _check_folder(self.root) if self.root.is_dir() else True
         try:
-            self._reader = create_dataset(
-                "", root=str(self.root), search_split=False, class_map=class_map or ""
-            ).reader
+            self._reader = create_dataset("", root=str(self.root), search_split=False, class_map=class_map or "").reader
         except (RuntimeError, OSError, AssertionError, ValueError) as e:
             raise DataError(f"{self.name} cannot be read as a set of images: {e}") from e
         classes = self._reader.class_to_idx
@@ -171,11 +165,7 @@ class FileSource:
             return Image.open(file).convert(self._mode), int(label) if self.num_classes else -1
 
     def describe(self, index: int) -> str:
-        return (
-            str(self.root / self._reader._filename(index))
-            if self.root.is_dir()
-            else self._reader._filename(index)
-        )
+        return str(self.root / self._reader._filename(index)) if self.root.is_dir() else self._reader._filename(index)
 
     def labels(self) -> np.ndarray | None:
         if not self.num_classes:
@@ -238,9 +228,7 @@ def _check_folder(root: Path) -> bool:
     empty: list[str] = []
 
     def refuse(error: OSError) -> None:
-        raise DataError(
-            f"the folder {error.filename} cannot be read ({error.strerror}). Check its permissions"
-        )
+        raise DataError(f"the folder {error.filename} cannot be read ({error.strerror}). Check its permissions")
 
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
         subfolders[:] = [s for s in subfolders if not s.startswith(".")]
@@ -250,9 +238,7 @@ def _check_folder(root: Path) -> bool:
         elif not subfolders and folder != str(root):
             empty.append(os.path.relpath(folder, root))
     if not holding:
-        raise DataError(
-            f"there are no images in {root} (looked for {', '.join(sorted(extensions))}). Check the path"
-        )
+        raise DataError(f"there are no images in {root} (looked for {', '.join(sorted(extensions))}). Check the path")
     if empty:
         more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
         raise DataError(
@@ -260,7 +246,5 @@ def _check_folder(root: Path) -> bool:
             "shift the labels of the classes after it. Add its images or remove the folder"
         )
     if str(root) in holding and len(holding) > 1:
-        raise DataError(
-            f"{root} holds images beside its class folders. Move them into a class folder, or out"
-        )
+        raise DataError(f"{root} holds images beside its class folders. Move them into a class folder, or out")
     return str(root) not in holding

@@ -1,7 +1,7 @@
 """The embedded demo: a small vision transformer that learns the handwritten digits shipped with scikit-learn.
 
-1 797 scans of 8 x 8 pixels, enlarged to 16 x 16; three quarters train, one quarter tests. Training is offline and
-takes half a minute on two cores.
+1 797 scans of 8 x 8 pixels, enlarged to 16 x 16; three quarters train, one quarter tests. Training is offline
+and takes half a minute on two cores.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def train(
 ) -> None:
     """Train in place: one-cycle learning rate, label smoothing, small random shifts and turns.
 
-    Muon for the block matrices and AdamW for the rest: on data this small it needs a quarter of the epochs. Before
-    PyTorch 2.9, which has no Muon, AdamW takes them all.
+    Muon for the block matrices and AdamW for the rest: on data this small it needs a quarter of the epochs.
+    Before PyTorch 2.9, which has no Muon, AdamW takes them all.
 
     Args:
         images: (N, C, H, W), normalized; labels: (N,).
@@ -97,8 +97,7 @@ def train(
         optimizers.append(muon)
     steps = math.ceil(len(images) / batch_size) * epochs
     schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(o, rate, steps, pct_start=0.15, cycle_momentum=False)
-        for o in optimizers
+        torch.optim.lr_scheduler.OneCycleLR(o, rate, steps, pct_start=0.15, cycle_momentum=False) for o in optimizers
     ]
     model.train()
     with torch.random.fork_rng():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,8 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .errors import DataError, ModelError
-
-Progress = Callable[[str, int, "int | None"], None]
+from .progress import Progress
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,32 @@ def agreement(
     return Agreement(same=100 * same / images, kl=kl / images, images=images)
 
 
+def throughput(models: Sequence[nn.Module], images: torch.Tensor, seconds: float = 2.0) -> list[float]:
+    """Images per second of each model, measured in turns, so that a busy machine slows all of them alike.
+
+    Args:
+        models: all on one device.
+        images: one batch, (B, C, H, W).
+        seconds: time to spend on all models together, after one pass each to warm up; at least three turns.
+
+    Returns:
+        The speed at the median time per batch, for each model.
+    """
+    times: list[list[float]] = [[] for _ in models]
+    with contextlib.ExitStack() as stack:
+        places = [stack.enter_context(_inference(model, None)) for model in models]
+        begin = time.perf_counter()
+        while len(times[0]) < 4 or time.perf_counter() - begin < seconds:
+            for model, (device, dtype), spent in zip(models, places, times, strict=True):
+                batch = images.to(device, dtype)
+                start = _now(device)
+                model(batch)
+                spent.append(_now(device) - start)
+    return [len(images) / max(statistics.median(spent[1:]), 1e-9) for spent in times]
+
+
 @contextlib.contextmanager
-def _inference(
-    model: nn.Module, device: torch.device | str | None
-) -> Iterator[tuple[torch.device, torch.dtype]]:
+def _inference(model: nn.Module, device: torch.device | str | None) -> Iterator[tuple[torch.device, torch.dtype]]:
     """``model`` in evaluation mode on ``device``; every submodule's mode and the device are restored."""
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     home = first.device
@@ -180,8 +202,7 @@ def _logits(model: nn.Module, inputs: torch.Tensor, amp_dtype: torch.dtype | Non
         logits = logits[0]
     if logits.ndim != 2 or not logits.shape[1]:
         raise ModelError(
-            f"the model returns a tensor of shape {tuple(logits.shape)}, not (batch, classes). "
-            "Give it a classifier"
+            f"the model returns a tensor of shape {tuple(logits.shape)}, not (batch, classes). Give it a classifier"
         )
     if not torch.isfinite(logits).all():
         raise ModelError(

@@ -124,9 +124,7 @@ def factor_qk(query_moment: Tensor, key_moment: Tensor) -> QKFactors:
     return QKFactors(down * balance[..., None, :], up.mT / balance[..., None, :], gains)
 
 
-def refit_output(
-    down: Tensor, up: Tensor, output: Tensor, moment: Tensor, ridge: float = REFIT_RIDGE
-) -> Tensor:
+def refit_output(down: Tensor, up: Tensor, output: Tensor, moment: Tensor, ridge: float = REFIT_RIDGE) -> Tensor:
     """Output weights behind reduced heads, jointly refitted over all heads.
 
     ``W_o' = T^+ W_o + (T^T C T)^-1 T^T C (W_o - T T^+ W_o)`` with ``T = blockdiag(down)``: only the residual is

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,14 @@ from .sites import AttentionSite, Choice, FFNSite, HeadSite, Site
 from .skeleton import empty_modules
 
 Moments = Mapping[str, Tensor]
+SiteT = TypeVar("SiteT", bound=Site)
 
 
-class SiteFactors:
+class SiteFactors(Generic[SiteT]):
     """Base: ``moments`` is empty for the data-free route."""
 
-    site: Site
-
-    def __init__(self, moments: Moments | None = None) -> None:
+    def __init__(self, site: SiteT, moments: Moments | None = None) -> None:
+        self.site = site
         self.moments = moments or {}
 
     def modules(self, choice: Choice) -> dict[str, nn.Module]:
@@ -58,12 +59,14 @@ class SiteFactors:
         return total
 
 
-class AttentionFactors(SiteFactors):
-    """Moments: ``q``, ``k`` (H, d, d), ``z`` (H d, H d) and ``z_mean`` (H d,); optional ``qk_rows``, ``qk_cols``, ``out_grad``."""
+class AttentionFactors(SiteFactors[AttentionSite]):
+    """Moments: ``q``, ``k`` (H, d, d), ``z`` (H d, H d) and ``z_mean`` (H d,).
+
+    Optional: ``qk_rows``, ``qk_cols`` (H, d, d) and ``out_grad`` (D_out, D_out).
+    """
 
     def __init__(self, site: AttentionSite, moments: Moments | None = None) -> None:
-        super().__init__(moments)
-        self.site = site
+        super().__init__(site, moments)
         self.heads = HeadWeights.from_fused(site.qkv, site.proj, site.num_heads)
 
     @cached_property
@@ -154,7 +157,7 @@ def _trace(moment: Tensor) -> Tensor:
 
 
 def _fill_attention(
-    small: nn.Module,
+    small: Any,
     weights: tuple[Tensor, Tensor, Tensor],
     biases: tuple[Tensor | None, Tensor | None],
     output: Tensor,
@@ -162,15 +165,16 @@ def _fill_attention(
     like: AttentionSite,
 ) -> None:
     """Write per-head weights into the fused layers of a ``LowRankAttention``."""
-    small.qkv.weight = as_parameter(
-        torch.cat([flatten_heads(w).double() for w in weights]), like.qkv.weight
-    )
+    small.qkv.weight = as_parameter(torch.cat([flatten_heads(w).double() for w in weights]), like.qkv.weight)
     if small.qkv.bias is not None:
         query_bias, value_bias = biases
         assert query_bias is not None
         assert value_bias is not None
-        # The key bias adds the same score to every key of a query; the softmax removes it.
+        # The key bias adds the same score to every key of a query; the softmax removes it. Not so behind a norm,
+        # where the keys keep their width.
         key_bias = torch.zeros_like(query_bias)
+        if "qk" in like.dense_parts:
+            key_bias = like.qkv.bias.detach().unflatten(0, (3, -1))[1]
         small.qkv.bias = as_parameter(
             torch.cat([b.double().flatten() for b in (query_bias, key_bias, value_bias)]), like.qkv.bias
         )
@@ -180,12 +184,14 @@ def _fill_attention(
         small.proj.bias = as_parameter(output_bias, like.proj.weight)
 
 
-class FFNFactors(SiteFactors):
-    """Moments: ``x``, ``h`` covariances and ``x_mean``, ``h_mean`` of the inputs of fc1 and fc2; optional ``fc1_grad``, ``fc2_grad``."""
+class FFNFactors(SiteFactors[FFNSite]):
+    """Moments: ``x``, ``h`` covariances and ``x_mean``, ``h_mean`` of the inputs of fc1 and fc2.
+
+    Optional: ``fc1_grad``, ``fc2_grad``, second moments of the output gradients.
+    """
 
     def __init__(self, site: FFNSite, moments: Moments | None = None) -> None:
-        super().__init__(moments)
-        self.site = site
+        super().__init__(site, moments)
         self._projections: dict[str, Projection] = {}
 
     def projection(self, part: str) -> Projection:
@@ -193,9 +199,7 @@ class FFNFactors(SiteFactors):
             linear, moment, grad = (
                 (self.site.fc1, "x", "fc1_grad") if part == "fc1" else (self.site.fc2, "h", "fc2_grad")
             )
-            self._projections[part] = _linear_projection(
-                linear, self.moments.get(moment), self.moments.get(grad)
-            )
+            self._projections[part] = _linear_projection(linear, self.moments.get(moment), self.moments.get(grad))
         return self._projections[part]
 
     @cached_property
@@ -228,7 +232,7 @@ class FFNFactors(SiteFactors):
                 _fill_linear(small, linear, self.projection(part), self.moments.get(mean))
         return new
 
-    def _fill_neurons(self, count: int, new1: nn.Module, new2: nn.Module) -> None:
+    def _fill_neurons(self, count: int, new1: Any, new2: Any) -> None:
         fc1, fc2 = self.site.fc1, self.site.fc2
         keep = self.neurons.order[:count].sort().values
         dense = fc2.weight.detach().mT.double()  # (M, D_out)
@@ -244,12 +248,8 @@ class FFNFactors(SiteFactors):
         new2.bias = as_parameter(bias, fc2.weight)
 
 
-class HeadFactors(SiteFactors):
+class HeadFactors(SiteFactors[HeadSite]):
     """Moments: ``x`` covariance and ``x_mean`` of the classifier's input; optional ``grad``."""
-
-    def __init__(self, site: HeadSite, moments: Moments | None = None) -> None:
-        super().__init__(moments)
-        self.site = site
 
     @cached_property
     def projection(self) -> Projection:
@@ -265,7 +265,7 @@ class HeadFactors(SiteFactors):
         return new
 
 
-def site_factors(site: Site, moments: Moments | None = None) -> SiteFactors:
+def site_factors(site: Site, moments: Moments | None = None) -> SiteFactors[Any]:
     """The factors of a site; nothing is decomposed before it is asked for."""
     if isinstance(site, AttentionSite):
         return AttentionFactors(site, moments)

@@ -84,8 +84,10 @@ def _replace_directory(new: Path, path: Path) -> None:
 
 
 def check_free(path: str | Path, overwrite: bool = False) -> None:
-    """Raise CheckpointError if ``path`` is a file, or a directory that holds something and must be kept: only a model that
-    comcat saved is ever overwritten."""
+    """Raise CheckpointError if ``path`` is a file, or a directory that holds something.
+
+    ``overwrite`` allows a directory that holds a model saved by comcat, and no other.
+    """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"output '{path}' is a file; choose a directory")

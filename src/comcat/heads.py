@@ -1,6 +1,7 @@
 """The per-head normal form of an attention layer.
 
-    scores_h = scale * (x W_q,h + b_q,h)(x W_k,h + b_k,h)^T        out = sum_h softmax(scores_h)(x W_v,h + b_v,h) W_o,h + b_o
+    scores_h = scale * (x W_q,h + b_q,h)(x W_k,h + b_k,h)^T
+    out      = sum_h softmax(scores_h)(x W_v,h + b_v,h) W_o,h + b_o
 
 Weights are kept transposed as ``nn.Linear`` has them, one slice per head, so that reducing a head is one batched
 product and no D x D matrix is ever formed. Source: COMCAT (arXiv 2305.17235), Eq. 1-3.

@@ -56,11 +56,11 @@ def load_model(
         _load_checkpoint(model, Path(checkpoint))
     architecture = (model.pretrained_cfg or {}).get("architecture") or name
     if ":" not in name:
-        model.comcat_source = Source(architecture, args)  # type: ignore[assignment]
+        model.comcat_source = Source(architecture, args)
     return model
 
 
-def _create(name: str, pretrained: bool, args: dict[str, Any]) -> nn.Module:
+def _create(name: str, pretrained: bool, args: dict[str, Any]) -> Any:
     try:
         return timm.create_model(name, pretrained=pretrained, **args)
     except (TypeError, AssertionError) as error:
@@ -101,5 +101,9 @@ def _difference(wanted: dict[str, tuple[int, ...]], there: dict[str, tuple[int, 
     unknown = [key for key in there if key not in wanted]
     shapes = [f"{k} is {there[k]}, not {wanted[k]}" for k in wanted if k in there and there[k] != wanted[k]]
     found = (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
-    said = [f"{len(names)} tensors {what} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})" for what, names in found if names]
+    said = [
+        f"{len(names)} tensors {what} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
+        for what, names in found
+        if names
+    ]
     return "; ".join(said) + "; give the architecture's arguments with --model-arg, e.g. --model-arg img_size=32"

@@ -71,7 +71,8 @@ class Budget:
         kept = int(whole * self.value) if isinstance(self.value, float) else self.value
         if kept >= whole:
             raise BudgetError(
-                f"a budget of {kept:,} {self.unit} is not below what the dense {self.of} costs ({whole:,}); ask for less"
+                f"a budget of {kept:,} {self.unit} is not below what the dense {self.of} costs ({whole:,}); "
+                "ask for less"
             )
         return kept + model_cost - whole
 
@@ -80,8 +81,8 @@ class Budget:
 class Plan:
     """Widths by module name; what is not listed stays dense.
 
-    ``layers`` maps e.g. ``"blocks.0.attn"`` to ``{"qk": 24, "vo": 20}``, ``"blocks.0.mlp"`` to ``{"neurons": 300}`` or
-    ``{"fc1": 40, "fc2": 50}``, ``"head"`` to ``{"rank": 8}``. ``estimate`` holds what the planner expected (costs, loss).
+    ``layers`` maps e.g. ``"blocks.0.attn"`` to ``{"qk": 24, "vo": 20}``, ``"blocks.0.mlp"`` to ``{"neurons": 300}``
+    or ``{"fc1": 40, "fc2": 50}``, ``"head"`` to ``{"rank": 8}``. ``estimate`` holds what the planner expected.
     """
 
     layers: dict[str, Choice]

@@ -1,6 +1,7 @@
 """From a model, a calibration and a budget to a plan: the methods that value the components.
 
-* ``uniform``: every part keeps the same fraction.
+* ``uniform``: every part keeps the same fraction. The classifier stays dense beside other parts: its rank is bounded by
+  the number of classes, and an equal share of that costs far more than it saves.
 * ``spectrum``: energies of the factors; in units of the loss where the calibration has output gradients, otherwise
   relative to each part's own energy (raw energies of different layers and parts do not compare).
 * ``probe``: the measured divergence when one part of one layer is cut to a few levels, interpolated along the part's
@@ -10,13 +11,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from .allocate import Curve, Options, allocate, site_options
+from .allocate import Options, allocate, site_options
 from .calibration import Calibration
-from .cost import Cost, Shape, break_even, site_cost
+from .cost import Cost, Shape, attention_cost, break_even, site_cost
+from .curves import Curve, linear_size, probed_curve, spectrum_curve, uniform_curve
 from .errors import PlanError
 from .factors import SiteFactors, site_factors
 from .hosts import find_sites
@@ -25,11 +28,13 @@ from .plan import Budget, Plan
 from .probe import Prober, classifier_of, levels, probe_images, probe_key, swapped
 from .profile import default_input_size, profile, site_shapes
 from .progress import Progress
-from .sites import PARTS, AttentionSite, Choice, FFNSite, Inventory, Site, check_finite, check_parts, select_parts
+from .sites import PARTS, AttentionSite, Choice, Inventory, Site, check_finite, check_parts, select_parts
 
 METHODS = ("uniform", "spectrum", "probe")
 #: How often ``probe`` measures again around the point that it chose.
 ROUNDS = 1
+#: Parts whose widths count up to their full width; the others only up to break-even.
+WIDTHS = ("qk", "vo", "neurons")
 Curves = dict[str, dict[str, Curve]]
 Solution = tuple[dict[str, Choice], float]
 
@@ -67,6 +72,8 @@ def plan(
         raise PlanError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
     if method == "probe" and (calibration is None or not len(calibration.images)):
         raise PlanError("method 'probe' measures on images: give a calibration made with probe_images > 0")
+    if method == "uniform" and len(parts) > 1:
+        parts = tuple(part for part in parts if part != "head")
     if not isinstance(rank_multiple, int) or rank_multiple < 1:
         raise PlanError(f"rank_multiple must be a positive integer, not {rank_multiple!r}")
     return _Planner(model, budget, calibration, parts, rank_multiple, input_size, progress).plan(method)
@@ -103,7 +110,7 @@ class _Planner:
         self.inventory = Inventory(sites, inventory.dense)
         moments = calibration.moments if calibration else {}
         device = next(model.parameters()).device
-        self.factors: dict[str, SiteFactors] = {
+        self.factors: dict[str, SiteFactors[Any]] = {
             s.name: site_factors(s, {n: t.to(device) for n, t in moments.get(s.name, {}).items()}) for s in sites
         }
         parts_cost = sum((_parts_cost(s, parts, self.shapes[s.name]) for s in sites), Cost(0, 0))
@@ -112,13 +119,14 @@ class _Planner:
     def plan(self, method: str) -> Plan:
         if method == "probe":
             return self._probed()
-        curves = {s.name: self._spectrum(s) if method == "spectrum" else self._uniform(s) for s in self.inventory.sites}
+        curves = {s.name: self._unmeasured(s, method) for s in self.inventory.sites}
         return self._plan(self._solve(curves), method)
 
     def _solve(self, curves: Curves) -> Solution:
         """Choices by site, and their estimated loss."""
         options: list[Options] = [
-            site_options(s, curves[s.name], self.parts, self.shapes[s.name], self.multiple) for s in self.inventory.sites
+            site_options(s, curves[s.name], self.parts, self.shapes[s.name], self.multiple)
+            for s in self.inventory.sites
         ]
         unit = self.budget.unit
         dense = getattr(self.dense, unit)
@@ -145,42 +153,20 @@ class _Planner:
         layers = {name: choice for name, choice in choices.items() if choice}
         return Plan(layers, method=method, budget=budget, estimate=estimate)
 
-    # -- curves ---------------------------------------------------------------------------------------------------
+    def _unmeasured(self, site: Site, method: str) -> dict[str, Curve]:
+        """Curves that need no images."""
+        calibration = self.calibration
+        parts = self._parts(site)
+        if method == "spectrum":
+            fisher = calibration is not None and calibration.fisher
+            return {part: spectrum_curve(self.factors[site.name], part, fisher) for part in parts}
+        if "neurons" in parts:  # one form for all: neurons where there are activations to refit on, else low rank
+            parts = {p: w for p, w in parts.items() if (p == "neurons") == (calibration is not None)}
+        return {part: uniform_curve(site, part) for part in parts}
 
-    def _uniform(self, site: Site) -> dict[str, Curve]:
-        """Equal kept fractions as a minimum: sum of ``cost / fraction`` is least, at a given cost, where all are equal.
-
-        The FFN goes by neurons where there are activations to refit on, else by rank.
-        """
-        curves: dict[str, Curve] = {}
-        neurons = self.calibration is not None and "neurons" in site.full
-        for part, full in select_parts(site.full, site.kind, self.parts).items():
-            if isinstance(site, FFNSite) and (part == "neurons") != neurons:
-                continue
-            equal = break_even(*_linear_size(site, part)) if not isinstance(site, AttentionSite) and part != "neurons" else full
-            weight = 2 * site.num_heads * site.qkv.in_features * full if isinstance(site, AttentionSite) else 0
-            if part == "neurons":
-                weight = full * (site.fc1.in_features + site.fc2.out_features)  # type: ignore[union-attr]
-            elif not weight:
-                weight = int(np.prod(_linear_size(site, part)))
-            fraction = np.arange(full + 1) / equal
-            with np.errstate(divide="ignore"):
-                curve = weight * np.maximum(1 / fraction - 1, 0)
-            curve[0] = curve[1] * 10
-            curves[part] = curve
-        return curves
-
-    def _spectrum(self, site: Site) -> dict[str, Curve]:
-        curves = {}
-        fisher = self.calibration is not None and self.calibration.fisher
-        for part in select_parts(site.full, site.kind, self.parts):
-            errors = self.factors[site.name].errors(part).cpu().numpy()
-            curves[part] = errors / 2 if fisher else errors / max(errors[0], 1e-300)
-        return curves
-
-    def _energies(self, site: Site, part: str) -> np.ndarray:
-        errors = self.factors[site.name].errors(part).cpu().numpy()
-        return np.maximum(errors / max(errors[0], 1e-300), 1e-12)
+    def _parts(self, site: Site) -> Choice:
+        """Full widths of the site's parts that may be reduced."""
+        return select_parts(site.full, site.kind, self.parts)
 
     # -- probing --------------------------------------------------------------------------------------------------
 
@@ -202,8 +188,8 @@ class _Planner:
         work = [
             (site, part, width)
             for site in self.inventory.sites
-            for part, full in select_parts(site.full, site.kind, self.parts).items()
-            for width in levels(part, full if part in ("qk", "vo", "neurons") else break_even(*_linear_size(site, part)))
+            for part, full in self._parts(site).items()
+            for width in levels(part, full if part in WIDTHS else break_even(*linear_size(site, part)))
             if width < full
         ]
         measured: dict[tuple[str, str], dict[int, float]] = {}
@@ -216,7 +202,7 @@ class _Planner:
                 self.progress("probe", done + 1, len(work))
         curves: Curves = {site.name: {} for site in self.inventory.sites}
         for (name, part), points in measured.items():
-            curves[name][part] = interpolate(self._energies(self.inventory[name], part), points)
+            curves[name][part] = probed_curve(self.factors[name], part, points)
         return curves
 
     def _refine(self, curves: Curves, first: Solution, prober: Prober) -> Solution:
@@ -228,7 +214,9 @@ class _Planner:
         best, best_loss = first, np.inf
         for round_ in range(ROUNDS + 1):
             choices = first[0]
-            modules = {n: m for s in self.inventory.sites for n, m in self.factors[s.name].modules(choices[s.name]).items()}
+            modules = {
+                n: m for s in self.inventory.sites for n, m in self.factors[s.name].modules(choices[s.name]).items()
+            }
             with swapped(self.model, modules):
                 loss = prober.record(self.inventory)
                 if loss < best_loss:
@@ -264,38 +252,8 @@ class _Planner:
         return new
 
 
-def interpolate(energies: np.ndarray, points: dict[int, float]) -> Curve:
-    """A non-increasing loss curve through measured ``points``, log-linear in the part's dropped ``energies``.
-
-    Args:
-        energies: (full + 1,) positive, non-increasing; what is dropped at every width.
-        points: measured loss by width.
-    """
-    widths = np.array(sorted(points))
-    values = np.maximum.accumulate(np.array([points[w] for w in widths])[::-1])[::-1]  # non-increasing in the width
-    x, y = np.log(energies[widths]), np.log(np.maximum(values, 1e-9))
-    # Ascending in x; outside the measured levels the loss goes on in proportion to the energy.
-    x, y = x[::-1], y[::-1]
-    x, unique = np.unique(x, return_index=True)
-    y = y[unique]
-    at = np.log(energies)
-    curve = np.interp(at, x, y)
-    curve = np.where(at < x[0], y[0] + (at - x[0]), curve)
-    curve = np.where(at > x[-1], y[-1] + (at - x[-1]), curve)
-    curve = np.exp(curve)
-    curve[-1] = 0.0
-    return np.maximum.accumulate(curve[::-1])[::-1]
-
-
-def _linear_size(site: Site, part: str) -> tuple[int, int]:
-    linear = site.linears["linear" if part == "rank" else part]
-    return linear.in_features, linear.out_features
-
-
 def _parts_cost(site: Site, parts: tuple[str, ...], shape: Shape) -> Cost:
     """What the selected parts of a dense site cost."""
-    from .cost import attention_cost
-
     if not isinstance(site, AttentionSite):
         return site_cost(site, {}, shape)
     d = site.head_dim
@@ -303,4 +261,3 @@ def _parts_cost(site: Site, parts: tuple[str, ...], shape: Shape) -> Cost:
     rest = attention_cost(site, 0 if "qk" in parts else d, 0 if "vo" in parts else d, shape)
     cost = whole - rest
     return Cost(int(cost.params), int(cost.macs))
-

@@ -78,7 +78,7 @@ class Prober:
             if replay is not None and recorded is not None:
                 replay.output = recorded[i]
             out = self.model(batch)
-            outputs.append((sum(out) / len(out) if isinstance(out, (tuple, list)) else out).float())
+            outputs.append((torch.stack(list(out)).mean(0) if isinstance(out, (tuple, list)) else out).float())
         return torch.cat(outputs)
 
     def divergence(self, outputs: Tensor) -> float:
@@ -122,7 +122,7 @@ class Prober:
         with swapped(self.model, stand_ins):
             return self._outputs(replay, self.recorded[self.blocks[last]])
 
-    def measure(self, site: Site, factors: SiteFactors, choice: Choice) -> float:
+    def measure(self, site: Site, factors: SiteFactors[Any], choice: Choice) -> float:
         """Divergence with ``site`` at ``choice`` and everything else as it was recorded."""
         block = site.name.rpartition(".")[0]
         if site.kind == "head" and self.blocks:

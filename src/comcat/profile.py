@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .cost import Shape
 from .errors import ModelError
-from .modes import evaluating
+from .modes import evaluating, frozen
 from .sites import Inventory
 
 
@@ -64,7 +64,7 @@ def profile(model: nn.Module, input_size: Sequence[int] | None = None) -> Profil
     image = torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype)
     counter = FlopCounterMode(display=False)
     try:
-        with evaluating(model), counter, torch.no_grad():
+        with frozen(model), counter, torch.no_grad():  # the counter trips over leaves passed as inputs
             model(image)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"the model does not run on an input of size {size}: {error}") from error

@@ -1,15 +1,15 @@
 """What can be compressed in a model: sites, each a module with named widths.
 
 A host (``hosts/``) finds the sites; everything after it works on sites alone. A *choice* says how wide a site
-shall be, e.g. ``{"qk": 24, "vo": 20}``, ``{"neurons": 300}``, ``{"fc1": 40, "fc2": 50}`` or ``{"rank": 8}``; a part that
-the choice does not name stays dense, and the empty choice is the dense layer.
+shall be, e.g. ``{"qk": 24, "vo": 20}``, ``{"neurons": 300}``, ``{"fc1": 40, "fc2": 50}`` or ``{"rank": 8}``; a part
+that the choice does not name stays dense, and the empty choice is the dense layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -46,7 +46,7 @@ class AttentionSite:
     head_dim: int
     build: Callable[[int, int], nn.Module]
     dense_parts: dict[str, str] = field(default_factory=dict)
-    kind = "attention"
+    kind: ClassVar = "attention"
 
     @property
     def full(self) -> Choice:
@@ -73,7 +73,7 @@ class FFNSite:
     fc1: nn.Linear
     fc2: nn.Linear
     neurons_dense: str | None = None
-    kind = "ffn"
+    kind: ClassVar = "ffn"
 
     @property
     def full(self) -> Choice:
@@ -95,7 +95,7 @@ class HeadSite:
 
     name: str
     module: nn.Linear
-    kind = "head"
+    kind: ClassVar = "head"
 
     @property
     def full(self) -> Choice:
@@ -124,9 +124,7 @@ class Inventory:
         for site in self.sites:
             if site.name == name:
                 return site
-        raise PlanError(
-            f"layer '{name}' is not in this model; its layers are {_some([s.name for s in self.sites])}"
-        )
+        raise PlanError(f"layer '{name}' is not in this model; its layers are {_some([s.name for s in self.sites])}")
 
 
 def _some(names: list[str], count: int = 4) -> str:

@@ -42,7 +42,7 @@ class Source:
 def describe(model: nn.Module) -> Source | None:
     """The source of a dense model: recorded when comcat loaded it, else read off a timm model; None if it is neither.
 
-    What is read off is compared with the architecture's defaults; :func:`comcat.save` checks that it rebuilds the model.
+    What is read off is compared with the architecture's defaults; :func:`comcat.save` checks that it is enough.
     """
     recorded = getattr(model, "comcat_source", None)
     config = getattr(model, "pretrained_cfg", None) or {}

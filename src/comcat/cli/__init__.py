@@ -1,4 +1,4 @@
-"""The command line. Everything heavy (torch, timm) is imported inside the commands, so ``--help`` is instant."""
+"""The command line. Heavy imports (torch, timm) happen inside the commands, so ``--help`` is instant."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Make attention-based vision models small: per-head low-rank compression of trained vision transformers."""
+    """Make attention-based vision models small: per-head low-rank compression of vision transformers."""
 
 
 def main() -> None:

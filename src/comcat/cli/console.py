@@ -30,8 +30,8 @@ Command = TypeVar("Command", bound=Callable[..., None])
 class Screen:
     """Where a command writes: results to stdout, everything else to stderr.
 
-    With ``json_output`` stdout receives exactly one JSON document, from :meth:`result`. As a context manager it
-    shows a progress bar for every stage that is reported through :meth:`progress`.
+    With ``json_output`` stdout receives exactly one JSON document, from :meth:`result`. As a context manager
+    it shows a progress bar for every stage that is reported through :meth:`progress`.
     """
 
     def __init__(self, json_output: bool = False) -> None:
@@ -99,7 +99,7 @@ def command(function: Command) -> Command:
         except ComcatError as error:
             _fail(str(error), 1, json_output, error)
         except KeyboardInterrupt as error:
-            kept = getattr(error, "kept", "") or "nothing was written"
+            kept = str(error) or "nothing was written"
             _fail(f"interrupted; {kept}", 130, json_output, error, prefix="")
         except BrokenPipeError as error:  # the reader of a pipe has had enough
             raise typer.Exit(1) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 from . import options as opt
 from .console import Screen, command
@@ -16,7 +16,7 @@ def evaluate(
     checkpoint: opt.Checkpoint = None,
     model_arg: opt.ModelArgs = None,
     reference: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         opt.Option(
             metavar="MODEL",
             help="Also say how often the answers equal those of this model.",
@@ -24,7 +24,7 @@ def evaluate(
         ),
     ] = None,
     split: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         opt.Option(help="validation, val or test otherwise.", rich_help_panel=opt.DATA),
     ] = None,
     eval_images: opt.EvalImages = None,

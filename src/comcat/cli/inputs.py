@@ -1,4 +1,4 @@
-"""From command line values to models, data and budgets; every mistake ends here, before the long work begins."""
+"""From command line values to models, data and budgets; mistakes end here, before the long work begins."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Reading:
     interpolation: str | None = None
 
     def configure(self, model: nn.Module) -> dict[str, Any]:
-        """The model's preprocessing, with the options' values; these become the model's own, to be saved with it."""
+        """The model's preprocessing with the options' values, which become its own and are saved with it."""
         from timm.data import resolve_model_data_config
 
         from ..profile import default_input_size
@@ -96,7 +96,8 @@ class Reading:
                 str_to_interp_mode(self.interpolation)
             except KeyError as e:
                 raise DataError(
-                    f"there is no interpolation {self.interpolation!r}. Use nearest, bilinear, bicubic or lanczos"
+                    f"there is no interpolation {self.interpolation!r}. "
+                    "Use nearest, bilinear, bicubic or lanczos"
                 ) from e
         if self.std is not None and not all(s > 0 for s in self.std):
             raise DataError("a standard deviation must be positive. Correct --std")
@@ -146,8 +147,8 @@ class Reading:
             raise DataError(f"{_place(data)} has no labels to evaluate against. Choose another --split")
         if classes and data.num_classes and data.num_classes != classes and self.class_map is None:
             screen.warn(
-                f"{_place(data)} has {data.num_classes} classes and the model {classes} outputs; class i is taken "
-                "for output i. If the model numbers them differently, give --class-map"
+                f"{_place(data)} has {data.num_classes} classes and the model {classes} outputs; class i is "
+                "taken for output i. If the model numbers them differently, give --class-map"
             )
         return data
 

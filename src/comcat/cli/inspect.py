@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 from . import options as opt
 from .console import Screen, command
@@ -20,11 +20,11 @@ def inspect(
     checkpoint: opt.Checkpoint = None,
     model_arg: opt.ModelArgs = None,
     calibration_images: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         opt.Option(metavar="N", help="Images to look at; 1024 or all.", rich_help_panel=opt.DATA),
     ] = None,
     split: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         opt.Option(help="train, if there is one, otherwise.", rich_help_panel=opt.DATA),
     ] = None,
     data_root: opt.DataRoot = None,

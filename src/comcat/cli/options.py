@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -16,16 +16,16 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A timm model name, [bold]hf-hub:[/bold] name, a directory saved by comcat, or, with --checkpoint, an "
-        "architecture name.",
+        help="A timm model name, [bold]hf-hub:[/bold] name, a directory saved by comcat, or, "
+        "with --checkpoint, an architecture name.",
     ),
 ]
 Checkpoint = Annotated[
-    Optional[Path],  # noqa: UP045 - typer reads the annotation at run time, on Python 3.10 as well
+    Path | None,
     Option(help="Weights for the architecture MODEL (.safetensors).", rich_help_panel=MODEL),
 ]
 ModelArgs = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     Option(
         "--model-arg",
         metavar="NAME=VALUE",
@@ -37,26 +37,26 @@ Data = Annotated[
     str,
     Option(
         metavar="DATA",
-        help="Folder of images (one folder per class), folder of parquet files, or a timm data set: hfds/NAME, "
-        "wds/NAME, torch/NAME.",
+        help="Folder of images (one folder per class), folder of parquet files, or a timm data set: "
+        "hfds/NAME, wds/NAME, torch/NAME.",
         rich_help_panel=DATA,
     ),
 ]
 OptionalData = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     Option(
         metavar="DATA",
-        help="Folder of images (one folder per class), folder of parquet files, or a timm data set: hfds/NAME, "
-        "wds/NAME, torch/NAME.",
+        help="Folder of images (one folder per class), folder of parquet files, or a timm data set: "
+        "hfds/NAME, wds/NAME, torch/NAME.",
         rich_help_panel=DATA,
     ),
 ]
 DataRoot = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     Option(help="Where torch/ and wds/ data sets lie.", rich_help_panel=DATA),
 ]
 ClassMap = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     Option(
         help="Class folder names, one per line, in the order of the model's outputs; alphabetical otherwise.",
         rich_help_panel=DATA,
@@ -71,35 +71,35 @@ SkipBad = Annotated[
     ),
 ]
 Mean = Annotated[
-    Optional[tuple[float, float, float]],  # noqa: UP045
+    tuple[float, float, float] | None,
     Option(
         metavar="R G B", help="Mean of the normalization; from the model otherwise.", rich_help_panel=DATA
     ),
 ]
 Std = Annotated[
-    Optional[tuple[float, float, float]],  # noqa: UP045
+    tuple[float, float, float] | None,
     Option(metavar="R G B", help="Standard deviation of the normalization.", rich_help_panel=DATA),
 ]
 CropPct = Annotated[
-    Optional[float],  # noqa: UP045
+    float | None,
     Option(
         min=0.01,
         max=1.0,
-        help="Centre crop after resizing, as a fraction; images of exactly the model's size are taken as they are.",
+        help="Centre crop after resizing, as a fraction; images of the model's size are taken as is.",
         rich_help_panel=DATA,
     ),
 ]
 Interpolation = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     Option(metavar="NAME", help="bilinear, bicubic, ...; from the model otherwise.", rich_help_panel=DATA),
 ]
 EvalImages = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     Option(min=1, metavar="N", help="Evaluate on the first N images only.", rich_help_panel=DATA),
 ]
 BatchSize = Annotated[int, Option(min=1, help="Images in a batch.", rich_help_panel=RUN)]
 Workers = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     Option(min=0, help="Processes that read images; 0 or 2 by the size of the data.", rich_help_panel=RUN),
 ]
 Device = Annotated[

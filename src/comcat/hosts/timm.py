@@ -5,13 +5,14 @@ Classes are matched exactly: a subclass may override ``forward``, and then nothi
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from timm.layers import GluMlp, Mlp
 from timm.layers.attention import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from ..attention import LowRankAttention, attend
+from ..attention import LowRankAttention
 from ..heads import is_identity
 from ..sites import AttentionSite, FFNSite, HeadSite, Inventory, LeftDense, Site
 
@@ -44,7 +45,7 @@ def find_sites(model: nn.Module) -> Inventory:
     return Inventory(sites, dense + _uncovered(model, covered))
 
 
-def _site(name: str, module: nn.Module) -> Site | None:
+def _site(name: str, module: Any) -> Site | None:
     if type(module) is Attention or type(module) is WindowAttention:
         return _attention_site(name, module)
     if type(module) in (Mlp, GluMlp) and type(module.fc1) is nn.Linear and type(module.fc2) is nn.Linear:
@@ -55,7 +56,7 @@ def _site(name: str, module: nn.Module) -> Site | None:
     return None
 
 
-def _attention_site(name: str, module: nn.Module) -> AttentionSite | None:
+def _attention_site(name: str, module: Any) -> AttentionSite | None:
     if type(module.qkv) is not nn.Linear or type(module.proj) is not nn.Linear:
         return None  # already low-rank, quantized or adapted by someone else
     dense: dict[str, str] = {}
@@ -70,7 +71,7 @@ def _attention_site(name: str, module: nn.Module) -> AttentionSite | None:
     head_dim = module.qkv.out_features // (3 * module.num_heads)
 
     def build(qk_rank: int, vo_rank: int) -> nn.Module:
-        cls = LowRankWindowAttention if type(module) is WindowAttention else LowRankAttention
+        cls: type[LowRankAttention] = LowRankWindowAttention if type(module) is WindowAttention else LowRankAttention
         small = cls(
             dim=module.qkv.in_features,
             num_heads=module.num_heads,
@@ -114,14 +115,14 @@ class LowRankWindowAttention(LowRankAttention, WindowAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """(windows * batch, tokens, D); ``mask`` is (windows, tokens, tokens), additive, or None."""
-        bias = self._get_rel_pos_bias()  # (1, heads, tokens, tokens)
+        bias: Tensor = WindowAttention._get_rel_pos_bias(self)  # (1, heads, tokens, tokens)
         if mask is not None:
             bias = bias + mask[:, None]  # (windows, heads, tokens, tokens)
             bias = bias.repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
         return super().forward(x, bias)
 
 
-def _classifiers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+def _classifiers(model: Any) -> list[tuple[str, nn.Linear]]:
     """The final linear layer(s); two for distilled DeiT."""
     if not hasattr(model, "get_classifier"):
         return []

@@ -23,7 +23,7 @@ class Kept(NamedTuple):
 
 
 def kept_by_part(report: Report) -> tuple[list[str], dict[str, dict[str, Kept]]]:
-    """Block names in order, and part -> block -> what was kept. ``blocks.0.attn`` is in the block ``blocks.0``."""
+    """Block names in order, and part -> block -> what was kept; ``blocks.0.attn`` is of ``blocks.0``."""
     rows: list[str] = []
     parts: dict[str, dict[str, Kept]] = {}
     for layer in report.layers:
@@ -37,10 +37,7 @@ def kept_by_part(report: Report) -> tuple[list[str], dict[str, dict[str, Kept]]]
 
 def _parts(layer: LayerReport) -> dict[str, Kept]:
     if layer.kind == "attention":
-        return {
-            part: Kept(kept / layer.full[part], f"{kept}/{layer.full[part]}")
-            for part, kept in layer.ranks.items()
-        }
+        return {part: Kept(kept / layer.full[part], f"{kept}/{layer.full[part]}") for part, kept in layer.ranks.items()}
     share = layer.params_after / max(layer.params_before, 1)
     label = ", ".join(
         f"{n}/{layer.full[k]}" if k in ("neurons", "rank") else f"{k} {n}" for k, n in layer.ranks.items()
@@ -65,9 +62,7 @@ def draw_kept(report: Report, path: str | Path, title: str, subtitle: str | None
     save(figure, path)
 
 
-def _bars(
-    axes: Any, rows: Sequence[str], part: str, series: Sequence[tuple[Mapping[str, Kept], str, float]]
-) -> None:
+def _bars(axes: Any, rows: Sequence[str], part: str, series: Sequence[tuple[Mapping[str, Kept], Any, float]]) -> None:
     """Horizontal bars, one per block, of each series on top of the one before."""
     present = {row for blocks, _, _ in series for row in blocks}
     places = [i for i, row in enumerate(rows) if row in present]
@@ -95,9 +90,7 @@ def _labels(axes: Any, rows: Sequence[str], blocks: Mapping[str, Kept]) -> None:
             axes.text(x, i, label, va="center", ha=align, fontsize=7, color=color)
 
 
-def draw_spectra(
-    summaries: Sequence[SpectrumSummary], path: str | Path | IO[bytes], title: str, subtitle: str
-) -> None:
+def draw_spectra(summaries: Sequence[SpectrumSummary], path: str | Path | IO[bytes], title: str, subtitle: str) -> None:
     """Write a PNG: for every part, the energy lost against the components kept, one curve per layer.
 
     Raises:
@@ -107,7 +100,7 @@ def draw_spectra(
     columns = min(3, len(parts))
     lines = -(-len(parts) // columns)
     figure = new_figure(1 + 3.1 * columns, 1.3 + 2.6 * lines)
-    heading(figure, title, subtitle)
+    heading(figure, title, f"{subtitle} · pale curves: first layers, dark: last layers")
     all_axes = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
     for axes, part in zip(all_axes, parts, strict=False):
         _energy_panel(axes, part, [s for s in summaries if s.part == part])
@@ -130,7 +123,7 @@ def _energy_panel(axes: Any, part: str, summaries: Sequence[SpectrumSummary]) ->
     even = summaries[0].break_even / summaries[0].full
     if even < 1:
         axes.axvline(even, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.text(even + 0.02, 0.6, "break-even", fontsize=7, color=MUTED, va="top")
+        axes.text(even - 0.015, 1.3e-4, "break-even", fontsize=7, color=MUTED, ha="right")
     axes.axhline(0.01, color=MUTED, linewidth=0.7, linestyle=(0, (1, 2)))
     axes.set_yscale("log")
     axes.set(xlim=(0, 1), ylim=(1e-4, 1))
@@ -138,21 +131,7 @@ def _energy_panel(axes: Any, part: str, summaries: Sequence[SpectrumSummary]) ->
     axes.set_yticks([1, 0.1, 0.01, 0.001, 0.0001], ["100 %", "10 %", "1 %", "0.1 %", "0.01 %"])
     axes.minorticks_off()
     axes.set_title(TITLES[part], fontsize=9, loc="left", color=INK)
-    axes.text(
-        0.985,
-        0.96,
-        _depth_note(summaries),
-        transform=axes.transAxes,
-        fontsize=7,
-        color=MUTED,
-        ha="right",
-        va="top",
-    )
     tidy(axes, grid="y")
-
-
-def _depth_note(summaries: Sequence[SpectrumSummary]) -> str:
-    return "pale: first layer\ndark: last layer" if len(summaries) > 1 else summaries[0].layer
 
 
 def draw_demo(
@@ -202,9 +181,7 @@ def draw_demo(
         for spine in axes.spines.values():
             spine.set_color("#dddddd")
         right_answer = answer == label
-        axes.set_title(
-            str(answer), fontsize=9, color=COLORS["vo"] if right_answer else "#c0392b", fontweight="bold"
-        )
+        axes.set_title(str(answer), fontsize=9, color=COLORS["vo"] if right_answer else "#c0392b", fontweight="bold")
     save(figure, path)
 
 
@@ -212,21 +189,14 @@ def _accuracy(axes: Any, points: Sequence[tuple[str, int, float]]) -> None:
     sizes = [params / 1e6 for _, params, _ in points]
     accuracy = [top1 for _, _, top1 in points]
     axes.axhline(accuracy[0], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
-    axes.plot(
-        sizes, accuracy, color=COLORS["qk"], linewidth=1.8, marker="o", markersize=6, markeredgecolor="white"
-    )
+    axes.plot(sizes, accuracy, color=COLORS["qk"], linewidth=1.8, marker="o", markersize=6, markeredgecolor="white")
     axes.plot(sizes[:1], accuracy[:1], marker="o", markersize=7, color=INK, markeredgecolor="white")
-    for (name, _, top1), x in zip(points, sizes, strict=True):
-        axes.annotate(
-            f"{name}\n{top1:.1f} %",
-            (x, top1),
-            (0, -9),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            fontsize=8,
-            color=INK,
-        )
+    for i, ((name, _, top1), x) in enumerate(zip(points, sizes, strict=True)):
+        # Where the line climbs steeply from a point, its label goes to the right, clear of the line.
+        steep = i > 0 and accuracy[0] - top1 > 0.1 * (accuracy[0] - min(accuracy))
+        offset, align = ((9, 2), "left") if steep else ((0, -9), "center")
+        label = f"{name}\n{top1:.1f} %"
+        axes.annotate(label, (x, top1), offset, textcoords="offset points", ha=align, va="top", fontsize=8, color=INK)
     low = min(accuracy)
     span = max(accuracy[0] - low, 1.5)
     axes.set(xlim=(0, max(sizes) * 1.15), ylim=(low - 0.55 * span, accuracy[0] + 0.25 * span))

@@ -20,7 +20,7 @@ class SpectrumSummary:
         break_even: number of components at which a smaller layer stops being smaller.
         full: number of components.
         tail: (full + 1,) share of the energy that is lost when the first n components are kept.
-        decay: component energies on a logarithmic scale, 1 for the largest, 0 for a thousandth of it and below.
+        decay: component energies on a logarithmic scale, 1 for the largest, 0 for a thousandth of it.
     """
 
     layer: str

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from ..evaluate import Evaluation
     from .spectra import SpectrumSummary
 
+SPECTRA_NOTE = (
+    "components that hold 90 / 99 % of the energy; below its break-even rank a low-rank layer is smaller than "
+    "the dense one; the curve is the energy of the components, largest first, on a scale down to 1/1000"
+)
 MAC_NOTE = "a MAC is one multiply-add of a matrix product, attention products included, for one image"
 
 
@@ -28,7 +33,8 @@ class Measured:
         name: heading, e.g. ``dense``.
         params, macs: of the whole model; macs for one image.
         bytes: of its weights on disk.
-        evaluation: accuracy and speed, where it was evaluated.
+        evaluation: accuracy, where it was evaluated.
+        speed: images per second, where it was measured.
     """
 
     name: str
@@ -36,28 +42,34 @@ class Measured:
     macs: int
     bytes: int
     evaluation: Evaluation | None = None
+    speed: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         evaluation = self.evaluation.to_dict() if self.evaluation else None
-        return {"params": self.params, "macs": self.macs, "bytes": self.bytes, "evaluation": evaluation}
+        return {
+            "params": self.params,
+            "macs": self.macs,
+            "bytes": self.bytes,
+            "images_per_second": self.speed,
+            "evaluation": evaluation,
+        }
 
 
-def _table(title: str | None = None, caption: str | None = None) -> Table:
-    return Table(
-        title=title,
-        caption=caption,
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        caption_justify="left",
-        title_style="bold",
-        header_style="bold",
-        pad_edge=False,
-    )
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
 
 
-def comparison(columns: Sequence[Measured], title: str | None = None) -> Table:
+def _titled(title: str, table: Table, caption: str | None = None) -> Group:
+    """A table below its title; rich would wrap both to the table's width."""
+    lines: list[Any] = [Text(title, style="bold"), table]
+    if caption:
+        lines.append(Text(caption, style="dim"))
+    return Group(*lines, Text())
+
+
+def comparison(columns: Sequence[Measured], title: str) -> Group:
     """One model per column; the first is the dense one, to which the others are compared."""
-    table = _table(title, caption=MAC_NOTE)
+    table = _table()
     table.add_column("")
     base = columns[0]
     for column in columns:
@@ -80,47 +92,35 @@ def comparison(columns: Sequence[Measured], title: str | None = None) -> Table:
         row(label, [shown(n) for n in numbers], [fmt.percent(n, numbers[0]) for n in numbers[1:]])
     evaluations = [c.evaluation for c in columns if c.evaluation is not None]
     if len(evaluations) == len(columns):
-        first = evaluations[0]
-        top1, top5, speed = (
-            [getattr(e, n) for e in evaluations] for n in ("top1", "top5", "images_per_second")
-        )
-        row("top-1", [f"{v:.2f} %" for v in top1], [_points(v - first.top1) for v in top1[1:]])
-        row("top-5", [f"{v:.2f} %" for v in top5], [_points(v - first.top5) for v in top5[1:]])
-        row(
-            "images/s",
-            [f"{v:,.0f}" for v in speed],
-            [f"{v / first.images_per_second:.2f} x" for v in speed[1:]],
-        )
-    return table
+        for label, name in (("top-1", "top1"), ("top-5", "top5")):
+            values = [getattr(e, name) for e in evaluations]
+            row(label, [f"{v:.2f} %" for v in values], [f"{v - values[0]:+.2f}" for v in values[1:]])
+    speeds = [c.speed for c in columns if c.speed is not None]
+    if len(speeds) == len(columns):
+        row("images/s", [f"{v:,.0f}" for v in speeds], [f"{v / speeds[0]:.2f} x" for v in speeds[1:]])
+    return _titled(title, table, MAC_NOTE)
 
 
-def budgets(models: Sequence[Measured], title: str) -> Table:
+def budgets(models: Sequence[Measured], title: str) -> Group:
     """One evaluated model per row; the first is the dense one."""
-    table = _table(title, caption=MAC_NOTE)
-    for heading in ("kept", "parameters", "MACs", "on disk", "top-1", "change", "images/s", "speed-up"):
+    table = _table()
+    for heading in ("kept", "params", "MACs", "on disk", "top-1", "change", "images/s", "speed-up"):
         table.add_column(heading, justify="right", style="cyan" if heading in ("change", "speed-up") else None)
-    base = models[0].evaluation
+    dense = models[0]
     for model in models:
-        result = model.evaluation
-        if result is None or base is None:
-            continue
-        first = model is models[0]
-        table.add_row(
-            model.name,
-            fmt.count(model.params),
-            fmt.count(model.macs),
-            fmt.size(model.bytes),
-            f"{result.top1:.2f} %",
-            "" if first else _points(result.top1 - base.top1),
-            f"{result.images_per_second:,.0f}",
-            "" if first else f"{result.images_per_second / base.images_per_second:.2f} x",
-        )
-    return table
+        cells = [model.name, fmt.count(model.params), fmt.count(model.macs), fmt.size(model.bytes)]
+        if model.evaluation and dense.evaluation:
+            change = model.evaluation.top1 - dense.evaluation.top1
+            cells += [f"{model.evaluation.top1:.2f} %", "" if model is dense else f"{change:+.2f}"]
+        if model.speed and dense.speed:
+            cells += [f"{model.speed:,.0f}", "" if model is dense else f"{model.speed / dense.speed:.2f} x"]
+        table.add_row(*cells)
+    return _titled(title, table, MAC_NOTE)
 
 
-def evaluation(name: str, result: Evaluation, params: int, macs: int) -> Table:
+def evaluation(name: str, result: Evaluation, params: int, macs: int) -> Group:
     """One evaluated model."""
-    table = _table(f"{name}, {result.images:,} images", caption=MAC_NOTE)
+    table = _table()
     for heading in ("parameters", "MACs", "top-1", "top-5", "loss", "images/s"):
         table.add_column(heading, justify="right")
     table.add_row(
@@ -131,52 +131,48 @@ def evaluation(name: str, result: Evaluation, params: int, macs: int) -> Table:
         f"{result.loss:.4f}",
         f"{result.images_per_second:,.0f}",
     )
-    return table
+    return _titled(f"{name}, {result.images:,} images", table, MAC_NOTE)
 
 
-def layers(report: Report) -> Table:
+def layers(report: Report) -> Group:
     """What was kept of every compressed layer."""
-    table = _table("Layers")
-    table.add_column("layer")
-    table.add_column("kept of full width")
-    table.add_column("parameters", justify="right")
-    table.add_column("kept", justify="right", style="cyan")
-    table.add_column("")
-    table.add_column("est. error", justify="right")
+    table = _table()
+    table.add_column("layer", no_wrap=True)
+    table.add_column("kept of full width", no_wrap=True)
+    table.add_column("params", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", style="cyan", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("est. error", justify="right", no_wrap=True)
     for layer in report.layers:
         share = layer.params_after / max(layer.params_before, 1)
         table.add_row(
             layer.name,
             fmt.ranks(layer.ranks, layer.full),
-            f"{fmt.count(layer.params_before)} → {fmt.count(layer.params_after)}",
+            fmt.count(layer.params_after),
             f"{100 * share:.0f} %",
             bar(share),
             fmt.error(layer.error),
         )
-    return table
+    return _titled("Layers", table)
 
 
-def left_dense(report: Report) -> Table | None:
+def left_dense(report: Report) -> Group | None:
     """What was not compressed and why; None if there is nothing to say."""
     if not report.dense:
         return None
-    table = _table("Left dense")
+    table = _table()
     table.add_column("layer")
     table.add_column("class")
     table.add_column("why")
     for entry in report.dense:
         table.add_row(entry.name, entry.cls, entry.reason)
-    return table
+    return _titled("Left dense", table)
 
 
-def spectra(summaries: Sequence[SpectrumSummary], calibrated: bool) -> Table:
+def spectra(summaries: Sequence[SpectrumSummary], calibrated: bool) -> Group:
     """How many components hold 90 and 99 % of the energy of every part of every layer."""
     source = "of the activations" if calibrated else "of the weights (no images)"
-    table = _table(
-        f"Spectra, {source}",
-        caption="components that hold 90 / 99 % of the energy; a low-rank layer pays off below its break-even "
-        "rank; the curve is the energy of the components, from the largest, on a scale down to 1/1000",
-    )
+    table = _table()
     table.add_column("layer")
     table.add_column("part")
     for heading in ("90 %", "99 %", "break-even", "full"):
@@ -197,14 +193,10 @@ def spectra(summaries: Sequence[SpectrumSummary], calibrated: bool) -> Table:
             verdict,
         )
         previous = s.layer
-    return table
+    return _titled(f"Spectra, {source}", table, SPECTRA_NOTE)
 
 
-def bar(share: float, width: int = 10) -> Text:
+def bar(share: float, width: int = 8) -> Text:
     """A share between 0 and 1 as a bar."""
     filled = round(width * min(max(share, 0.0), 1.0))
-    return Text.assemble(("━" * filled, "cyan"), ("━" * (width - filled), "bright_black"))
-
-
-def _points(difference: float) -> str:
-    return f"{difference:+.2f}"
+    return Text.assemble(("█" * filled, "cyan"), ("░" * (width - filled), "bright_black"))

@@ -1,0 +1,311 @@
+"""One run of ``comcat compress``: load, check, calibrate, plan, compress, evaluate, write, show."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .console import Screen
+from .inputs import Reading, report_skipped
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..calibration import Calibration
+    from ..compress import Report
+    from ..imageloader import ImageData, ImageLoader, StreamData
+    from ..plan import Budget, Plan
+    from ..report.tables import Measured
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of the command that steer the run."""
+
+    model: str
+    out: Path
+    overwrite: bool
+    method: str | None
+    parts: tuple[str, ...]
+    rank_multiple: int
+    calibration_images: int | None
+    calibration_file: Path | None
+    fisher: bool
+    data_free: bool
+    evaluate: bool
+    calibration_split: str | None
+    eval_split: str | None
+    eval_images: int | None
+    batch_size: int
+    workers: int | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything that is shown and written."""
+
+    plan: Plan
+    report: Report
+    dense: Measured
+    small: Measured
+
+
+class Job:
+    def __init__(
+        self,
+        screen: Screen,
+        settings: Settings,
+        reading: Reading | None,
+        budget: Budget | None,
+        plan: Plan | None,
+    ) -> None:
+        self.screen, self.settings, self.reading = screen, settings, reading
+        self.budget, self.plan = budget, plan
+        self.calibration: Calibration | None = None
+        self.calibration_batches: ImageLoader | None = None
+        self.eval_batches: ImageLoader | None = None
+
+    # -- before the long work --------------------------------------------------------------------------------
+
+    def load(self, checkpoint: Path | None, args: dict[str, Any], device: torch.device) -> None:
+        """The model, and everything about the job that can be checked against it."""
+        import torch
+
+        import comcat
+
+        from ..calibration import Calibration
+        from ..hosts import find_sites
+        from ..sites import check_finite, check_parts
+
+        check_parts(self.settings.parts)
+        torch.manual_seed(self.settings.seed)
+        model = comcat.load_model(self.settings.model, checkpoint=checkpoint, model_args=args)
+        self.model: nn.Module = model.to(device).eval()
+        inventory = find_sites(self.model)
+        check_finite(self.model)
+        if self.budget is not None and self.budget.of == "model":
+            cost = getattr(comcat.profile(self.model), self.budget.unit)
+            self.budget.absolute(cost, cost)  # refuses what the dense model meets already
+        if self.plan is not None:
+            self.plan.check(inventory)
+        path = self.settings.calibration_file
+        if path is not None and path.is_file():
+            self.calibration = Calibration.load(path)
+            self.calibration.check(inventory)
+            self._check_calibration(self.calibration, path)
+
+    def _check_calibration(self, calibration: Calibration, path: Path) -> None:
+        from ..errors import CalibrationError
+
+        wanted = self.settings.calibration_images
+        if wanted is not None and wanted != calibration.num_images:
+            raise CalibrationError(
+                f"{path} holds statistics of {calibration.num_images} images, not {wanted}. "
+                "Leave --calibration-images out or name another file"
+            )
+        if self.settings.fisher and not calibration.fisher:
+            raise CalibrationError(f"{path} was made without --fisher. Leave it out or name another file")
+        self.screen.note(f"calibration read from {path} ({calibration.num_images} images)")
+
+    def open_data(self) -> None:
+        """Both splits, checked before any of them is used."""
+        from ..data import calibration_batches, loader
+
+        s, reading = self.settings, self.reading
+        if reading is None:
+            return
+        config = reading.configure(self.model)
+        calibration = evaluation = None
+        if self.calibration is None and not s.data_free:
+            calibration = reading.open(s.calibration_split, "calibration", config, None, s.seed)
+            self.calibration_batches = calibration_batches(
+                calibration, s.calibration_images, s.batch_size, s.seed, s.workers
+            )
+        if s.evaluate:
+            evaluation = reading.open_labelled(s.eval_split, config, self.model, self.screen)
+            self.eval_batches = loader(evaluation, s.batch_size, s.workers, s.eval_images)
+        self._explain(calibration, evaluation)
+
+    def _explain(
+        self, calibration: ImageData | StreamData | None, evaluation: ImageData | StreamData | None
+    ) -> None:
+        """Say what was chosen where the user did not choose."""
+        either = calibration or evaluation
+        if either is not None and either.as_is:
+            size = "x".join(str(n) for n in either.input_size[1:])
+            self.screen.note(f"the images already are {size}, so they are neither resized nor cropped")
+        if calibration is not None and evaluation is not None:
+            if calibration.split == evaluation.split:
+                self.screen.warn(
+                    "calibration and evaluation share their images; the accuracy flatters a little"
+                )
+            else:
+                self.screen.note(f"calibrates on {calibration.split!r}, evaluates on {evaluation.split!r}")
+
+    # -- the long work ---------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Nothing is written to the output directory before all of it has succeeded."""
+        try:
+            self._calibrate()
+            self.outcome = self._compress(self.plan or self._make_plan())
+        except KeyboardInterrupt as interrupt:
+            path = self.settings.calibration_file
+            if path is not None and path.is_file():
+                interrupt.args = (f"no model was written, the calibration is in {path}",)
+            raise
+
+    def _calibrate(self) -> None:
+        import comcat
+
+        from ..errors import DataError
+
+        batches, wanted = self.calibration_batches, self.settings.calibration_images
+        if batches is None:
+            return
+        self.calibration = comcat.calibrate(
+            self.model,
+            batches,
+            fisher=self.settings.fisher,
+            seed=self.settings.seed,
+            progress=self.screen.progress,
+        )
+        report_skipped(self.screen, batches.skipped)
+        have = self.calibration.num_images
+        if wanted and have < wanted:
+            raise DataError(
+                f"only {have} of the {wanted} calibration images can be read. "
+                f"Use --calibration-images {have} or add images"
+            )
+        self._save_calibration()
+
+    def _save_calibration(self) -> None:
+        if self.settings.calibration_file is not None and self.calibration is not None:
+            self.calibration.save(self.settings.calibration_file)
+
+    def _make_plan(self) -> Plan:
+        import comcat
+
+        assert self.budget is not None
+        known = json.dumps(self.calibration.probes) if self.calibration else ""
+        plan = comcat.plan(
+            self.model,
+            self.budget,
+            calibration=self.calibration,
+            method=self.settings.method,
+            parts=self.settings.parts,
+            rank_multiple=self.settings.rank_multiple,
+            progress=self.screen.progress,
+        )
+        if self.calibration is not None and json.dumps(self.calibration.probes) != known:
+            self._save_calibration()  # with what was probed, which took longest
+        return plan
+
+    def _compress(self, plan: Plan) -> Outcome:
+        """Compress, evaluate, write; the output directory appears complete or not at all."""
+        import comcat
+
+        from ..checkpoint import TENSORS_NAME
+        from ..errors import ComcatError
+        from ..files import atomic_directory
+        from ..report.figures import draw_kept
+        from ..report.tables import Measured
+
+        screen = self.screen
+        small_model = comcat.compress(
+            self.model, plan, calibration=self.calibration, progress=screen.progress
+        )
+        report: Report = small_model.comcat.report  # type: ignore[union-attr, assignment]
+        size = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
+        dense = Measured("dense", report.params_before, report.macs_before, size)
+        small = Measured("compressed", report.params_after, report.macs_after, 0)
+        if self.eval_batches is not None:
+            dense, small = self._evaluate([self.model, small_model], [dense, small])
+        with atomic_directory(self.settings.out, self.settings.overwrite) as stage:
+            comcat.save(small_model.cpu(), stage, overwrite=True)
+            small = replace(small, bytes=(stage / TENSORS_NAME).stat().st_size)
+            outcome = Outcome(plan, report, dense, small)
+            plan.save(stage / "plan.json")
+            (stage / "report.json").write_text(
+                json.dumps(self._document(outcome), indent=1, default=str) + "\n"
+            )
+            try:
+                draw_kept(report, stage / "report.png", *self._titles(outcome))
+            except ComcatError as error:
+                screen.note(f"no report.png: {error}")
+        return outcome
+
+    def _evaluate(self, models: list[nn.Module], columns: list[Measured]) -> list[Measured]:
+        """Accuracy one after the other, speed in turns."""
+        from ..evaluate import evaluate, throughput
+
+        assert self.eval_batches is not None
+        measured = []
+        for model, column in zip(models, columns, strict=True):
+            result = evaluate(model, self.eval_batches, progress=self.screen.stage(f"evaluate {column.name}"))
+            measured.append(replace(column, evaluation=result))
+        images = next(iter(self.eval_batches))[0]
+        speeds = throughput(models, images)
+        return [replace(column, speed=speed) for column, speed in zip(measured, speeds, strict=True)]
+
+    # -- the outcome -----------------------------------------------------------------------------------------
+
+    def _titles(self, outcome: Outcome) -> tuple[str, str]:
+        from ..report.format import count
+
+        dense, small = outcome.dense, outcome.small
+        title = f"{self.settings.model}: {count(dense.params)} → {count(small.params)} parameters"
+        subtitle = f"what every layer kept · MACs {count(dense.macs)} → {count(small.macs)}"
+        if dense.evaluation and small.evaluation:
+            subtitle += f" · top-1 {dense.evaluation.top1:.2f} → {small.evaluation.top1:.2f} %"
+        return title, subtitle
+
+    def _place(self) -> str | None:
+        if self.eval_batches is None:
+            return None
+        data = self.eval_batches.data
+        return f"{data.name}, split {data.split}" if data.split else data.name
+
+    def _document(self, outcome: Outcome) -> dict[str, Any]:
+        """The outcome for machines: the ``--json`` document and ``report.json``."""
+        made = self.calibration
+        return {
+            "model": self.settings.model,
+            "out": str(self.settings.out),
+            "method": outcome.plan.method,
+            "seed": self.settings.seed,
+            "calibration": {"images": made.num_images, "fisher": made.fisher} if made else None,
+            "evaluated_on": self._place(),
+            "skipped_images": {
+                **(self.calibration_batches.skipped if self.calibration_batches else {}),
+                **(self.eval_batches.skipped if self.eval_batches else {}),
+            },
+            "dense": outcome.dense.to_dict(),
+            "compressed": outcome.small.to_dict(),
+            "report": outcome.report.to_dict(),
+        }
+
+    def show(self) -> None:
+        """Print the outcome."""
+        from ..report import tables
+
+        outcome, out = self.outcome, self.screen.out
+        if self.eval_batches is not None:
+            report_skipped(self.screen, self.eval_batches.skipped)
+        out.print()
+        out.print(tables.layers(outcome.report))
+        if dense := tables.left_dense(outcome.report):
+            out.print(dense)
+        place = self._place()
+        title = f"{self.settings.model}, ranks by {outcome.plan.method}, "
+        title += f"evaluated on {place}" if place else "not evaluated"
+        out.print(tables.comparison([outcome.dense, outcome.small], title))
+        target = self.settings.out
+        out.print(
+            f"written to [bold]{target}[/bold]; in Python: comcat.load({str(target)!r})", soft_wrap=True
+        )
+        self.screen.result(self._document(outcome))

@@ -1,0 +1,85 @@
+"""Tiny random hosts: oracles without downloads.
+
+Wherever an architecture allows it every dimension is another prime, so that a transposition cannot hide; all
+biases are random and non-zero, and weights are large enough that scores are far from uniform and every layer
+matters.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import comcat
+from comcat.profile import default_input_size
+
+#: 3 heads of width 5, 17 hidden units, 2 x 3 patches, 11 classes.
+VIT = {
+    "img_size": (14, 21),
+    "patch_size": 7,
+    "embed_dim": 15,
+    "depth": 2,
+    "num_heads": 3,
+    "mlp_ratio": 17.5 / 15,
+    "num_classes": 11,
+}
+#: Heads of width 5, then 4; 4 x 4 patches in windows of 2 x 2, shifted in every second block.
+SWIN = {
+    "img_size": 8,
+    "patch_size": 2,
+    "embed_dim": 10,
+    "depths": (2, 1),
+    "num_heads": (2, 5),
+    "window_size": 2,
+    "mlp_ratio": 1.7,
+    "num_classes": 11,
+}
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random parameters of a size at which the output depends on all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        leaf = name.rpartition(".")[2]
+        if leaf in ("weight", "gamma", "gamma_1", "gamma_2") and parameter.dim() == 1:
+            noise = 1 + 0.2 * noise  # norms and LayerScale
+        elif leaf == "weight":
+            noise = noise * 1.5 / parameter[0].numel() ** 0.5
+        else:
+            noise = 0.5 * noise  # biases, tokens, positions, relative position tables
+        parameter.data.copy_(noise)
+    return model
+
+
+def make(
+    name: str = "vit_tiny_patch16_224", seed: int = 0, dtype: torch.dtype = torch.float64, **args: Any
+) -> nn.Module:
+    """A randomized timm model in evaluation mode."""
+    return randomize(timm.create_model(name, **args), seed).to(dtype).eval()
+
+
+def vit(seed: int = 0, dtype: torch.dtype = torch.float64, **args: Any) -> nn.Module:
+    return make("vit_tiny_patch16_224", seed, dtype, **{**VIT, **args})
+
+
+def swin(seed: int = 0, dtype: torch.dtype = torch.float64, **args: Any) -> nn.Module:
+    return make("swin_tiny_patch4_window7_224", seed, dtype, **{**SWIN, **args})
+
+
+def images(model: nn.Module, count: int = 7, seed: int = 1) -> Tensor:
+    """Random images of the size and dtype that ``model`` takes."""
+    parameter = next(model.parameters())
+    size = default_input_size(model)
+    return torch.randn(count, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+        parameter.dtype
+    )
+
+
+def calibrated(model: nn.Module, count: int = 96, **args: Any) -> comcat.Calibration:
+    return comcat.calibrate(model, images(model, count, seed=2).split(32), **args)

@@ -1,0 +1,153 @@
+"""One option per site under a budget: near the brute-force optimum, and always within the budget."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from comcat.allocate import Options, allocate, lower_hull, site_options
+from comcat.cost import Shape, break_even, site_cost
+from comcat.errors import BudgetError
+from comcat.hosts import find_sites
+from conftest import vit
+
+SITES = {site.kind: site for site in find_sites(vit()).sites}
+SHAPE = Shape(7, 7)
+
+
+def option(cost: list[int], loss: list[float]) -> Options:
+    cost = np.array(cost)
+    return Options(SITES["head"], (np.arange(len(cost)),), ("rank",), cost, 7 * cost, np.array(loss, float))
+
+
+def random_options(rng: np.random.Generator, sites: int, convex: bool) -> list[Options]:
+    found = []
+    for _ in range(sites):
+        cost = np.sort(rng.choice(np.arange(1, 60), 7, replace=False))
+        loss = np.sort(rng.exponential(1.0, 7))[::-1]
+        if convex:  # losses saved per cost fall: the hull holds every option
+            slopes = np.sort(rng.exponential(1.0, 6))[::-1]
+            loss = np.append(np.cumsum((slopes * np.diff(cost))[::-1])[::-1], 0.0)
+        found.append(option(cost, loss))
+    return found
+
+
+def brute(options: list[Options], limit: int) -> float:
+    picks = product(*(range(len(o.loss)) for o in options))
+    return min(
+        sum(o.loss[i] for o, i in zip(options, pick, strict=True))
+        for pick in picks
+        if sum(o.params[i] for o, i in zip(options, pick, strict=True)) <= limit
+    )
+
+
+@pytest.mark.parametrize("convex", [True, False])
+@pytest.mark.parametrize("seed", range(10))
+def test_close_to_brute_force(seed: int, convex: bool) -> None:
+    rng = np.random.default_rng(seed)
+    options = random_options(rng, 3, convex)
+    low, high = (sum(f(o.params) for o in options) for f in (np.min, np.max))
+    largest = sum(float(o.loss.max() - o.loss.min()) for o in options) / len(options)
+    for limit in np.linspace(low, high, 7).astype(int):
+        chosen = allocate(options, "params", int(limit), 0, str, tolerance=1.0)
+        assert sum(o.params[i] for o, i in zip(options, chosen, strict=True)) <= limit
+        got = sum(o.loss[i] for o, i in zip(options, chosen, strict=True))
+        assert brute(options, limit) - 1e-9 <= got <= brute(options, limit) + largest
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_optimal_where_a_corner_of_the_hull_meets_the_budget(seed: int) -> None:
+    """The greedy walk over convex curves is exact at every budget that it passes."""
+    options = random_options(np.random.default_rng(seed), 3, convex=True)
+    position = [len(o.loss) - 1 for o in options]
+    while any(position):
+        rates = [
+            (o.loss[p - 1] - o.loss[p]) / (o.params[p] - o.params[p - 1]) if p else np.inf
+            for o, p in zip(options, position, strict=True)
+        ]
+        position[int(np.argmin(rates))] -= 1
+        limit = sum(int(o.params[p]) for o, p in zip(options, position, strict=True))
+        chosen = allocate(options, "params", limit, 0, str, tolerance=1.0)
+        got = sum(o.loss[i] for o, i in zip(options, chosen, strict=True))
+        assert got == pytest.approx(brute(options, limit))
+
+
+def test_what_is_fixed_counts() -> None:
+    options = [option([1, 10], [1, 0]), option([2, 20], [1, 0])]
+    assert allocate(options, "params", 130, 100, str) == [1, 1]
+    assert allocate(options, "params", 121, 100, str, tolerance=0.1) == [0, 1]
+    assert allocate(options, "params", 112, 100, str) == [1, 0]
+
+
+def test_units() -> None:
+    options = [option([1, 10], [1, 0])]
+    assert allocate(options, "macs", 70, 0, str) == [1]
+    assert allocate(options, "macs", 69, 0, str, tolerance=1.0) == [0]
+
+
+def test_out_of_reach_names_the_smallest() -> None:
+    options = [option([10, 20], [1, 0]), option([5, 20], [1, 0])]
+    with pytest.raises(BudgetError, match=r"<114> is out of reach: the smallest reachable .* is <115>"):
+        allocate(options, "params", 114, 100, lambda cost: f"<{cost}>")
+
+
+def test_too_coarse_widths_name_the_closest() -> None:
+    with pytest.raises(BudgetError, match=r"closest below 19 is 10; use a smaller rank multiple"):
+        allocate([option([10, 20], [1, 0])], "params", 19, 0, str)
+
+
+def test_equal_losses_leave_no_budget_unused() -> None:
+    options = [option(list(range(1, 101)), [0.0] * 100)]
+    assert allocate(options, "params", 57, 0, str) == [56]
+
+
+def test_the_hull_is_convex_and_below_everything() -> None:
+    rng = np.random.default_rng(0)
+    cost, loss = rng.integers(0, 50, 200), rng.random(200)
+    hull = lower_hull(cost, loss)
+    x, y = cost[hull], loss[hull]
+    assert cost[hull[0]] == cost.min()
+    assert loss[hull[-1]] == loss.min()
+    assert (np.diff(x) > 0).all()
+    assert (np.diff(np.diff(y) / np.diff(x)) > 0).all()
+    inside = cost <= x[-1]
+    assert (loss[inside] >= np.interp(cost[inside], x, y) - 1e-12).all()
+
+
+def curves(kind: str) -> dict[str, np.ndarray]:
+    return {part: np.linspace(1, 0, full + 1) for part, full in SITES[kind].full.items()}
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 3])
+@pytest.mark.parametrize(("kind", "part"), [("attention", "qk"), ("attention", "vo"), ("ffn", "ffn"), ("head", "head")])
+def test_options_hold_the_dense_one_and_cost_what_their_choice_costs(kind: str, part: str, multiple: int) -> None:
+    site = SITES[kind]
+    found = site_options(site, curves(kind), (part,), SHAPE, multiple)
+    choices = [found.choice(i) for i in range(len(found.loss))]
+    assert {} in choices
+    assert found.loss[choices.index({})] == 0
+    for choice, params, macs in zip(choices, found.params, found.macs, strict=True):
+        assert (params, macs) == site_cost(site, choice, SHAPE)
+        assert all(width % multiple == 0 for width in choice.values())
+        assert set(choice) <= ({part} if kind == "attention" else set(site.full))
+    assert len({tuple(sorted(c.items())) for c in choices}) == len(choices) > 1
+
+
+def test_low_rank_options_stay_below_break_even() -> None:
+    dense = {kind: site_cost(site, {}, SHAPE).params for kind, site in SITES.items()}
+    for kind, part in (("ffn", "ffn"), ("head", "head")):
+        found = site_options(SITES[kind], curves(kind), (part,), SHAPE, 1)
+        for i in range(len(found.loss)):
+            choice = found.choice(i)
+            assert found.params[i] <= dense[kind]
+            for name, width in choice.items():
+                if name != "neurons":
+                    linear = SITES[kind].linears["linear" if name == "rank" else name]
+                    assert width < break_even(linear.in_features, linear.out_features)
+
+
+def test_a_part_that_is_not_selected_has_no_options() -> None:
+    for kind, site in SITES.items():
+        other = ("head",) if kind != "head" else ("qk",)
+        found = site_options(site, curves(kind), other, SHAPE, 1)
+        assert [found.choice(i) for i in range(len(found.loss))] == [{}]
