@@ -9,8 +9,10 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from importlib import import_module
 from typing import Any
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -83,3 +85,9 @@ def images(model: nn.Module, count: int = 7, seed: int = 1) -> Tensor:
 
 def calibrated(model: nn.Module, count: int = 96, **args: Any) -> comcat.Calibration:
     return comcat.calibrate(model, images(model, count, seed=2).split(32), **args)
+
+
+@pytest.fixture
+def no_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip reading off the architecture, most of the time that a tiny compression takes; nothing can be saved."""
+    monkeypatch.setattr(import_module("comcat.compress"), "describe", lambda model: None)

@@ -73,7 +73,7 @@ def test_optimal_where_a_corner_of_the_hull_meets_the_budget(seed: int) -> None:
 
 
 def test_what_is_fixed_counts() -> None:
-    options = [option([1, 10], [1, 0]), option([2, 20], [1, 0])]
+    options = [option([1, 10], [1, 0]), option([2, 20], [3, 0])]
     assert allocate(options, "params", 130, 100, str) == [1, 1]
     assert allocate(options, "params", 121, 100, str, tolerance=0.1) == [0, 1]
     assert allocate(options, "params", 112, 100, str) == [1, 0]

@@ -26,11 +26,12 @@ def test_demo(tmp_path, monkeypatch):
     assert document["models"]["dense"]["evaluation"]["images"] == 450
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((out / "digits").rglob("*.png"))) == 1797
-    assert sum(p.numel() for p in comcat.load(out / "model").parameters()) == document["models"]["50%"]["params"]
+    assert sum(p.numel() for p in comcat.load(out).parameters()) == document["models"]["50%"]["params"]
     assert torch.get_num_threads() == threads
     # What the demo suggests to try next works, and gives what the demo has shown.
-    again = json.loads(Result(["evaluate", out / "model", "--data", out / "digits", "--json"]).out)
+    again = json.loads(Result(["evaluate", out, "--data", out / "digits", "--json"]).out)
     assert again["top1"] == document["models"]["50%"]["evaluation"]["top1"]
+    assert [p.name for p in tmp_path.iterdir()] == ["demo"]
     refused = Result(["demo", "--out", out])
     assert refused.code == 1
     assert "already holds something" in refused.err

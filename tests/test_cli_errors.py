@@ -109,7 +109,7 @@ def test_wrong_values(place, tmp_path, options, message):
     [
         ([], "exactly one of --keep"),
         (["--keep", 0.5, "--max-params", "1M"], "exactly one of --keep"),
-        (["--keep", "half"], "half"),
+        (["--keep", "half"], "Invalid value for '--keep'"),
         (["--max-params", "many"], "not a number such as 11M"),
         (["--keep", 0.5, "--data-free", "--fisher"], "without --calibration"),
         (["--keep", 0.5, "--model-arg", "img_size"], "NAME=VALUE"),

@@ -22,6 +22,8 @@ from comcat.linear import LowRankLinear
 from comcat.profile import profile, site_shapes
 from conftest import VIT, make, swin, vit
 
+pytestmark = pytest.mark.usefixtures("no_source")
+
 HOSTS = {
     "vit": vit,
     "no proj bias": partial(vit, proj_bias=False),

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from typing import NamedTuple
 
 import pytest
@@ -82,10 +81,7 @@ HOSTS = {
 """`attention=()` and `ffn=()` where there is no site of that name."""
 
 
-@pytest.fixture(autouse=True)
-def _no_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading the architecture off the model takes most of the time here, and nothing is saved."""
-    monkeypatch.setattr(import_module("comcat.compress"), "describe", lambda model: None)
+pytestmark = pytest.mark.usefixtures("no_source")
 
 
 def check_same(model: nn.Module, small: nn.Module) -> None:

@@ -18,13 +18,15 @@ from .errors import (
     ModelError,
     PlanError,
 )
+from .evaluate import Agreement, Evaluation, agreement, evaluate, throughput
 from .models import load_model
 from .plan import Budget, Plan, full_rank_plan
-from .planner import plan
+from .planner import check_budget, plan
 from .profile import Profile, profile
 from .spectra import Spectrum, spectra
 
 __all__ = [
+    "Agreement",
     "Budget",
     "BudgetError",
     "Calibration",
@@ -32,6 +34,7 @@ __all__ = [
     "CheckpointError",
     "ComcatError",
     "DataError",
+    "Evaluation",
     "LayerReport",
     "ModelError",
     "Plan",
@@ -40,9 +43,12 @@ __all__ = [
     "Report",
     "Spectrum",
     "__version__",
+    "agreement",
     "calibrate",
+    "check_budget",
     "compress",
     "compress_",
+    "evaluate",
     "full_rank_plan",
     "load",
     "load_model",
@@ -50,4 +56,5 @@ __all__ = [
     "profile",
     "save",
     "spectra",
+    "throughput",
 ]

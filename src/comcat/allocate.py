@@ -167,10 +167,7 @@ def allocate(
     losses = [o.loss - slope * c for o, c in zip(options, costs, strict=True)]
     smallest = fixed + sum(int(c.min()) for c in costs)
     if smallest > limit:
-        raise BudgetError(
-            f"the budget of {shown(limit)} is out of reach: the smallest reachable with these parts and rank multiple "
-            f"is {shown(smallest)}"
-        )
+        raise out_of_reach(shown(limit), shown(smallest))
     hulls = [lower_hull(c, v) for c, v in zip(costs, losses, strict=True)]
     position = [len(h) - 1 for h in hulls]
     total = fixed + sum(int(c[h[-1]]) for c, h in zip(costs, hulls, strict=True))
@@ -189,9 +186,15 @@ def allocate(
     if total < limit - tolerance * limit:
         raise BudgetError(
             f"the widths are too coarse for this model: the closest below {shown(limit)} is {shown(total)}; "
-            "use a smaller rank multiple"
+            "ask for that figure, or use a smaller rank multiple"
         )
     return chosen
+
+
+def out_of_reach(wanted: str, smallest: str) -> BudgetError:
+    return BudgetError(
+        f"the budget of {wanted} is out of reach: the smallest reachable with these parts and rank multiple is {smallest}"
+    )
 
 
 def _fill(chosen: list[int], costs: list[np.ndarray], losses: list[np.ndarray], total: int, limit: int) -> int:

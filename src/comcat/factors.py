@@ -32,10 +32,6 @@ class SiteFactors(Generic[SiteT]):
         self.site = site
         self.moments = moments or {}
 
-    def modules(self, choice: Choice) -> dict[str, nn.Module]:
-        """The site's swappable modules by full name at ``choice``: new ones, and the dense ones that it keeps."""
-        return {**self.site.dense_modules, **self.build(choice)}
-
     def errors(self, part: str) -> Tensor:
         """(full + 1,) expected squared error when ``part`` keeps 0, 1, ..., full components."""
         energy = self.energy(part)

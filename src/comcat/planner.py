@@ -5,7 +5,7 @@
 * ``spectrum``: energies of the factors; in units of the loss where the calibration has output gradients, otherwise
   relative to each part's own energy (raw energies of different layers and parts do not compare).
 * ``probe``: the measured divergence when one part of one layer is cut to a few levels, interpolated along the part's
-  energy; then measured again at the chosen point, where effects no longer add, and allocated once more.
+  energy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .allocate import Options, allocate, site_options
+from .allocate import Options, allocate, out_of_reach, site_options
 from .calibration import Calibration
 from .cost import Cost, Shape, attention_cost, break_even, site_cost
 from .curves import Curve, linear_size, probed_curve, spectrum_curve, uniform_curve
@@ -25,14 +25,12 @@ from .factors import SiteFactors, site_factors
 from .hosts import find_sites
 from .modes import evaluating
 from .plan import Budget, Plan
-from .probe import Prober, classifier_of, levels, probe_images, probe_key, swapped
+from .probe import Prober, levels, probe_images, probe_key
 from .profile import default_input_size, profile, site_shapes
 from .progress import Progress
 from .sites import PARTS, AttentionSite, Choice, Inventory, Site, check_finite, check_parts, select_parts
 
 METHODS = ("uniform", "spectrum", "probe")
-#: How often ``probe`` measures again around the point that it chose.
-ROUNDS = 1
 #: Parts whose widths count up to their full width; the others only up to break-even.
 WIDTHS = ("qk", "vo", "neurons")
 Curves = dict[str, dict[str, Curve]]
@@ -79,6 +77,17 @@ def plan(
     return _Planner(model, budget, calibration, parts, rank_multiple, input_size, progress).plan(method)
 
 
+def check_budget(
+    model: nn.Module,
+    budget: Budget,
+    parts: Sequence[str] = PARTS,
+    rank_multiple: int = 1,
+    input_size: Sequence[int] | None = None,
+) -> None:
+    """Raise what :func:`plan` would raise of the budget and the parts, without looking at any image."""
+    _Planner(model, budget, None, check_parts(parts), rank_multiple, input_size, None)
+
+
 class _Planner:
     def __init__(
         self,
@@ -108,6 +117,7 @@ class _Planner:
         if not sites:
             raise PlanError(f"no layer of this model has a part among {', '.join(parts)}")
         self.inventory = Inventory(sites, inventory.dense)
+        self.classifier = any(s.kind == "head" for s in inventory.sites)
         moments = calibration.moments if calibration else {}
         device = next(model.parameters()).device
         self.factors: dict[str, SiteFactors[Any]] = {
@@ -115,6 +125,17 @@ class _Planner:
         }
         parts_cost = sum((_parts_cost(s, parts, self.shapes[s.name]) for s in sites), Cost(0, 0))
         self.limit = budget.absolute(getattr(self.dense, budget.unit), getattr(parts_cost, budget.unit))
+        self._refuse_unreachable()
+
+    def _refuse_unreachable(self) -> None:
+        """Before anything is measured: whether the smallest widths of all parts meet the budget."""
+        flat = {
+            s.name: {part: np.zeros(full + 1) for part, full in self._parts(s).items()} for s in self.inventory.sites
+        }
+        options = self._options(flat)
+        smallest = self._fixed(options) + sum(int(o.cost(self.budget.unit).min()) for o in options)
+        if smallest > self.limit:
+            raise out_of_reach(self._shown(self.limit), self._shown(smallest))
 
     def plan(self, method: str) -> Plan:
         if method == "probe":
@@ -124,22 +145,28 @@ class _Planner:
 
     def _solve(self, curves: Curves) -> Solution:
         """Choices by site, and their estimated loss."""
-        options: list[Options] = [
-            site_options(s, curves[s.name], self.parts, self.shapes[s.name], self.multiple)
-            for s in self.inventory.sites
-        ]
-        unit = self.budget.unit
-        dense = getattr(self.dense, unit)
-        compressible = sum(getattr(site_cost(o.site, {}, self.shapes[o.site.name]), unit) for o in options)
-
-        def shown(cost: int) -> str:
-            return f"{cost:,} {unit} ({100 * cost / dense:.1f} % of the model)"
-
-        chosen = allocate(options, unit, self.limit, dense - compressible, shown)
+        options = self._options(curves)
+        chosen = allocate(options, self.budget.unit, self.limit, self._fixed(options), self._shown)
         choices = {o.site.name: o.choice(i) for o, i in zip(options, chosen, strict=True)}
         return choices, float(sum(o.loss[i] for o, i in zip(options, chosen, strict=True)))
 
-    def _plan(self, solved: Solution, method: str) -> Plan:
+    def _options(self, curves: Curves) -> list[Options]:
+        return [
+            site_options(s, curves[s.name], self.parts, self.shapes[s.name], self.multiple)
+            for s in self.inventory.sites
+        ]
+
+    def _fixed(self, options: list[Options]) -> int:
+        """What of the model's cost no option changes."""
+        unit = self.budget.unit
+        sites = (site_cost(o.site, {}, self.shapes[o.site.name]) for o in options)
+        return getattr(self.dense, unit) - sum(getattr(cost, unit) for cost in sites)
+
+    def _shown(self, cost: int) -> str:
+        unit = self.budget.unit
+        return f"{cost:,} {unit} ({100 * cost / getattr(self.dense, unit):.1f} % of the model)"
+
+    def _plan(self, solved: Solution, method: str, **measured: float) -> Plan:
         choices, loss = solved
         saved = Cost(0, 0)
         for site in self.inventory.sites:
@@ -149,6 +176,7 @@ class _Planner:
         estimate = {"params": kept.params, "macs": kept.macs}
         if method != "uniform":
             estimate["loss"] = loss
+        estimate |= measured
         budget = {self.budget.unit: self.budget.value, "of": self.budget.of}
         layers = {name: choice for name, choice in choices.items() if choice}
         return Plan(layers, method=method, budget=budget, estimate=estimate)
@@ -174,12 +202,13 @@ class _Planner:
         assert self.calibration is not None
         images = probe_images(self.calibration, self.dense.macs)
         with evaluating(self.model):
-            prober = Prober(self.model, images, classifier_of(find_sites(self.model)))
+            prober = Prober(self.model, images, self.classifier)
             prober.record(self.inventory)
             curves = self._measure(prober, len(images))
-            first = self._solve(curves)
-            refined = self._refine(curves, first, prober)
-        return self._plan(refined, "probe")
+            choices, loss = self._solve(curves)
+            swaps = [self.factors[s.name].build(choices[s.name]) for s in self.inventory.sites]
+            divergence = prober.measure_all({name: module for new in swaps for name, module in new.items()})
+        return self._plan((choices, loss), "probe", divergence=divergence)
 
     def _measure(self, prober: Prober, images: int) -> Curves:
         """One curve per part from a few measured levels; what the calibration already knows is not measured again."""
@@ -204,52 +233,6 @@ class _Planner:
         for (name, part), points in measured.items():
             curves[name][part] = probed_curve(self.factors[name], part, points)
         return curves
-
-    def _refine(self, curves: Curves, first: Solution, prober: Prober) -> Solution:
-        """Measure again around the chosen point, rescale the curves to what is found there, and allocate once more.
-
-        Far from the dense model the effects of cuts no longer add. The new choice is taken if the divergence that
-        it causes as a whole is measured to be lower.
-        """
-        best, best_loss = first, np.inf
-        for round_ in range(ROUNDS + 1):
-            choices = first[0]
-            modules = {
-                n: m for s in self.inventory.sites for n, m in self.factors[s.name].modules(choices[s.name]).items()
-            }
-            with swapped(self.model, modules):
-                loss = prober.record(self.inventory)
-                if loss < best_loss:
-                    best, best_loss = (choices, loss), loss
-                if round_ < ROUNDS:
-                    curves = self._rescaled(curves, choices, prober, loss, round_)
-            if round_ < ROUNDS:
-                first = self._solve(curves)
-        return best
-
-    def _rescaled(self, curves: Curves, choices: dict[str, Choice], prober: Prober, loss: float, round_: int) -> Curves:
-        new: Curves = {}
-        for done, site in enumerate(self.inventory.sites):
-            choice, known = choices[site.name], curves[site.name]
-            used = {p: w for p, w in choice.items() if p in known}
-            if "neurons" not in used:  # dense parts of the form in use are candidates as well
-                used |= {p: site.full[p] for p in known if p not in used and p != "neurons"}
-            scales = {}
-            for part, width in used.items():
-                low, high = max(1, round(width * 0.75)), min(site.full[part], max(width + 1, round(width * 1.3)))
-                measured = []
-                for w in (low, high):
-                    changed = {p: v for p, v in {**choice, part: w}.items() if v < site.full[p]}
-                    same = changed == choice
-                    measured.append(loss if same else prober.measure(site, self.factors[site.name], changed))
-                expected = known[part][low] - known[part][high]
-                ratio = (measured[0] - measured[1]) / max(expected, 1e-12)
-                scales[part] = float(np.clip(ratio, 0.1, 10.0))
-            other = float(np.exp(np.mean(np.log(list(scales.values()))))) if scales else 1.0
-            new[site.name] = {part: curve * scales.get(part, other) for part, curve in known.items()}
-            if self.progress:
-                self.progress(f"refine {round_ + 1}/{ROUNDS}", done + 1, len(self.inventory.sites))
-        return new
 
 
 def _parts_cost(site: Site, parts: tuple[str, ...], shape: Shape) -> Cost:

@@ -89,8 +89,8 @@ class Prober:
         spread = self.reference - self.reference.mean(0)
         return float((outputs - self.reference).square().sum() / spread.square().sum().clamp_min(1e-30))
 
-    def record(self, inventory: Inventory) -> float:
-        """Record the blocks' outputs of the model as it is now, for replay; returns its divergence.
+    def record(self, inventory: Inventory) -> None:
+        """Record the outputs of the dense blocks for replay.
 
         A block is the parent of a site. Replay is kept for the blocks at which it reproduces the output exactly.
         """
@@ -112,7 +112,6 @@ class Prober:
             self.blocks, self.recorded = whole, recorded
             if any(not torch.equal(self._replayed(i), outputs) for i in range(len(whole))):
                 self.blocks, self.recorded = [], {}
-        return self.divergence(outputs)
 
     def _replayed(self, last: int) -> Tensor:
         """Outputs when the blocks up to and including ``last`` are replayed."""
@@ -123,14 +122,19 @@ class Prober:
             return self._outputs(replay, self.recorded[self.blocks[last]])
 
     def measure(self, site: Site, factors: SiteFactors[Any], choice: Choice) -> float:
-        """Divergence with ``site`` at ``choice`` and everything else as it was recorded."""
+        """Divergence with ``site`` at ``choice`` and everything else dense."""
         block = site.name.rpartition(".")[0]
         if site.kind == "head" and self.blocks:
             before = len(self.blocks) - 1
         else:
             before = self.blocks.index(block) - 1 if block in self.blocks else -1
-        with swapped(self.model, factors.modules(choice)):
+        with swapped(self.model, factors.build(choice)):
             return self.divergence(self._replayed(before) if before >= 0 else self._outputs())
+
+    def measure_all(self, modules: Mapping[str, nn.Module]) -> float:
+        """Divergence with all these modules in place."""
+        with swapped(self.model, modules):
+            return self.divergence(self._outputs())
 
 
 def sample_size(macs: int, images: int) -> int:
@@ -152,11 +156,6 @@ LEVELS = {
 def levels(part: str, full: int) -> list[int]:
     """The widths at which ``part`` is probed, ascending."""
     return sorted({max(1, round(full * level)) for level in LEVELS[part]} - {full})
-
-
-def classifier_of(inventory: Inventory) -> bool:
-    """Whether the model ends in a classifier."""
-    return any(site.kind == "head" for site in inventory.sites)
 
 
 def probe_key(site: Site, part: str, width: int) -> str:

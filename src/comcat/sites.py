@@ -56,10 +56,6 @@ class AttentionSite:
     def linears(self) -> dict[str, nn.Linear]:
         return {"qkv": self.qkv, "proj": self.proj}
 
-    @property
-    def dense_modules(self) -> dict[str, nn.Module]:
-        return {self.name: self.module}
-
 
 @dataclass(frozen=True)
 class FFNSite:
@@ -84,10 +80,6 @@ class FFNSite:
     def linears(self) -> dict[str, nn.Linear]:
         return {"fc1": self.fc1, "fc2": self.fc2}
 
-    @property
-    def dense_modules(self) -> dict[str, nn.Module]:
-        return {f"{self.name}.{fc}": linear for fc, linear in self.linears.items()}
-
 
 @dataclass(frozen=True)
 class HeadSite:
@@ -104,10 +96,6 @@ class HeadSite:
     @property
     def linears(self) -> dict[str, nn.Linear]:
         return {"linear": self.module}
-
-    @property
-    def dense_modules(self) -> dict[str, nn.Module]:
-        return {self.name: self.module}
 
 
 Site = AttentionSite | FFNSite | HeadSite

@@ -56,15 +56,11 @@ def compress(
     ] = "qk,vo,ffn,head",
     rank_multiple: Annotated[
         int,
-        opt.Option(
-            min=1, metavar="N", help="Round ranks to multiples of N (8 for GPUs).", rich_help_panel=HOW
-        ),
+        opt.Option(min=1, metavar="N", help="Round ranks to multiples of N (8 for GPUs).", rich_help_panel=HOW),
     ] = 1,
     plan_file: Annotated[
         Path | None,
-        opt.Option(
-            "--plan", metavar="FILE", help="Apply this plan instead of making one.", rich_help_panel=HOW
-        ),
+        opt.Option("--plan", metavar="FILE", help="Apply this plan instead of making one.", rich_help_panel=HOW),
     ] = None,
     calibration_images: Annotated[
         int | None,

@@ -115,9 +115,7 @@ def command(function: Command) -> Command:
     return run  # type: ignore[return-value]
 
 
-def _fail(
-    text: str, code: int, json_output: bool, cause: BaseException, prefix: str = "[red]error:[/red] "
-) -> None:
+def _fail(text: str, code: int, json_output: bool, cause: BaseException, prefix: str = "[red]error:[/red] ") -> None:
     screen = Screen(json_output)
     screen.err.print(f"{prefix}{escape(text)}", soft_wrap=True)
     screen.result({"error": text})

@@ -14,7 +14,6 @@ from . import options as opt
 from .console import Screen, command
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from ..calibration import Calibration
@@ -46,12 +45,16 @@ def demo(
     """
     screen = Screen(json_output)
     start = time.perf_counter()
-    run = _Demo(screen, out, seed, epochs or None)
     with screen, one_thread():
-        run.prepare(overwrite)
-        run.train()
-        run.compress()
-        run.write()
+        from ..files import atomic_directory
+
+        # Everything is made beside DIR and gets its name when all is done.
+        with atomic_directory(out, overwrite) as stage:
+            run = _Demo(screen, out, stage, seed, epochs or None)
+            run.prepare()
+            run.train()
+            run.compress()
+            run.write()
     run.show(time.perf_counter() - start)
 
 
@@ -69,28 +72,19 @@ def one_thread() -> Iterator[None]:
 
 
 class _Demo:
-    def __init__(self, screen: Screen, out: Path, seed: int, epochs: int | None) -> None:
-        self.screen, self.out, self.seed, self.epochs = screen, out, seed, epochs
+    def __init__(self, screen: Screen, out: Path, stage: Path, seed: int, epochs: int | None) -> None:
+        self.screen, self.out, self.stage, self.seed, self.epochs = screen, out, stage, seed, epochs
         self.columns: list[Measured] = []
         self.models: list[nn.Module] = []
         self.reports: dict[float, Report] = {}
 
-    def prepare(self, overwrite: bool) -> None:
-        """Digits as PNG files and the model, in a directory that appears only when all is done."""
-        import tempfile
-
+    def prepare(self) -> None:
+        """The digits as PNG files, and the untrained model."""
         import torch
 
         from .. import demo
-        from ..files import check_free
 
         torch.manual_seed(self.seed)
-        if self.out.is_dir() and (self.out / "model" / "comcat.json").exists() and overwrite:
-            pass  # an earlier demo
-        else:
-            check_free(self.out, overwrite=False)
-        self._scratch = tempfile.TemporaryDirectory(prefix="comcat-demo-")
-        self.stage = Path(self._scratch.name) / "demo"
         demo.write_digits(self.stage / "digits", self.seed)
         self.model: nn.Module = demo.build(self.seed)
         self.train_data, self.test_data = self._open("train"), self._open("test")
@@ -113,9 +107,7 @@ class _Demo:
 
         batches = list(loader(self.train_data))
         images, labels = (torch.cat(column) for column in zip(*batches, strict=True))
-        demo.train(
-            self.model, images, labels, epochs=self.epochs, seed=self.seed, progress=self.screen.progress
-        )
+        demo.train(self.model, images, labels, epochs=self.epochs, seed=self.seed, progress=self.screen.progress)
         save_file(self.model.state_dict(), self.stage / "dense.safetensors")
 
     def compress(self) -> None:
@@ -178,11 +170,10 @@ class _Demo:
             return all(torch.equal(small(images), again(images)) for images, _ in self.test_batches)
 
     def write(self) -> None:
-        """Draw the picture and move everything to its place."""
+        """The picture, the report, and the saved model at the top of the directory."""
         import json
 
         from ..errors import CheckpointError
-        from ..files import atomic_directory
         from ..report.figures import draw_demo
 
         if not self.identical:
@@ -199,14 +190,11 @@ class _Demo:
             f"of the model at {SHOWN[-1]:.0%}",
         )
         (self.stage / "report.json").write_text(json.dumps(self._document(), indent=1) + "\n")
-        earlier = self.out / "comcat.json"
-        with atomic_directory(self.out, overwrite=earlier.exists() or not self.out.exists()) as target:
-            import shutil
+        for file in (self.stage / "model").iterdir():
+            file.rename(self.stage / file.name)
+        (self.stage / "model").rmdir()
 
-            shutil.copytree(self.stage, target, dirs_exist_ok=True)
-        self._scratch.cleanup()
-
-    def _answers(self) -> list[tuple[torch.Tensor, int, int]]:
+    def _answers(self) -> list[tuple[Any, int, int]]:
         """Some test digits, evenly spread, with the answers of the smallest model."""
         import torch
 
@@ -214,10 +202,8 @@ class _Demo:
         samples = [self.test_data[i * step + 2] for i in range(DIGITS_SHOWN)]
         with torch.no_grad():
             answers = self.smallest(torch.stack([image for image, _ in samples])).argmax(1).tolist()
-        return [
-            ((image[0] + 1) / 2, label, answer)
-            for (image, label), answer in zip(samples, answers, strict=True)
-        ]
+        pictures = [((image[0].numpy() + 1) / 2, label) for image, label in samples]
+        return [(picture, label, answer) for (picture, label), answer in zip(pictures, answers, strict=True)]
 
     def _document(self) -> dict[str, Any]:
         return {
@@ -239,16 +225,12 @@ class _Demo:
         title = f"Handwritten digits, {len(self.test_data)} test images, no training after compression"
         out.print(tables.budgets(self.columns, title))
         folder = shlex.quote(str(self.out))
-        out.print(
-            f"[green]✓[/green] the model at {SAVED:.0%}, saved and loaded again, computes exactly the same"
-        )
-        out.print(
-            f"[green]✓[/green] all of it in {seconds:.0f} s; see [bold]{self.out / 'report.png'}[/bold]"
-        )
+        out.print(f"[green]✓[/green] the model at {SAVED:.0%}, saved and loaded again, computes exactly the same")
+        out.print(f"[green]✓[/green] all of it in {seconds:.0f} s; see [bold]{self.out / 'report.png'}[/bold]")
         args = " ".join(f"--model-arg {k}={v}" for k, v in demo.MODEL_ARGS.items())
         out.print("\nYour turn:", style="bold")
         for line in (
-            f"comcat evaluate {folder}/model --data {folder}/digits",
+            f"comcat evaluate {folder} --data {folder}/digits",
             f"comcat compress {demo.ARCHITECTURE} --checkpoint {folder}/dense.safetensors {args} "
             f"--data {folder}/digits --keep 0.4 --out digits-40",
         ):

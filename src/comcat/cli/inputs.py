@@ -26,9 +26,7 @@ def parse_count(text: str | None, option: str) -> int | None:
     """``11M`` -> 11000000, with K, M, G or B."""
     if text is None:
         return None
-    match = re.fullmatch(
-        r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgb]?)", text.strip().replace(",", ""), re.IGNORECASE
-    )
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgb]?)", text.strip().replace(",", ""), re.IGNORECASE)
     if not match:
         raise typer.BadParameter(f"{text!r} is not a number such as 11M or 2.3G", param_hint=option)
     return round(float(match[1]) * _UNITS[match[2].lower()])
@@ -40,9 +38,7 @@ def parse_model_args(items: list[str] | None) -> dict[str, Any]:
     for item in items or []:
         name, separator, value = item.partition("=")
         if not separator or not name.strip().isidentifier():
-            raise typer.BadParameter(
-                f"{item!r} is not NAME=VALUE, e.g. img_size=32", param_hint="--model-arg"
-            )
+            raise typer.BadParameter(f"{item!r} is not NAME=VALUE, e.g. img_size=32", param_hint="--model-arg")
         try:
             args[name.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):
@@ -64,9 +60,7 @@ def parse_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ModelError(
-            f"there is no device {name!r} on this machine. Use --device cpu or leave it out"
-        ) from e
+        raise ModelError(f"there is no device {name!r} on this machine. Use --device cpu or leave it out") from e
     return device
 
 
@@ -96,8 +90,7 @@ class Reading:
                 str_to_interp_mode(self.interpolation)
             except KeyError as e:
                 raise DataError(
-                    f"there is no interpolation {self.interpolation!r}. "
-                    "Use nearest, bilinear, bicubic or lanczos"
+                    f"there is no interpolation {self.interpolation!r}. Use nearest, bilinear, bicubic or lanczos"
                 ) from e
         if self.std is not None and not all(s > 0 for s in self.std):
             raise DataError("a standard deviation must be positive. Correct --std")

@@ -14,9 +14,7 @@ from .inputs import Reading, check_input_file, parse_device, parse_model_args, r
 def inspect(
     model: opt.Model,
     data: opt.OptionalData = None,
-    out: Annotated[Path, opt.Option(metavar="PNG", help="Picture of the energy curves.")] = Path(
-        "comcat-inspect.png"
-    ),
+    out: Annotated[Path, opt.Option(metavar="PNG", help="Picture of the energy curves.")] = Path("comcat-inspect.png"),
     checkpoint: opt.Checkpoint = None,
     model_arg: opt.ModelArgs = None,
     calibration_images: Annotated[
@@ -64,9 +62,7 @@ def inspect(
             raise CheckpointError(f"{out} already exists. Use --overwrite or another --out")
         check_input_file(checkpoint, "--checkpoint")
         torch.manual_seed(seed)
-        loaded = (
-            comcat.load_model(model, checkpoint=checkpoint, model_args=args).to(parse_device(device)).eval()
-        )
+        loaded = comcat.load_model(model, checkpoint=checkpoint, model_args=args).to(parse_device(device)).eval()
         calibration = None
         if data is not None:
             reading = Reading(data, data_root, class_map, skip_bad_images, mean, std, crop_pct, interpolation)
@@ -75,9 +71,7 @@ def inspect(
             calibration = comcat.calibrate(loaded, batches, progress=screen.progress)
             report_skipped(screen, batches.skipped)
         summaries = summarize(comcat.spectra(loaded, calibration))
-        source = (
-            f"activations on {calibration.num_images} images" if calibration else "weights alone, no images"
-        )
+        source = f"activations on {calibration.num_images} images" if calibration else "weights alone, no images"
         with atomic_file(out) as file:
             draw_spectra(summaries, file, f"{model}: how low-rank is it?", f"energies of the {source}")
 

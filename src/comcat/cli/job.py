@@ -130,9 +130,7 @@ class Job:
             self.eval_batches = loader(evaluation, s.batch_size, s.workers, s.eval_images)
         self._explain(calibration, evaluation)
 
-    def _explain(
-        self, calibration: ImageData | StreamData | None, evaluation: ImageData | StreamData | None
-    ) -> None:
+    def _explain(self, calibration: ImageData | StreamData | None, evaluation: ImageData | StreamData | None) -> None:
         """Say what was chosen where the user did not choose."""
         either = calibration or evaluation
         if either is not None and either.as_is:
@@ -140,9 +138,7 @@ class Job:
             self.screen.note(f"the images already are {size}, so they are neither resized nor cropped")
         if calibration is not None and evaluation is not None:
             if calibration.split == evaluation.split:
-                self.screen.warn(
-                    "calibration and evaluation share their images; the accuracy flatters a little"
-                )
+                self.screen.warn("calibration and evaluation share their images; the accuracy flatters a little")
             else:
                 self.screen.note(f"calibrates on {calibration.split!r}, evaluates on {evaluation.split!r}")
 
@@ -216,9 +212,7 @@ class Job:
         from ..report.tables import Measured
 
         screen = self.screen
-        small_model = comcat.compress(
-            self.model, plan, calibration=self.calibration, progress=screen.progress
-        )
+        small_model = comcat.compress(self.model, plan, calibration=self.calibration, progress=screen.progress)
         report: Report = small_model.comcat.report  # type: ignore[union-attr, assignment]
         size = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
         dense = Measured("dense", report.params_before, report.macs_before, size)
@@ -230,9 +224,7 @@ class Job:
             small = replace(small, bytes=(stage / TENSORS_NAME).stat().st_size)
             outcome = Outcome(plan, report, dense, small)
             plan.save(stage / "plan.json")
-            (stage / "report.json").write_text(
-                json.dumps(self._document(outcome), indent=1, default=str) + "\n"
-            )
+            (stage / "report.json").write_text(json.dumps(self._document(outcome), indent=1, default=str) + "\n")
             try:
                 draw_kept(report, stage / "report.png", *self._titles(outcome))
             except ComcatError as error:
@@ -305,7 +297,5 @@ class Job:
         title += f"evaluated on {place}" if place else "not evaluated"
         out.print(tables.comparison([outcome.dense, outcome.small], title))
         target = self.settings.out
-        out.print(
-            f"written to [bold]{target}[/bold]; in Python: comcat.load({str(target)!r})", soft_wrap=True
-        )
+        out.print(f"written to [bold]{target}[/bold]; in Python: comcat.load({str(target)!r})", soft_wrap=True)
         self.screen.result(self._document(outcome))

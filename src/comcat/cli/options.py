@@ -72,9 +72,7 @@ SkipBad = Annotated[
 ]
 Mean = Annotated[
     tuple[float, float, float] | None,
-    Option(
-        metavar="R G B", help="Mean of the normalization; from the model otherwise.", rich_help_panel=DATA
-    ),
+    Option(metavar="R G B", help="Mean of the normalization; from the model otherwise.", rich_help_panel=DATA),
 ]
 Std = Annotated[
     tuple[float, float, float] | None,
@@ -102,13 +100,7 @@ Workers = Annotated[
     int | None,
     Option(min=0, help="Processes that read images; 0 or 2 by the size of the data.", rich_help_panel=RUN),
 ]
-Device = Annotated[
-    str, Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.", rich_help_panel=RUN)
-]
+Device = Annotated[str, Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.", rich_help_panel=RUN)]
 Seed = Annotated[int, Option(help="Choice of calibration images and everything random.", rich_help_panel=RUN)]
-Json = Annotated[
-    bool, Option("--json", help="Print one JSON document and nothing else.", rich_help_panel=RUN)
-]
-Overwrite = Annotated[
-    bool, Option("--overwrite", help="Replace what the output directory holds.", rich_help_panel=RUN)
-]
+Json = Annotated[bool, Option("--json", help="Print one JSON document and nothing else.", rich_help_panel=RUN)]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace what the output directory holds.", rich_help_panel=RUN)]

@@ -192,8 +192,8 @@ def _accuracy(axes: Any, points: Sequence[tuple[str, int, float]]) -> None:
     axes.plot(sizes, accuracy, color=COLORS["qk"], linewidth=1.8, marker="o", markersize=6, markeredgecolor="white")
     axes.plot(sizes[:1], accuracy[:1], marker="o", markersize=7, color=INK, markeredgecolor="white")
     for i, ((name, _, top1), x) in enumerate(zip(points, sizes, strict=True)):
-        # Where the line climbs steeply from a point, its label goes to the right, clear of the line.
-        steep = i > 0 and accuracy[0] - top1 > 0.1 * (accuracy[0] - min(accuracy))
+        # Where the line falls to the next, smaller model, the label goes to the right, clear of the line.
+        steep = i > 0 and (i + 1 == len(points) or top1 > accuracy[i + 1])
         offset, align = ((9, 2), "left") if steep else ((0, -9), "center")
         label = f"{name}\n{top1:.1f} %"
         axes.annotate(label, (x, top1), offset, textcoords="offset points", ha=align, va="top", fontsize=8, color=INK)

@@ -1,0 +1,364 @@
+"""Budgets, plans and the planner: the cost that is promised is the cost that is built."""
+
+import json
+from typing import Any
+
+import pytest
+from torch import nn
+
+import comcat
+from comcat.allocate import TOLERANCE
+from comcat.cost import Cost, break_even
+from comcat.errors import BudgetError, CheckpointError, ModelError, PlanError
+from comcat.hosts import find_sites
+from comcat.planner import _parts_cost
+from comcat.profile import site_shapes
+from comcat.sites import PARTS, select_parts
+from conftest import calibrated, swin, vit
+
+pytestmark = pytest.mark.usefixtures("no_source")
+
+#: Wide enough that one component is well below half a per cent of the model.
+WIDE = {"embed_dim": 48, "num_heads": 3, "depth": 3, "mlp_ratio": 2.0, "num_classes": 11}
+
+
+@pytest.fixture(scope="module")
+def host() -> nn.Module:
+    return vit(**WIDE)
+
+
+@pytest.fixture(scope="module")
+def calibration(host: nn.Module) -> comcat.Calibration:
+    return calibrated(host, 96, probe_images=16)
+
+
+@pytest.fixture(scope="module")
+def fisher(host: nn.Module) -> comcat.Calibration:
+    return calibrated(host, 96, fisher=True, probe_images=0)
+
+
+def parts_cost(model: nn.Module, parts: tuple[str, ...]) -> Cost:
+    inventory = find_sites(model)
+    shapes = site_shapes(model, inventory, comcat.profile(model).input_size)
+    chosen = [s for s in inventory.sites if select_parts(s.full, s.kind, parts)]
+    return sum((_parts_cost(s, parts, shapes[s.name]) for s in chosen), Cost(0, 0))
+
+
+def check(model: nn.Module, plan: comcat.Plan, limit: float, parts: tuple[str, ...], multiple: int) -> None:
+    """The plan is what it says, within the budget, and touches only what it may."""
+    unit = next(u for u in ("params", "macs") if u in plan.budget)
+    small = comcat.profile(comcat.compress(model, plan))
+    assert (small.params, small.macs) == (plan.estimate["params"], plan.estimate["macs"])
+    assert (1 - TOLERANCE) * limit <= getattr(small, unit) <= limit
+    inventory = find_sites(model)
+    for name, choice in plan.layers.items():
+        site = inventory[name]
+        assert choice
+        assert set(choice) <= set(select_parts(site.full, site.kind, parts))
+        for part, width in choice.items():
+            assert width % multiple == 0
+            assert type(width) is int
+            if part in ("fc1", "fc2", "rank"):
+                linear = site.linears["linear" if part == "rank" else part]
+                assert width < break_even(linear.in_features, linear.out_features)
+            else:
+                assert width < site.full[part]
+
+
+@pytest.mark.parametrize("multiple", [1, 2])
+@pytest.mark.parametrize("of", ["model", "parts"])
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("unit", ["params", "macs"])
+@pytest.mark.parametrize("method", ["uniform", "spectrum", "fisher", "probe", "uniform free", "spectrum free"])
+def test_budgets_are_met_from_below(
+    host: nn.Module,
+    calibration: comcat.Calibration,
+    fisher: comcat.Calibration,
+    method: str,
+    unit: str,
+    absolute: bool,
+    of: str,
+    multiple: int,
+) -> None:
+    whole = getattr(comcat.profile(host), unit)
+    parts = PARTS[:3] if method.startswith("uniform") else PARTS  # uniform leaves the classifier dense
+    base = whole if of == "model" else getattr(parts_cost(host, parts), unit)
+    kept = int(0.6 * base)
+    statistics = None if "free" in method else fisher if method == "fisher" else calibration
+    name = {"fisher": "spectrum"}.get(method, method.split()[0])
+    budget = comcat.Budget(**{unit: kept if absolute else 0.6}, of=of)
+    plan = comcat.plan(host, budget, statistics, name, rank_multiple=multiple)
+    assert plan.method == name
+    assert plan.budget == {unit: budget.value, "of": of}
+    check(host, plan, kept + whole - base, parts, multiple)
+
+
+@pytest.mark.parametrize("parts", [("qk",), ("vo",), ("qk", "vo"), ("ffn",), ("ffn", "head"), ("vo", "ffn")])
+@pytest.mark.parametrize("method", ["uniform", "spectrum", "probe"])
+def test_only_the_selected_parts_are_reduced(
+    host: nn.Module, calibration: comcat.Calibration, method: str, parts: tuple[str, ...]
+) -> None:
+    plan = comcat.plan(host, comcat.Budget(params=0.6, of="parts"), calibration, method, parts)
+    if method == "uniform" and len(parts) > 1:
+        parts = tuple(part for part in parts if part != "head")
+    whole, base = comcat.profile(host).params, parts_cost(host, parts).params
+    check(host, plan, int(0.6 * base) + whole - base, parts, 1)
+
+
+@pytest.mark.parametrize("method", ["uniform", "spectrum", "probe"])
+def test_swin_meets_its_budget(method: str) -> None:
+    model = swin(embed_dim=48, num_heads=(3, 6))
+    calibration = calibrated(model, 24, probe_images=8)
+    for unit in ("params", "macs"):
+        plan = comcat.plan(model, comcat.Budget(**{unit: 0.7}), calibration, method)
+        check(model, plan, int(0.7 * getattr(comcat.profile(model), unit)), PARTS, 1)
+
+
+@pytest.mark.parametrize("method", ["uniform", "spectrum"])
+def test_a_larger_budget_keeps_more(host: nn.Module, calibration: comcat.Calibration, method: str) -> None:
+    losses, params = [], []
+    for kept in (0.5, 0.6, 0.7, 0.8, 0.9):
+        plan = comcat.plan(host, comcat.Budget(params=kept), calibration, method)
+        params.append(plan.estimate["params"])
+        losses.append(plan.estimate.get("loss", 0.0))
+    assert params == sorted(params)
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_uniform_keeps_the_same_fraction_everywhere(host: nn.Module, calibration: comcat.Calibration) -> None:
+    plan = comcat.plan(host, comcat.Budget(params=0.6, of="parts"), calibration, "uniform", ("qk", "vo", "ffn"))
+    inventory = find_sites(host)
+    kept = [w / inventory[name].full[p] for name, choice in plan.layers.items() for p, w in choice.items()]
+    assert len(kept) == 9
+    assert max(kept) - min(kept) < 0.15
+
+
+def test_the_better_form_of_the_ffn_is_chosen() -> None:
+    """Dead neurons make one layer narrow, a product of rank eight the other: both fit without any loss."""
+    model = vit(**WIDE)
+    first, second = model.blocks[0].mlp, model.blocks[1].mlp
+    first.fc2.weight.data[:, 20:] = 0
+    for linear in (second.fc1, second.fc2):
+        U, S, V = linear.weight.data.svd()
+        linear.weight.data = U[:, :8] * S[:8] @ V.mT[:8]
+    plan = comcat.plan(model, comcat.Budget(params=0.8), calibrated(model), "spectrum", ("ffn",))
+    assert plan.layers["blocks.0.mlp"].keys() == {"neurons"}
+    assert plan.layers["blocks.1.mlp"].keys() == {"fc1", "fc2"}
+    assert plan.estimate["loss"] < 1e-6
+
+
+def test_planning_does_not_change_the_model(host: nn.Module) -> None:
+    model = vit(**WIDE).train()
+    modules, weights = dict(model.named_modules()), {n: t.clone() for n, t in model.state_dict().items()}
+    comcat.plan(model, comcat.Budget(params=0.6), calibrated(model, 16))
+    assert dict(model.named_modules()) == modules
+    assert all(module.training for module in modules.values())
+    assert all(weights[n].equal(t) for n, t in model.state_dict().items())
+    assert not any(m._forward_hooks for m in modules.values())
+
+
+def test_default_method(host: nn.Module, calibration: comcat.Calibration, fisher: comcat.Calibration) -> None:
+    budget = comcat.Budget(params=0.6)
+    assert comcat.plan(host, budget).method == "uniform"
+    assert comcat.plan(host, budget, calibration).method == "probe"
+    assert comcat.plan(host, budget, fisher).method == "uniform"  # it holds no images
+
+
+def test_macs_count_at_the_given_size() -> None:
+    model = vit(**WIDE, dynamic_img_size=True)
+    plan = comcat.plan(model, comcat.Budget(macs=0.6), input_size=(3, 28, 42))
+    dense, small = (comcat.profile(m, (3, 28, 42)) for m in (model, comcat.compress(model, plan)))
+    assert small.macs == plan.estimate["macs"]
+    assert (1 - TOLERANCE) * int(0.6 * dense.macs) <= small.macs <= 0.6 * dense.macs
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of", ["model", "parts"])
+@pytest.mark.parametrize("unit", ["params", "macs"])
+def test_out_of_reach_names_what_can_be_reached(host: nn.Module, unit: str, of: str) -> None:
+    with pytest.raises(BudgetError, match="out of reach: the smallest reachable") as error:
+        comcat.plan(host, comcat.Budget(**{unit: 0.001}, of=of), parts=("qk", "ffn"))
+    smallest = int(str(error.value).split(" is ")[-1].split()[0].replace(",", ""))
+    plan = comcat.plan(host, comcat.Budget(**{unit: smallest}), parts=("qk", "ffn"))
+    assert plan.estimate[unit] == smallest
+    with pytest.raises(BudgetError, match="out of reach"):
+        comcat.plan(host, comcat.Budget(**{unit: smallest - 1}), parts=("qk", "ffn"))
+
+
+def test_too_coarse_a_multiple_is_refused(host: nn.Module) -> None:
+    with pytest.raises(BudgetError, match="use a smaller rank multiple"):
+        comcat.plan(host, comcat.Budget(params=0.83, of="parts"), parts=("qk",), rank_multiple=8)
+
+
+@pytest.mark.parametrize("unit", ["params", "macs"])
+def test_what_the_dense_model_meets_is_refused(host: nn.Module, unit: str) -> None:
+    dense = getattr(comcat.profile(host), unit)
+    with pytest.raises(BudgetError, match=f"not below what the dense model costs \\({dense:,}\\)"):
+        comcat.plan(host, comcat.Budget(**{unit: dense}))
+    with pytest.raises(BudgetError, match="not below what the dense parts costs"):
+        comcat.plan(host, comcat.Budget(**{unit: dense}, of="parts"))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"method": "magic"}, "unknown method 'magic'; choose from uniform, spectrum, probe"),
+        ({"method": "probe"}, "'probe' measures on images"),
+        ({"parts": ("qk", "mlp")}, r"unknown part \['mlp'\]; choose from qk, vo, ffn, head"),
+        ({"parts": ()}, "unknown part"),
+        ({"rank_multiple": 0}, "rank_multiple must be a positive integer, not 0"),
+        ({"rank_multiple": 1.5}, "rank_multiple must be a positive integer"),
+    ],
+)
+def test_bad_arguments_are_refused(host: nn.Module, args: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        comcat.plan(host, comcat.Budget(params=0.5), **args)
+
+
+def test_probe_needs_images(host: nn.Module, fisher: comcat.Calibration) -> None:
+    with pytest.raises(PlanError, match="probe_images > 0"):
+        comcat.plan(host, comcat.Budget(params=0.5), fisher, "probe")
+
+
+def test_a_model_without_the_part_is_refused() -> None:
+    with pytest.raises(PlanError, match="no layer of this model has a part among qk"):
+        comcat.plan(vit(qk_norm=True), comcat.Budget(params=0.5), parts=("qk",))
+
+
+def test_bad_weights_are_refused() -> None:
+    model = vit()
+    model.head.weight.data[0, 0] = float("nan")
+    with pytest.raises(ModelError, match=r"head\.weight"):
+        comcat.plan(model, comcat.Budget(params=0.5))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({}, "either params or macs"),
+        ({"params": 0.5, "macs": 0.5}, "either params or macs"),
+        ({"params": 0.0}, "strictly between 0 and 1"),
+        ({"params": 1.0}, "strictly between 0 and 1"),
+        ({"macs": 1.5}, "strictly between 0 and 1"),
+        ({"macs": -0.5}, "strictly between 0 and 1"),
+        ({"macs": float("nan")}, "strictly between 0 and 1"),
+        ({"params": 1}, "keeps nothing"),
+        ({"params": -7}, "keeps nothing"),
+        ({"params": True}, "is a number"),
+        ({"params": "half"}, "is a number, not 'half'"),
+        ({"params": 0.5, "of": "head"}, "of 'model' or of 'parts', not of 'head'"),
+    ],
+)
+def test_a_bad_budget_is_refused(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        comcat.Budget(**args)
+
+
+# -- a plan is data ---------------------------------------------------------------------------------------------------
+
+
+def test_plans_survive_json(host: nn.Module, calibration: comcat.Calibration, tmp_path: Any) -> None:
+    for plan in (
+        comcat.plan(host, comcat.Budget(macs=0.6), calibration),
+        comcat.full_rank_plan(host),
+        comcat.Plan({}),
+    ):
+        assert comcat.Plan.from_json(plan.to_json()) == plan
+        assert comcat.Plan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
+        plan.save(tmp_path / "plan.json")
+        assert comcat.Plan.load(tmp_path / "plan.json") == plan
+        lines = plan.to_json().splitlines()
+        for name in plan.layers:
+            assert sum(f'"{name}"' in line for line in lines) == 1
+
+
+def test_a_hand_written_plan_is_enough() -> None:
+    text = '{"comcat_plan": 1, "layers": {"blocks.0.attn": {"qk": 2}, "head": {"rank": 3}}}'
+    small = comcat.compress(vit(), comcat.Plan.from_json(text))
+    assert (small.blocks[0].attn.qk_rank, small.blocks[0].attn.vo_rank, small.head.rank) == (2, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "not a plan"),
+        ("{}", "not a plan"),
+        ('{"comcat_plan": 1}', "not a plan"),
+        ('{"comcat_plan": 1, "layers": []}', "not a plan"),
+        ('{"comcat_plan": 2, "layers": {}}', "has format 2, this comcat reads 1; upgrade"),
+        ('{"comcat_plan": 1, "layers": {}, "rank": 3, "budge": 1}', "unknown fields budge, rank"),
+        ('{"comcat_plan": 1, "layers": {"head": 3}}', "layer 'head': the widths must be an object"),
+    ],
+)
+def test_bad_plan_files_are_refused(text: str, message: str, tmp_path: Any) -> None:
+    with pytest.raises(PlanError, match=message):
+        comcat.Plan.from_json(text)
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(PlanError, match=message):
+        comcat.Plan.load(tmp_path / "plan.json")
+
+
+def test_unreadable_plan_files_are_refused(tmp_path: Any) -> None:
+    with pytest.raises(PlanError, match="cannot read plan"):
+        comcat.Plan.load(tmp_path / "missing.json")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\xfd")
+    with pytest.raises(PlanError, match="cannot read plan"):
+        comcat.Plan.load(tmp_path / "binary")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        comcat.Plan({}).save(tmp_path / "binary" / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"blocks.7.attn": {"qk": 2}}, r"'blocks\.7\.attn' is not in this model; its layers are blocks\.0\.attn"),
+        ({"blocks.0.attn": {"qk": 6}}, r"'blocks\.0\.attn': qk is 6, but must be an integer from 1 to 5"),
+        ({"blocks.0.attn": {"qk": 0}}, r"qk is 0, but must be an integer from 1 to 5"),
+        ({"blocks.0.attn": {"vo": 2.0}}, r"vo is 2\.0, but must be an integer"),
+        ({"blocks.0.attn": {"vo": True}}, r"vo is True, but must be an integer"),
+        ({"blocks.0.attn": {"vo": "all"}}, r"vo is 'all', but must be an integer"),
+        ({"blocks.0.attn": {"rank": 3}}, r"'blocks\.0\.attn': unknown part 'rank'; possible are qk, vo"),
+        ({"blocks.1.mlp": {"neurons": 18}}, r"'blocks\.1\.mlp': neurons is 18, but must be .* from 1 to 17"),
+        ({"blocks.1.mlp": {"neurons": 3, "fc1": 2}}, r"'blocks\.1\.mlp': give either 'neurons' or"),
+        ({"head": {"fc1": 2}}, "'head': unknown part 'fc1'; possible are rank"),
+        ({"head": {"rank": 12}}, "'head': rank is 12, but must be an integer from 1 to 11"),
+    ],
+)
+def test_plans_that_do_not_fit_name_the_module(layers: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        comcat.compress(vit(), comcat.Plan(layers))
+
+
+@pytest.mark.parametrize(
+    ("args", "layer", "message"),
+    [
+        ({"qk_norm": True}, {"blocks.0.attn": {"qk": 2}}, r"'qk' cannot be reduced \(query-key normalization"),
+        ({"scale_attn_norm": True}, {"blocks.0.attn": {"vo": 2}}, r"'vo' cannot be reduced \(normalization"),
+        ({"scale_mlp_norm": True}, {"blocks.0.mlp": {"neurons": 2}}, r"'neurons' cannot be reduced \(normaliz"),
+    ],
+)
+def test_parts_that_cannot_be_reduced_say_why(args: dict[str, Any], layer: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        comcat.compress(vit(**args), comcat.Plan(layer))
+
+
+@pytest.mark.parametrize("ffn", ["low-rank", "neurons"])
+def test_full_rank_plan_names_every_width(ffn: str) -> None:
+    plan = comcat.full_rank_plan(vit(), ffn)
+    assert plan.layers["blocks.1.attn"] == {"qk": 5, "vo": 5}
+    assert plan.layers["blocks.1.mlp"] == ({"neurons": 17} if ffn == "neurons" else {"fc1": 15, "fc2": 15})
+    assert plan.layers["head"] == {"rank": 11}
+    with pytest.raises(PlanError, match="must be 'low-rank' or 'neurons'"):
+        comcat.full_rank_plan(vit(), "dense")
+
+
+def test_progress_is_reported(host: nn.Module) -> None:
+    seen = []
+    comcat.plan(host, comcat.Budget(params=0.6), calibrated(host, 16), progress=lambda *args: seen.append(args))
+    for stage in {stage for stage, _, _ in seen}:
+        steps = [(done, total) for s, done, total in seen if s == stage]
+        assert steps == [(i + 1, len(steps)) for i in range(len(steps))]
+    assert seen[0][0] == "probe"
