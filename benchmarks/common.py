@@ -44,13 +44,13 @@ def cifar10(shared: Path, split: str, limit: int | None = None) -> tuple[Tensor,
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 250) -> float:
-    """Top-1 in percent, float32."""
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, amp: bool = False, batch_size: int = 50) -> float:
+    """Top-1 in percent, in float32 or under bfloat16 autocast."""
     model.eval()
-    hits = sum(
-        int((model(x).argmax(-1) == y).sum())
-        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    )
+    hits = 0
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            hits += int((model(x).argmax(-1) == y).sum())
     return 100 * hits / len(labels)
 
 

@@ -156,8 +156,9 @@ def main() -> None:
     p.add_argument("--shared", type=Path, required=True, help="folder with teachers/ and data/cifar10/")
     p.add_argument("--test-images", type=int, default=10_000)
     p.add_argument("--calibration-images", type=int, default=2048)
-    p.add_argument("--probe-images", type=int, default=512)
+    p.add_argument("--probe-images", type=int, default=256)
     p.add_argument("--tables", default="cba")
+    p.add_argument("--amp", action="store_true", help="evaluate under bfloat16 autocast, two to three times faster")
     args = p.parse_args()
     model = teacher(args.shared)
     images, labels = cifar10(args.shared, "test", args.test_images)
@@ -179,7 +180,7 @@ def main() -> None:
 
     def record(key: str, make: Callable[[], nn.Module]) -> None:
         if key not in done:
-            done[key] = accuracy(make(), images, labels)
+            done[key] = accuracy(make(), images, labels, amp=args.amp)
             print(f"{key}: {done[key]:.2f}", flush=True)
             write(args.json, {"settings": settings, "cells": done})
 

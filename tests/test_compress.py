@@ -164,7 +164,7 @@ def test_every_parameter_trains(host: str) -> None:
     assert losses[-1] < losses[0]
     assert not frozen
     still = {n for n, p in small.named_parameters() if torch.equal(before[n], p)}
-    assert not still
+    assert {n for n in still if not n.endswith("k_norm.bias")} == set()  # the softmax removes that one
 
 
 @pytest.mark.parametrize("host", HOSTS)

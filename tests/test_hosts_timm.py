@@ -196,7 +196,7 @@ def test_swin_shifts_its_windows_and_masks_them() -> None:
     assert [block.attn_mask is not None for block in model.layers[0].blocks] == [False, True]
 
 
-@pytest.mark.filterwarnings("ignore:torch.searchsorted")
+@pytest.mark.filterwarnings("ignore::UserWarning:timm")
 def test_compressed_swin_can_be_given_another_input_size() -> None:
     model = swin()
     small = comcat.compress(model, comcat.full_rank_plan(model))

@@ -192,9 +192,9 @@ def allocate(
 
 
 def out_of_reach(wanted: str, smallest: str) -> BudgetError:
-    return BudgetError(
-        f"the budget of {wanted} is out of reach: the smallest reachable with these parts and rank multiple is {smallest}"
-    )
+    """The error for a budget below the smallest widths of all parts."""
+    reachable = f"the smallest reachable with these parts and rank multiple is {smallest}"
+    return BudgetError(f"the budget of {wanted} is out of reach: {reachable}")
 
 
 def _fill(chosen: list[int], costs: list[np.ndarray], losses: list[np.ndarray], total: int, limit: int) -> int:

@@ -200,6 +200,8 @@ def calibrate(
     """
     inventory = find_sites(model)
     check_finite(model)
+    if fisher and not any(site.kind == "head" for site in inventory.sites) and not getattr(model, "num_classes", 0):
+        raise CalibrationError("fisher=True draws labels from the model's prediction, but this model has no classifier")
     recorders = [_Recorder(site, fisher) for site in inventory.sites]
     parameter = next(model.parameters())
     generator = torch.Generator(device=parameter.device).manual_seed(seed)

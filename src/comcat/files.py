@@ -77,7 +77,7 @@ def _replace_directory(new: Path, path: Path) -> None:
         os.replace(path, old)
     try:
         os.replace(new, path)
-    except OSError:
+    except BaseException:  # Ctrl-C included
         if old.exists():
             os.replace(old, path)
         raise

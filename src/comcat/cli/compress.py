@@ -76,8 +76,14 @@ def compress(
         ),
     ] = None,
     fisher: Annotated[
-        bool, opt.Option("--fisher", help="Collect output gradients too (slower).", rich_help_panel=HOW)
-    ] = False,
+        bool | None,
+        opt.Option(
+            "--fisher/--no-fisher",
+            help="Weigh errors by output gradients (one backward pass); on for models with a classifier.",
+            show_default=False,
+            rich_help_panel=HOW,
+        ),
+    ] = None,
     data_free: Annotated[
         bool, opt.Option("--data-free", help="Use the weights only; no images needed.", rich_help_panel=HOW)
     ] = False,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ..calibration import Calibration
     from ..compress import Report
-    from ..imageloader import ImageData
+    from ..data.loading import ImageData
     from ..report.tables import Measured
 
 BUDGETS = (0.7, 0.5, 0.3, 0.2)
@@ -90,7 +90,7 @@ class _Demo:
         self.train_data, self.test_data = self._open("train"), self._open("test")
 
     def _open(self, split: str) -> ImageData:
-        from ..imageloader import ImageData
+        from ..data.loading import ImageData
         from .inputs import Reading
 
         reading = Reading(str(self.stage / "digits"))
@@ -117,7 +117,7 @@ class _Demo:
         from ..data import calibration_batches, loader
 
         batches = calibration_batches(self.train_data, 1024, seed=self.seed)
-        calibration = comcat.calibrate(self.model, batches, seed=self.seed, progress=self.screen.progress)
+        calibration = comcat.calibrate(self.model, batches, fisher=True, seed=self.seed, progress=self.screen.progress)
         self.test_batches = loader(self.test_data, batch_size=50)
         self._measure("dense", self.model)
         for budget in BUDGETS:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import Screen
-from .inputs import Reading, report_skipped
+from .inputs import Reading, count_classes, report_skipped
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ..calibration import Calibration
     from ..compress import Report
-    from ..imageloader import ImageData, ImageLoader, StreamData
+    from ..data.loading import ImageData, ImageLoader, StreamData
     from ..plan import Budget, Plan
     from ..report.tables import Measured
 
@@ -33,7 +33,7 @@ class Settings:
     rank_multiple: int
     calibration_images: int | None
     calibration_file: Path | None
-    fisher: bool
+    fisher: bool | None
     data_free: bool
     evaluate: bool
     calibration_split: str | None
@@ -87,9 +87,8 @@ class Job:
         self.model: nn.Module = model.to(device).eval()
         inventory = find_sites(self.model)
         check_finite(self.model)
-        if self.budget is not None and self.budget.of == "model":
-            cost = getattr(comcat.profile(self.model), self.budget.unit)
-            self.budget.absolute(cost, cost)  # refuses what the dense model meets already
+        if self.budget is not None:
+            comcat.check_budget(self.model, self.budget, self.settings.parts, self.settings.rank_multiple)
         if self.plan is not None:
             self.plan.check(inventory)
         path = self.settings.calibration_file
@@ -108,7 +107,7 @@ class Job:
                 "Leave --calibration-images out or name another file"
             )
         if self.settings.fisher and not calibration.fisher:
-            raise CalibrationError(f"{path} was made without --fisher. Leave it out or name another file")
+            raise CalibrationError(f"{path} was made with --no-fisher. Leave --fisher out or name another file")
         self.screen.note(f"calibration read from {path} ({calibration.num_images} images)")
 
     def open_data(self) -> None:
@@ -166,7 +165,7 @@ class Job:
         self.calibration = comcat.calibrate(
             self.model,
             batches,
-            fisher=self.settings.fisher,
+            fisher=self._fisher(),
             seed=self.settings.seed,
             progress=self.screen.progress,
         )
@@ -178,6 +177,11 @@ class Job:
                 f"Use --calibration-images {have} or add images"
             )
         self._save_calibration()
+
+    def _fisher(self) -> bool:
+        """Gradients of a prediction need one: by default on wherever there is a classifier."""
+        asked = self.settings.fisher
+        return bool(count_classes(self.model)) if asked is None else asked
 
     def _save_calibration(self) -> None:
         if self.settings.calibration_file is not None and self.calibration is not None:

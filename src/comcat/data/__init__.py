@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from .datasource import Source, choose_split, kind_of, list_splits, match_split, open_source
-from .errors import DataError
-from .imageloader import BadImage, ImageData, ImageLoader, OnError, StreamData
+from ..errors import DataError
+from .loading import BadImage, ImageData, ImageLoader, OnError, StreamData
+from .sources import Source, choose_split, kind_of, list_splits, match_split, open_source
 
 __all__ = [
     "BadImage",

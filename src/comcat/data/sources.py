@@ -9,7 +9,7 @@ Every source answers the same four questions, so that :mod:`comcat.data` can tre
 
 timm's readers do the reading. Two of their habits would change results silently: an empty class folder is
 dropped, which shifts every later label (refused here), and a corrupt image is replaced by its neighbour
-(named in :mod:`comcat.imageloader`).
+(named in :mod:`comcat.data.loading`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from .errors import DataError
+from ..errors import DataError
 
 # Names that mean the same split, in the order in which a default is looked for.
 TRAIN_NAMES = ("train", "training")
@@ -75,7 +75,7 @@ def list_splits(data: str) -> list[str]:
         root = Path(data).expanduser()
         return [n for names in _SYNONYMS for n in names if _has_subfolders(root / n)]
     if kind in ("parquet", "hfds"):
-        from .hubsource import hub_splits
+        from .hub import hub_splits
 
         return hub_splits(data)
     return ["train", "validation"] if kind == "torch" else []
@@ -130,7 +130,7 @@ def open_source(
     if kind in ("folder", "tar"):
         return FileSource(data, split, class_map, mode)
     if kind in ("parquet", "hfds"):
-        from .hubsource import HubSource
+        from .hub import HubSource
 
         return HubSource(data, split, root, mode)
     return TorchSource(data, split, root, mode)

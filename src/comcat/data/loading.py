@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from .datasource import Source
-from .errors import DataError
+from ..errors import DataError
+from .sources import Source
 
 OnError = Literal["raise", "skip"]
 Sample = tuple[torch.Tensor, int]
