@@ -92,7 +92,7 @@ def test_out_of_reach_names_the_smallest() -> None:
 
 
 def test_too_coarse_widths_name_the_closest() -> None:
-    with pytest.raises(BudgetError, match=r"closest below 19 is 10; use a smaller rank multiple"):
+    with pytest.raises(BudgetError, match=r"closest below 19 is 10; ask for that figure, or use a smaller"):
         allocate([option([10, 20], [1, 0])], "params", 19, 0, str)
 
 

@@ -16,6 +16,8 @@ from comcat.hosts.timm import LowRankWindowAttention
 from comcat.linear import LowRankLinear
 from conftest import VIT, calibrated, images, make, swin, vit
 
+pytestmark = pytest.mark.usefixtures("no_source")
+
 HOSTS = {
     "vit": vit,
     "bare": lambda **a: vit(qkv_bias=False, proj_bias=False, class_token=False, global_pool="avg", **a),

@@ -28,11 +28,7 @@ def second(x: Tensor) -> Tensor:
 
 def correlated(rows: int, width: int, seed: int = 0) -> Tensor:
     """Samples of very different variance in directions that are not the axes."""
-    return (
-        normal(rows, width, seed=seed)
-        * torch.logspace(0, -2, width).double()
-        @ normal(width, width, seed=seed + 1)
-    )
+    return normal(rows, width, seed=seed) * torch.logspace(0, -2, width).double() @ normal(width, width, seed=seed + 1)
 
 
 def random_projector(n: int, rank: int, seed: int) -> Tensor:
@@ -83,9 +79,7 @@ def test_projection_is_per_head() -> None:
     for h in range(H):
         alone = project(G[h], M[h])
         torch.testing.assert_close(together.gains[h], alone.gains)
-        torch.testing.assert_close(
-            together.down[h, :, :2] @ together.up[h, :2], alone.down[:, :2] @ alone.up[:2]
-        )
+        torch.testing.assert_close(together.down[h, :, :2] @ together.up[h, :2], alone.down[:, :2] @ alone.up[:2])
 
 
 @pytest.mark.parametrize("rank", range(1, d + 1))
@@ -199,9 +193,7 @@ def test_one_neuron_at_a_time_drops_the_cheapest_first() -> None:
     costs = []
     for j in range(M):
         keep = torch.tensor([i for i in range(M) if i != j])
-        costs.append(
-            (h @ output - h[:, keep] @ refit_neurons(second(h), output, keep)).square().sum(-1).mean()
-        )
+        costs.append((h @ output - h[:, keep] @ refit_neurons(second(h), output, keep)).square().sum(-1).mean())
     assert int(found.order[-1]) == int(torch.stack(costs).argmin())
 
 

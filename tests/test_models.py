@@ -81,7 +81,7 @@ def test_arguments_that_the_architecture_does_not_take(args: dict[str, Any]) -> 
 
 def test_weights_that_cannot_be_had() -> None:
     with pytest.raises(
-        ModelError, match="cannot load the pretrained weights of .*check the network, or give --checkpoint"
+        ModelError, match=r"cannot load the pretrained weights of .*check the network, or give --checkpoint"
     ):
         comcat.load_model("hf-hub:nobody/nothing-at-all")
 
@@ -91,10 +91,10 @@ def test_unreadable_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
         comcat.load_model(NAME, tmp_path / "missing.safetensors", VIT)
     pickled = tmp_path / "w.pth"
     torch.save({}, pickled)
-    with pytest.raises(ModelError, match="not a .safetensors file; pickled checkpoints can run code"):
+    with pytest.raises(ModelError, match=r"not a \.safetensors file; pickled checkpoints can run code"):
         comcat.load_model(NAME, pickled, VIT)
     checkpoint.write_bytes(checkpoint.read_bytes()[:500])
-    with pytest.raises(ModelError, match="cannot be read: .*damaged or not safetensors"):
+    with pytest.raises(ModelError, match=r"cannot be read: .*damaged or not safetensors"):
         comcat.load_model(NAME, checkpoint, VIT)
 
 
@@ -151,5 +151,5 @@ def test_a_recorded_source_goes_first() -> None:
 
 
 def test_a_source_that_cannot_be_built_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="timm cannot build 'vit_tiny_patch16_224' with {'wheels': 4}"):
+    with pytest.raises(CheckpointError, match=r"timm cannot build 'vit_tiny_patch16_224' with \{'wheels': 4\}"):
         Source(NAME, {"wheels": 4}).build()

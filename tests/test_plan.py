@@ -175,20 +175,39 @@ def test_macs_count_at_the_given_size() -> None:
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
+REACH = "the figure takes the FFN's narrowest form, which uniform without data does not use"
+
+
 @pytest.mark.parametrize("of", ["model", "parts"])
 @pytest.mark.parametrize("unit", ["params", "macs"])
-def test_out_of_reach_names_what_can_be_reached(host: nn.Module, unit: str, of: str) -> None:
+@pytest.mark.parametrize(
+    "method", ["spectrum", pytest.param("uniform", marks=pytest.mark.xfail(strict=True, reason=REACH))]
+)
+def test_out_of_reach_names_what_can_be_reached(host: nn.Module, method: str, unit: str, of: str) -> None:
+    def ask(budget: comcat.Budget) -> comcat.Plan:
+        return comcat.plan(host, budget, method=method, parts=("qk", "ffn"))
+
     with pytest.raises(BudgetError, match="out of reach: the smallest reachable") as error:
-        comcat.plan(host, comcat.Budget(**{unit: 0.001}, of=of), parts=("qk", "ffn"))
+        ask(comcat.Budget(**{unit: 0.001}, of=of))
     smallest = int(str(error.value).split(" is ")[-1].split()[0].replace(",", ""))
-    plan = comcat.plan(host, comcat.Budget(**{unit: smallest}), parts=("qk", "ffn"))
-    assert plan.estimate[unit] == smallest
+    assert ask(comcat.Budget(**{unit: smallest})).estimate[unit] == smallest
     with pytest.raises(BudgetError, match="out of reach"):
-        comcat.plan(host, comcat.Budget(**{unit: smallest - 1}), parts=("qk", "ffn"))
+        ask(comcat.Budget(**{unit: smallest - 1}))
+
+
+@pytest.mark.parametrize("budget", [{"params": 0.001}, {"macs": 0.001, "of": "parts"}, {"params": 10**9}])
+def test_a_budget_can_be_checked_before_anything_is_measured(host: nn.Module, budget: dict[str, Any]) -> None:
+    refused = []
+    for check in (comcat.check_budget, comcat.plan):
+        with pytest.raises(BudgetError) as error:
+            check(host, comcat.Budget(**budget), parts=("qk", "ffn"))
+        refused.append(str(error.value))
+    assert refused[0] == refused[1]
+    comcat.check_budget(host, comcat.Budget(params=0.6))
 
 
 def test_too_coarse_a_multiple_is_refused(host: nn.Module) -> None:
-    with pytest.raises(BudgetError, match="use a smaller rank multiple"):
+    with pytest.raises(BudgetError, match="or use a smaller rank multiple"):
         comcat.plan(host, comcat.Budget(params=0.83, of="parts"), parts=("qk",), rank_multiple=8)
 
 

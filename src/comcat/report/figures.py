@@ -191,15 +191,15 @@ def _accuracy(axes: Any, points: Sequence[tuple[str, int, float]]) -> None:
     axes.axhline(accuracy[0], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.plot(sizes, accuracy, color=COLORS["qk"], linewidth=1.8, marker="o", markersize=6, markeredgecolor="white")
     axes.plot(sizes[:1], accuracy[:1], marker="o", markersize=7, color=INK, markeredgecolor="white")
-    for i, ((name, _, top1), x) in enumerate(zip(points, sizes, strict=True)):
-        # Where the line falls to the next, smaller model, the label goes to the right, clear of the line.
-        steep = i > 0 and (i + 1 == len(points) or top1 > accuracy[i + 1])
-        offset, align = ((9, 2), "left") if steep else ((0, -9), "center")
+    for (name, _, top1), x in zip(points, sizes, strict=True):
+        # Above the point, where the line, which falls towards smaller models, never runs.
         label = f"{name}\n{top1:.1f} %"
-        axes.annotate(label, (x, top1), offset, textcoords="offset points", ha=align, va="top", fontsize=8, color=INK)
+        axes.annotate(
+            label, (x, top1), (0, 7), textcoords="offset points", ha="center", va="bottom", fontsize=8, color=INK
+        )
     low = min(accuracy)
     span = max(accuracy[0] - low, 1.5)
-    axes.set(xlim=(0, max(sizes) * 1.15), ylim=(low - 0.55 * span, accuracy[0] + 0.25 * span))
+    axes.set(xlim=(0, max(sizes) * 1.15), ylim=(low - 0.35 * span, accuracy[0] + 0.45 * span))
     axes.set_xlabel("parameters, millions", fontsize=8, color=INK)
     axes.set_title("test accuracy against size", fontsize=9, loc="left", color=INK)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
