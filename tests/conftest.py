@@ -20,6 +20,9 @@ from torch import Tensor, nn
 import comcat
 from comcat.profile import default_input_size
 
+# Tiny models do not gain from threads, and lose much where other work shares the cores.
+torch.set_num_threads(1)
+
 #: 3 heads of width 5, 17 hidden units, 2 x 3 patches, 11 classes.
 VIT = {
     "img_size": (14, 21),

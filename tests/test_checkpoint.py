@@ -190,24 +190,16 @@ def test_other_tensors(saved: Path, change: Callable[[dict[str, Any]], Any], nam
         (lambda c: c["plan"]["layers"].update({"blocks.8.attn": {}}), r"'blocks\.8\.attn' is not in this model"),
         (lambda c: c["plan"].update(extra=1), "is damaged: the plan has unknown fields extra"),
         (lambda c: c["plan"].update(comcat_plan=7), "is damaged: the plan has format 7"),
-        (lambda c: c["architecture"].update(name="no_such_model"), "timm cannot build 'no_such_model'"),
+        (lambda c: c["architecture"].update(name="no_such_model"), "timm has no architecture 'no_such_model'"),
         (lambda c: c["architecture"]["args"].update(depth=3), r"'blocks\.2\..*' should be .* but is None"),
         (lambda c: c["architecture"]["args"].update(wheels=4), "timm cannot build .*wheels"),
-        (lambda c: c["architecture"].pop("args"), "is damaged: 'args'"),
+        (lambda c: c["architecture"].pop("args"), r"no fields architecture\.args"),
         (lambda c: c["report"].pop("layers"), "is damaged: 'layers'"),
         (lambda c: c["report"].update(extra=1), "is damaged: .*extra"),
         (lambda c: c.update(report=3), "is damaged"),
         (lambda c: c.update(plan=[]), "is damaged: not a plan"),
-        pytest.param(
-            lambda c: c.update(tensors={}),
-            "damaged",
-            marks=pytest.mark.xfail(strict=True, raises=KeyError, reason="fields inside 'tensors' are not checked"),
-        ),
-        pytest.param(
-            lambda c: c["architecture"].update(name="hf-hub:someone/something"),
-            "timm",
-            marks=pytest.mark.xfail(strict=True, raises=Exception, reason="a name may lead to the network"),
-        ),
+        (lambda c: c.update(tensors={}), r"no fields tensors\.bytes, tensors\.sha256"),
+        (lambda c: c["architecture"].update(name="hf-hub:someone/something"), "timm has no architecture 'hf-hub"),
     ],
 )
 def test_edited_descriptions(saved: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
@@ -330,7 +322,6 @@ def test_wrong_model_args_are_noticed(model_args: dict[str, Any], tmp_path: Path
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="json refuses with an error of its own")
 def test_model_args_that_are_no_plain_data_are_refused(tmp_path: Path) -> None:
     model = vit(dtype=torch.float32, norm_layer=nn.LayerNorm)
     with pytest.raises(CheckpointError):
@@ -351,7 +342,6 @@ def test_a_changed_module_is_noticed(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.xfail(strict=True, raises=CheckpointError, reason="only the second plan is remembered")
 def test_a_model_compressed_twice_can_be_saved(tmp_path: Path) -> None:
     once = comcat.compress(vit(dtype=torch.float32), comcat.Plan({"blocks.0.attn": {"qk": 2}}))
     twice = comcat.compress(once, comcat.Plan({"head": {"rank": 3}}))

@@ -216,10 +216,10 @@ def calibrate(
             for recorder in recorders:
                 recorder.images = len(images)
             images = images.to(parameter.device, parameter.dtype)
-            if fisher:
-                _backward(model, images, generator)
-            else:
-                model(images)
+            try:
+                _backward(model, images, generator) if fisher else model(images)
+            except (RuntimeError, AssertionError) as error:
+                raise CalibrationError(f"the model does not run on images of size {size}: {error}") from error
             if progress:
                 progress("calibrate", done + 1, total)
     if not sample.seen or size is None:
@@ -242,6 +242,11 @@ def _images(batch: Any, index: int, size: tuple[int, ...] | None) -> Tensor:
     if not isinstance(images, Tensor) or images.dim() != 4:
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise CalibrationError(f"batch {index} must be a (B, C, H, W) tensor or (images, labels), not {got}")
+    if not len(images) or not images.is_floating_point():
+        raise CalibrationError(
+            f"batch {index} holds {len(images)} images of {images.dtype}; the model needs floating-point images, "
+            "normalized as in its training"
+        )
     if size is not None and tuple(images.shape[1:]) != size:
         raise CalibrationError(f"batch {index} holds images {tuple(images.shape[1:])}, but the first held {size}")
     if not torch.isfinite(images).all():

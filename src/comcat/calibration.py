@@ -14,7 +14,7 @@ from torch import Tensor
 from .cost import Shape
 from .errors import CalibrationError
 from .files import atomic_file, tensor_bytes
-from .sites import Inventory
+from .sites import Inventory, moment_shapes
 
 FORMAT = 1
 _SEPARATOR = "::"
@@ -40,17 +40,22 @@ class Calibration:
         """Raise CalibrationError, naming the module, unless this belongs to a model with these sites."""
         for site in inventory.sites:
             moments = self.moments.get(site.name)
-            widths = {"z": "proj", "x": "fc1" if "fc1" in site.linears else "linear", "h": "fc2"}
-            if moments is None:
+            if moments is None or site.name not in self.shapes:
                 raise CalibrationError(
                     f"the calibration has no statistics of '{site.name}': it was made for another model"
                 )
-            for name, linear in widths.items():
-                if name in moments and len(moments[name]) != site.linears[linear].in_features:
+            for name, shape in moment_shapes(site).items():
+                there = tuple(moments[name].shape) if name in moments else None
+                if there != shape:
                     raise CalibrationError(
-                        f"the calibration of '{site.name}' has width {len(moments[name])}, the model "
-                        f"{site.linears[linear].in_features}: it was made for another model"
+                        f"the calibration of '{site.name}' has '{name}' of shape {there}, the model needs {shape}: it "
+                        "was made for another model"
                     )
+            damaged = [name for name, moment in moments.items() if not torch.isfinite(moment).all()]
+            if damaged:
+                raise CalibrationError(
+                    f"the calibration of '{site.name}' holds NaN or infinite values in '{damaged[0]}'; calibrate again"
+                )
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically."""
@@ -84,24 +89,27 @@ class Calibration:
             raise CalibrationError(
                 f"'{path}' is not a comcat calibration; make one with comcat.calibrate(...).save(path)"
             )
-        if meta["format"] > FORMAT:
+        if meta.get("format", 0) > FORMAT:
             raise CalibrationError(f"calibration '{path}' has format {meta['format']}; upgrade comcat to read it")
         images = tensors.pop("images")
         moments: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             site, _, name = key.partition(_SEPARATOR)
             moments.setdefault(site, {})[name] = tensor
-        return cls(
-            moments=moments,
-            shapes={name: Shape(*shape) for name, shape in meta["shapes"].items()},
-            images=images,
-            num_images=meta["num_images"],
-            input_size=tuple(meta["input_size"]),
-            fisher=meta["fisher"],
-            probes=meta["probes"],
-        )
+        try:
+            return cls(
+                moments=moments,
+                shapes={name: Shape(*shape) for name, shape in meta["shapes"].items()},
+                images=images,
+                num_images=meta["num_images"],
+                input_size=tuple(meta["input_size"]),
+                fisher=meta["fisher"],
+                probes=meta["probes"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CalibrationError(f"calibration '{path}' is damaged: {error}; calibrate again") from error
 
     def to(self, device: torch.device | str) -> Calibration:
-        """A copy with the moments on ``device`` (the image sample stays)."""
+        """A copy with the moments on ``device``; image sample and probe cache are shared."""
         moments = {s: {n: t.to(device) for n, t in ms.items()} for s, ms in self.moments.items()}
         return Calibration(**{**self.__dict__, "moments": moments})

@@ -29,6 +29,7 @@ from .source import Source, describe
 
 FORMAT = 1
 TENSORS_NAME = "model.safetensors"
+_INNER = {"tensors": {"bytes", "sha256"}, "architecture": {"library", "name", "args", "config"}}
 _FIELDS = {"comcat_format", "comcat_version", "architecture", "plan", "report", "tensors"}
 
 
@@ -56,7 +57,10 @@ def save(
         source = Source(source.name, dict(model_args), source.config)
     state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     with atomic_directory(path, overwrite) as directory:
-        content = tensor_bytes(state, {"format": "pt"})
+        try:
+            content = tensor_bytes(state, {"format": "pt"})
+        except RuntimeError as error:  # tensors that share memory
+            raise CheckpointError(f"the tensors cannot be written: {error}") from error
         config = {
             "comcat_format": FORMAT,
             "comcat_version": __version__,
@@ -65,8 +69,12 @@ def save(
             "report": report.to_dict() if report else None,
             "tensors": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()},
         }
+        try:
+            description = json.dumps(config, indent=1)
+        except TypeError as error:
+            raise CheckpointError(f"model_args must be plain data that JSON can hold: {error}") from error
         (directory / TENSORS_NAME).write_bytes(content)
-        (directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
+        (directory / CONFIG_NAME).write_text(description + "\n")
         _check_rebuilt(model, directory)
 
 
@@ -148,6 +156,10 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"version reads up to {FORMAT}; upgrade comcat"
         )
     unknown, missing = sorted(set(config) - _FIELDS), sorted(_FIELDS - set(config))
+    for name, fields in _INNER.items():
+        inner = config.get(name)
+        there = set(inner) if isinstance(inner, dict) else set()
+        missing += [f"{name}.{field}" for field in sorted(fields - there)] if name in config else []
     if unknown or missing:
         said = [f"{what} fields {', '.join(names)}" for what, names in (("unknown", unknown), ("no", missing)) if names]
         raise CheckpointError(f"'{file}' has {' and '.join(said)}; it was edited or written by another tool")

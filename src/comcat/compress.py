@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 
 from .calibration import Calibration
 from .cost import site_cost
-from .factors import SiteFactors, site_factors
+from .factors import site_factors
 from .hosts import find_sites
 from .plan import Plan
 from .profile import default_input_size, profile, site_shapes
@@ -78,7 +77,6 @@ def compress_(
     calibration: Calibration | None = None,
     *,
     progress: Progress | None = None,
-    factors: Mapping[str, SiteFactors[Any]] | None = None,
 ) -> Report:
     """Replace the planned layers in place.
 
@@ -90,7 +88,6 @@ def compress_(
         plan: what to replace, from :func:`comcat.plan` or written by hand.
         calibration: statistics of this model; without them the factors come from the weights alone.
         progress: called as ``progress("compress", layers done, layers in all)``.
-        factors: decompositions already made for the dense model, by site name.
 
     Raises:
         PlanError: the plan does not fit this model (the module is named); nothing has been changed.
@@ -103,15 +100,15 @@ def compress_(
     if calibration is not None:
         calibration.check(inventory)
     size = tuple(calibration.input_size if calibration is not None else default_input_size(model))
-    source = describe(model)
+    earlier: Compression | None = getattr(model, "comcat", None)
+    source = earlier.source if earlier else describe(model)
     before = profile(model, size)
     shapes = calibration.shapes if calibration is not None else site_shapes(model, inventory, size)
-    device = next(model.parameters()).device
+    moments = calibration.to(next(model.parameters()).device).moments if calibration is not None else {}
     layers = []
     for done, (name, choice) in enumerate(plan.layers.items()):
         site = inventory[name]
-        moments = calibration.moments[name] if calibration is not None else {}
-        made = factors[name] if factors else site_factors(site, {n: t.to(device) for n, t in moments.items()})
+        made = site_factors(site, moments.get(name))
         if not choice:
             continue
         with torch.no_grad():
@@ -135,7 +132,8 @@ def compress_(
             progress("compress", done + 1, len(plan.layers))
     after = profile(model, size)
     report = Report(layers, inventory.dense, before.params, after.params, before.macs, after.macs, size)
-    model.comcat = Compression(plan, report, source)  # type: ignore[assignment]
+    whole = replace(plan, layers={**earlier.plan.layers, **plan.layers}) if earlier else plan
+    model.comcat = Compression(whole, report, source)  # type: ignore[assignment]
     return report
 
 

@@ -54,7 +54,7 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
     Raises:
         CheckpointError: ``path`` already holds something and ``overwrite`` is off, or the disk is full.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays a link
     check_free(path, overwrite)
     temporary: Path | None = None
     try:

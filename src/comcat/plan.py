@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,11 @@ class Budget:
             raise BudgetError("give a budget of either params or macs, e.g. Budget(params=0.5)")
         if self.of not in ("model", "parts"):
             raise BudgetError(f"a budget is of 'model' or of 'parts', not of {self.of!r}")
-        value = self.value
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        value: Any = self.value
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise BudgetError(f"a budget is a number, not {value!r}")
+        value = int(value) if isinstance(value, Integral) else float(value)
+        object.__setattr__(self, self.unit, value)
         if isinstance(value, float) and not 0 < value < 1:
             raise BudgetError(
                 f"a budget of {value:g} is not a fraction to keep: it must lie strictly between 0 and 1 "

@@ -64,17 +64,13 @@ def plan(
         PlanError: unknown method or part, or ``"probe"`` without calibration images.
         CalibrationError: the calibration belongs to another model.
     """
-    parts = check_parts(parts)
     method = method or ("probe" if calibration is not None and len(calibration.images) else "uniform")
     if method not in METHODS:
         raise PlanError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
     if method == "probe" and (calibration is None or not len(calibration.images)):
         raise PlanError("method 'probe' measures on images: give a calibration made with probe_images > 0")
-    if method == "uniform" and len(parts) > 1:
-        parts = tuple(part for part in parts if part != "head")
-    if not isinstance(rank_multiple, int) or rank_multiple < 1:
-        raise PlanError(f"rank_multiple must be a positive integer, not {rank_multiple!r}")
-    return _Planner(model, budget, calibration, parts, rank_multiple, input_size, progress).plan(method)
+    planner = _Planner(model, budget, calibration, method, parts, rank_multiple, input_size, progress)
+    return planner.plan()
 
 
 def check_budget(
@@ -83,9 +79,13 @@ def check_budget(
     parts: Sequence[str] = PARTS,
     rank_multiple: int = 1,
     input_size: Sequence[int] | None = None,
+    method: str | None = None,
 ) -> None:
-    """Raise what :func:`plan` would raise of the budget and the parts, without looking at any image."""
-    _Planner(model, budget, None, check_parts(parts), rank_multiple, input_size, None)
+    """Raise what :func:`plan` would raise of the budget and the parts, before any image is looked at."""
+    if method == "uniform" and len(check_parts(parts)) > 1:
+        parts = [part for part in parts if part != "head"]
+    # Whether there will be images to refit neurons on is not known here, so both forms of the FFN count.
+    _Planner(model, budget, None, "probe", parts, rank_multiple, input_size, None).refuse_unreachable()
 
 
 class _Planner:
@@ -94,13 +94,20 @@ class _Planner:
         model: nn.Module,
         budget: Budget,
         calibration: Calibration | None,
-        parts: tuple[str, ...],
+        method: str,
+        parts: Sequence[str],
         multiple: int,
         input_size: Sequence[int] | None,
         progress: Progress | None,
     ) -> None:
+        if not isinstance(multiple, int) or multiple < 1:
+            raise PlanError(f"rank_multiple must be a positive integer, not {multiple!r}")
         self.model, self.budget, self.calibration = model, budget, calibration
-        self.parts, self.multiple, self.progress = parts, multiple, progress
+        self.method, self.multiple, self.progress = method, multiple, progress
+        parts = check_parts(parts)
+        if method == "uniform" and len(parts) > 1:
+            parts = tuple(part for part in parts if part != "head")
+        self.parts = parts
         inventory = find_sites(model)
         check_finite(model)
         if calibration is not None:
@@ -118,16 +125,12 @@ class _Planner:
             raise PlanError(f"no layer of this model has a part among {', '.join(parts)}")
         self.inventory = Inventory(sites, inventory.dense)
         self.classifier = any(s.kind == "head" for s in inventory.sites)
-        moments = calibration.moments if calibration else {}
-        device = next(model.parameters()).device
-        self.factors: dict[str, SiteFactors[Any]] = {
-            s.name: site_factors(s, {n: t.to(device) for n, t in moments.get(s.name, {}).items()}) for s in sites
-        }
+        moments = calibration.to(next(model.parameters()).device).moments if calibration else {}
+        self.factors: dict[str, SiteFactors[Any]] = {s.name: site_factors(s, moments.get(s.name)) for s in sites}
         parts_cost = sum((_parts_cost(s, parts, self.shapes[s.name]) for s in sites), Cost(0, 0))
         self.limit = budget.absolute(getattr(self.dense, budget.unit), getattr(parts_cost, budget.unit))
-        self._refuse_unreachable()
 
-    def _refuse_unreachable(self) -> None:
+    def refuse_unreachable(self) -> None:
         """Before anything is measured: whether the smallest widths of all parts meet the budget."""
         flat = {
             s.name: {part: np.zeros(full + 1) for part, full in self._parts(s).items()} for s in self.inventory.sites
@@ -137,11 +140,12 @@ class _Planner:
         if smallest > self.limit:
             raise out_of_reach(self._shown(self.limit), self._shown(smallest))
 
-    def plan(self, method: str) -> Plan:
-        if method == "probe":
+    def plan(self) -> Plan:
+        self.refuse_unreachable()
+        if self.method == "probe":
             return self._probed()
-        curves = {s.name: self._unmeasured(s, method) for s in self.inventory.sites}
-        return self._plan(self._solve(curves), method)
+        curves = {s.name: self._unmeasured(s) for s in self.inventory.sites}
+        return self._plan(self._solve(curves))
 
     def _solve(self, curves: Curves) -> Solution:
         """Choices by site, and their estimated loss."""
@@ -166,7 +170,7 @@ class _Planner:
         unit = self.budget.unit
         return f"{cost:,} {unit} ({100 * cost / getattr(self.dense, unit):.1f} % of the model)"
 
-    def _plan(self, solved: Solution, method: str, **measured: float) -> Plan:
+    def _plan(self, solved: Solution, **measured: float) -> Plan:
         choices, loss = solved
         saved = Cost(0, 0)
         for site in self.inventory.sites:
@@ -174,27 +178,28 @@ class _Planner:
             saved += site_cost(site, {}, shape) - site_cost(site, choices[site.name], shape)
         kept = self.dense - saved
         estimate = {"params": kept.params, "macs": kept.macs}
-        if method != "uniform":
+        if self.method != "uniform":
             estimate["loss"] = loss
         estimate |= measured
         budget = {self.budget.unit: self.budget.value, "of": self.budget.of}
         layers = {name: choice for name, choice in choices.items() if choice}
-        return Plan(layers, method=method, budget=budget, estimate=estimate)
+        return Plan(layers, method=self.method, budget=budget, estimate=estimate)
 
-    def _unmeasured(self, site: Site, method: str) -> dict[str, Curve]:
+    def _unmeasured(self, site: Site) -> dict[str, Curve]:
         """Curves that need no images."""
-        calibration = self.calibration
         parts = self._parts(site)
-        if method == "spectrum":
-            fisher = calibration is not None and calibration.fisher
-            return {part: spectrum_curve(self.factors[site.name], part, fisher) for part in parts}
-        if "neurons" in parts:  # one form for all: neurons where there are activations to refit on, else low rank
-            parts = {p: w for p, w in parts.items() if (p == "neurons") == (calibration is not None)}
-        return {part: uniform_curve(site, part) for part in parts}
+        if self.method == "uniform":
+            return {part: uniform_curve(site, part) for part in parts}
+        fisher = self.calibration is not None and self.calibration.fisher
+        return {part: spectrum_curve(self.factors[site.name], part, fisher) for part in parts}
 
     def _parts(self, site: Site) -> Choice:
         """Full widths of the site's parts that may be reduced."""
-        return select_parts(site.full, site.kind, self.parts)
+        parts = select_parts(site.full, site.kind, self.parts)
+        if self.method == "uniform" and "neurons" in parts:
+            # One form for all FFNs: neurons where there are activations to refit on, else low rank.
+            parts = {p: w for p, w in parts.items() if (p == "neurons") == (self.calibration is not None)}
+        return parts
 
     # -- probing --------------------------------------------------------------------------------------------------
 
@@ -208,7 +213,7 @@ class _Planner:
             choices, loss = self._solve(curves)
             swaps = [self.factors[s.name].build(choices[s.name]) for s in self.inventory.sites]
             divergence = prober.measure_all({name: module for new in swaps for name, module in new.items()})
-        return self._plan((choices, loss), "probe", divergence=divergence)
+        return self._plan((choices, loss), divergence=divergence)
 
     def _measure(self, prober: Prober, images: int) -> Curves:
         """One curve per part from a few measured levels; what the calibration already knows is not measured again."""
@@ -242,5 +247,6 @@ def _parts_cost(site: Site, parts: tuple[str, ...], shape: Shape) -> Cost:
     d = site.head_dim
     whole = attention_cost(site, d, d, shape)
     rest = attention_cost(site, 0 if "qk" in parts else d, 0 if "vo" in parts else d, shape)
-    cost = whole - rest
-    return Cost(int(cost.params), int(cost.macs))
+    # A reduced output has a bias even where the dense one has none; that one is no part of the dense cost.
+    added = site.proj.out_features if site.proj.bias is None and "vo" in parts else 0
+    return Cost(int(whole.params - rest.params) + added, int(whole.macs - rest.macs))

@@ -103,9 +103,11 @@ class Prober:
             )
             for name in candidates
         ]
-        outputs = self._outputs()
-        for handle in handles:
-            handle.remove()
+        try:
+            outputs = self._outputs()
+        finally:
+            for handle in handles:
+                handle.remove()
         self.blocks, self.recorded = [], {}
         whole = [n for n in candidates if len(recorded[n]) == len(self.batches)]
         if len(whole) == len(candidates) and all(isinstance(o, Tensor) for n in whole for o in recorded[n]):

@@ -60,7 +60,9 @@ def profile(model: nn.Module, input_size: Sequence[int] | None = None) -> Profil
         ModelError: the model does not run on an input of this size.
     """
     size = tuple(input_size or default_input_size(model))
-    parameter = next(model.parameters())
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ModelError(f"{type(model).__name__} has no parameters to count")
     image = torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype)
     counter = FlopCounterMode(display=False)
     try:

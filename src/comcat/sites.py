@@ -101,6 +101,17 @@ class HeadSite:
 Site = AttentionSite | FFNSite | HeadSite
 
 
+def moment_shapes(site: Site) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the moments that a calibration holds for a site."""
+    if isinstance(site, AttentionSite):
+        H, d = site.num_heads, site.head_dim
+        shapes: dict[str, tuple[int, ...]] = {"z": (H * d, H * d), "z_mean": (H * d,)}
+        return shapes if "qk" in site.dense_parts else {"q": (H, d, d), "k": (H, d, d), **shapes}
+    inputs = {"x": site.fc1, "h": site.fc2} if isinstance(site, FFNSite) else {"x": site.module}
+    square = {name: (linear.in_features,) * 2 for name, linear in inputs.items()}
+    return {**square, **{f"{name}_mean": (linear.in_features,) for name, linear in inputs.items()}}
+
+
 @dataclass(frozen=True)
 class Inventory:
     """All sites of a model in forward order, and what stays dense."""

@@ -30,6 +30,10 @@ class Source:
 
     def build(self) -> nn.Module:
         """The dense architecture with fresh weights."""
+        if not timm.is_model(self.name):  # nor anything that would lead to the network
+            raise CheckpointError(
+                f"timm has no architecture '{self.name}'; upgrade timm, or the description was edited"
+            )
         try:
             model = timm.create_model(self.name, pretrained=False, **self.args)
         except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
@@ -96,5 +100,7 @@ def _arguments(model: nn.Module) -> dict[str, Any]:
         return args
     fc1 = getattr(getattr(first, "mlp", None), "fc1", None)
     if isinstance(fc1, nn.Linear):
-        args["mlp_ratio"] = fc1.out_features / fc1.in_features
+        width, hidden = fc1.in_features, fc1.out_features
+        # timm truncates the product of width and ratio
+        args["mlp_ratio"] = hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
     return args

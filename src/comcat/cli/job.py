@@ -88,7 +88,9 @@ class Job:
         inventory = find_sites(self.model)
         check_finite(self.model)
         if self.budget is not None:
-            comcat.check_budget(self.model, self.budget, self.settings.parts, self.settings.rank_multiple)
+            comcat.check_budget(
+                self.model, self.budget, self.settings.parts, self.settings.rank_multiple, method=self.settings.method
+            )
         if self.plan is not None:
             self.plan.check(inventory)
         path = self.settings.calibration_file

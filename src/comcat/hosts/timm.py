@@ -25,7 +25,6 @@ _REASONS = {
     "ParallelScalingBlock": "attention and FFN share one fused projection",
     "DiffParallelScalingBlock": "attention and FFN share one fused projection",
     "PatchMerging": "merges patches, no attention or FFN",
-    "Attention": "normalization or gating on both products",
 }
 
 
@@ -41,8 +40,10 @@ def find_sites(model: nn.Module) -> Inventory:
         for part, reason in getattr(site, "dense_parts", {}).items():
             dense.append(LeftDense(f"{name} ({part})", type(module).__name__, reason))
     sites += [HeadSite(name, module) for name, module in _classifiers(model)]
+    whole = {site.name for site in sites}
     covered = {id(linear) for site in sites for linear in site.linears.values()}
-    return Inventory(sites, dense + _uncovered(model, covered))
+    rest = [entry for entry in _uncovered(model, covered) if entry.name not in whole]
+    return Inventory(sites, dense + rest)
 
 
 def _site(name: str, module: Any) -> Site | None:
@@ -139,7 +140,10 @@ def _uncovered(model: nn.Module, covered: set[int]) -> list[LeftDense]:
         if isinstance(module, nn.Linear) and id(module) not in covered:
             owner = name.rpartition(".")[0] or name
             owners[owner] = model.get_submodule(owner)
-    return [
-        LeftDense(name, type(m).__name__, _REASONS.get(type(m).__name__, "not a layer that comcat knows to factor"))
-        for name, m in owners.items()
-    ]
+    return [LeftDense(name, type(module).__name__, _reason(module)) for name, module in owners.items()]
+
+
+def _reason(module: nn.Module) -> str:
+    if type(module) is Attention and type(module.qkv) is nn.Linear:
+        return "normalization or gating acts on both products"
+    return _REASONS.get(type(module).__name__, "not a layer that comcat knows to factor")
