@@ -41,14 +41,14 @@ def textbook(heads: HeadWeights, rank: int) -> tuple[list[Tensor], list[Tensor]]
 
 
 def ours(site: AttentionSite, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four thin factors of every head: (H, D, r) twice for qk, (H, D, r) and (H, r, D) for vo."""
+    """The four thin factors of every head, (H, r, D) each, in the layout of the layers that hold them."""
     factors = AttentionFactors(site)
-    heads = factors.heads
+    heads, qk, vo = factors.heads, factors.qk, factors.vo
     return (
-        heads.query.double().mT @ factors.qk.q_map[..., :rank],
-        heads.key.double().mT @ factors.qk.k_map[..., :rank],
-        heads.value.double().mT @ factors.vo.down[..., :rank],
-        factors.vo.up[..., :rank, :] @ heads.output.double(),
+        qk.q_map[..., :rank].mT @ heads.query.double(),
+        qk.k_map[..., :rank].mT @ heads.key.double(),
+        vo.down[..., :rank].mT @ heads.value.double(),
+        vo.up[..., :rank, :] @ heads.output.double(),
     )
 
 
@@ -59,7 +59,9 @@ def peak_over_model(name: str, rank: int) -> float:
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     sites = [s for s in find_sites(model).sites if isinstance(s, AttentionSite)]
     comcat.compress_(model, comcat.Plan({s.name: {"qk": rank, "vo": rank} for s in sites}))
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / size
+    # Not getrusage: its peak is inherited from the process that started this one.
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return (int(peak.split()[1]) * 1024 - before) / size
 
 
 def main() -> None:
@@ -88,7 +90,7 @@ def main() -> None:
         start = time.perf_counter()
         reference = textbook(HeadWeights.from_fused(site.qkv, site.proj, site.num_heads), args.rank)
         slow += time.perf_counter() - start
-        for got, want in zip((query @ key.mT, value @ output), reference, strict=True):
+        for got, want in zip((query.mT @ key, value.mT @ output), reference, strict=True):
             want = torch.stack(want)
             difference = max(difference, float((got - want).abs().max() / want.abs().max()))
     command = [sys.executable, __file__, "--memory-only", "--model", args.model, "--rank", str(args.rank)]

@@ -59,7 +59,7 @@ def run(model: nn.Module, inputs: dict[str, Tensor]) -> None:
         model.get_submodule(name)(x)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--model", default="deit_small_patch16_224")
@@ -75,11 +75,10 @@ def main() -> None:
     torch.manual_seed(0)
     dense = timm.create_model(args.model).eval()
     size = comcat.profile(dense).input_size
-    with torch.inference_mode(False):
-        noise = None if args.ffn == "low-rank" else comcat.calibrate(dense, [torch.randn(4, *size)], probe_images=0)
-        budget = comcat.Budget(macs=args.keep)
-        plan = comcat.plan(dense, budget, noise, method="uniform", rank_multiple=args.rank_multiple)
-        small = comcat.compress(dense, plan, noise)
+    noise = None if args.ffn == "low-rank" else comcat.calibrate(dense, [torch.randn(4, *size)], probe_images=0)
+    budget = comcat.Budget(macs=args.keep)
+    plan = comcat.plan(dense, budget, noise, method="uniform", rank_multiple=args.rank_multiple)
+    small = comcat.compress(dense, plan, noise)
     report = small.comcat.report
     whole_ratio = report.macs_before / report.macs_after
     options = {"device": args.device, "dtype": getattr(torch, args.dtype)}

@@ -69,19 +69,19 @@ def whitening(moment: Tensor, ridge: float = RIDGE) -> Tensor:
     raise CalibrationError("a second moment is not positive semi-definite; the calibration file is damaged")
 
 
-def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD; where the divide-and-conquer driver gives up, through the eigenvectors of the smaller Gram matrix."""
-    try:
-        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:
-        if matrix.shape[-2] > matrix.shape[-1]:
-            V, S, Uh = _svd(matrix.mT)
-            return Uh.mT, S, V.mT
-        eigenvalues, U = torch.linalg.eigh(matrix @ matrix.mT)
-        U = U.flip(-1)
-        S = eigenvalues.flip(-1).clamp_min(0).sqrt()
-        Vh = (U.mT @ matrix) / S.clamp_min(torch.finfo(S.dtype).tiny)[..., None]
-    return U, S, Vh
+def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors (..., n, k) and squared singular values (..., k), descending, ``k = min(n, m)``.
+
+    From the eigenvectors of the smaller Gram matrix, several times faster than an SVD. Squaring costs nothing here:
+    energies are wanted, not their roots, and what is below 1e-16 of the largest energy is below every ridge.
+    """
+    n, m = matrix.shape[-2:]
+    if n > m:
+        Q, triangle = torch.linalg.qr(matrix)
+        U, energy = _left_singular(triangle)
+        return Q @ U, energy
+    energy, U = torch.linalg.eigh(matrix @ matrix.mT)
+    return U.flip(-1), energy.flip(-1).clamp_min(0)
 
 
 def project(moment: Tensor, target: Tensor) -> Projection:
@@ -95,8 +95,8 @@ def project(moment: Tensor, target: Tensor) -> Projection:
         ``Projection`` with ``k = min(n, m)`` components; keeping all of them leaves ``x @ target`` unchanged.
     """
     R = whitening(moment)
-    U, S, _ = _svd(R @ target.double())
-    return Projection(torch.linalg.solve_triangular(R, U, upper=True), U.mT @ R, S.square())
+    U, gains = _left_singular(R @ target.double())
+    return Projection(torch.linalg.solve_triangular(R, U, upper=True), U.mT @ R, gains)
 
 
 class QKFactors(NamedTuple):
