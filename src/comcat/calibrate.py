@@ -31,25 +31,29 @@ class Moment:
     Products run in the activations' dtype (at least float32), sums over batches in float64.
     """
 
+    shift: Tensor  # (..., 1, n)
+    sum: Tensor  # (..., n) of the shifted rows
+    outer: Tensor  # (..., n, n)
+
     def __init__(self) -> None:
         self.count = 0
-        self.shift: Tensor | None = None
-        self.sum: Any = 0.0
-        self.outer: Any = 0.0
 
     def add(self, rows: Tensor, centred: bool = False) -> None:
         """``centred`` rows have a mean of zero by construction."""
         rows = rows if rows.dtype == torch.float64 else rows.float()
-        if self.shift is None:
+        if not self.count:
+            n = rows.shape[-1]
             self.shift = torch.zeros_like(rows[..., :1, :]) if centred else rows.mean(-2, keepdim=True)
+            self.sum = rows.new_zeros(*rows.shape[:-2], n, dtype=torch.float64)
+            self.outer = rows.new_zeros(*rows.shape[:-2], n, n, dtype=torch.float64)
         rows = rows - self.shift
         self.count += rows.shape[-2]
-        self.sum = self.sum + rows.sum(-2).double()
-        self.outer = self.outer + (rows.mT @ rows).double()
+        # In place: a new sum per batch would leave the heap full of holes, and memory grow with the images.
+        self.sum += rows.sum(-2)
+        self.outer += rows.mT @ rows
 
     @property
     def mean(self) -> Tensor:
-        assert self.shift is not None
         return self.shift.double().squeeze(-2) + self.sum / self.count
 
     @property
@@ -112,10 +116,12 @@ class _Recorder:
     def _add_grad(self, name: str, grad: Tensor) -> None:
         rows = grad.flatten(0, -2)
         rows = rows if rows.dtype == torch.float64 else rows.float()
-        self._accumulate(name, (rows.mT @ rows).double())
+        self._accumulate(name, rows.mT @ rows)
 
     def _accumulate(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + value
+        if name not in self.sums:
+            self.sums[name] = torch.zeros_like(value, dtype=torch.float64)
+        self.sums[name] += value
 
     def _qkv(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         assert isinstance(self.site, AttentionSite)
