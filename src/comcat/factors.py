@@ -7,6 +7,7 @@ what its components are worth: the expected squared error that dropping them cau
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -25,7 +26,7 @@ Moments = Mapping[str, Tensor]
 SiteT = TypeVar("SiteT", bound=Site)
 
 
-class SiteFactors(Generic[SiteT]):
+class SiteFactors(ABC, Generic[SiteT]):
     """Base: ``moments`` is empty for the data-free route."""
 
     def __init__(self, site: SiteT, moments: Moments | None = None) -> None:
@@ -38,13 +39,13 @@ class SiteFactors(Generic[SiteT]):
         tail = energy.flip(0).cumsum(0).flip(0)
         return torch.cat([tail, tail.new_zeros(1)])
 
+    @abstractmethod
     def energy(self, part: str) -> Tensor:
         """(full,) energies of the components of ``part`` in the order in which they are kept."""
-        raise NotImplementedError  # pragma: no cover - abstract
 
+    @abstractmethod
     def build(self, choice: Choice) -> dict[str, nn.Module]:
         """New modules by full name; empty for the dense choice."""
-        raise NotImplementedError  # pragma: no cover - abstract
 
     def relative_error(self, choice: Choice) -> float:
         """Sum over the parts of dropped energy over total energy; a rough guide, comparable within a part only."""

@@ -191,12 +191,11 @@ def _accuracy(axes: Any, points: Sequence[tuple[str, int, float]]) -> None:
     axes.axhline(accuracy[0], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.plot(sizes, accuracy, color=COLORS["qk"], linewidth=1.8, marker="o", markersize=6, markeredgecolor="white")
     axes.plot(sizes[:1], accuracy[:1], marker="o", markersize=7, color=INK, markeredgecolor="white")
-    for (name, _, top1), x in zip(points, sizes, strict=True):
-        # Above the point, where the line, which falls towards smaller models, never runs.
-        label = f"{name}\n{top1:.1f} %"
-        axes.annotate(
-            label, (x, top1), (0, 7), textcoords="offset points", ha="center", va="bottom", fontsize=8, color=INK
-        )
+    for i, ((name, _, top1), x) in enumerate(zip(points, sizes, strict=True)):
+        # Clear of the line, which falls towards smaller models: the smallest is labelled below its point.
+        offset, align = (-7, "top") if i == len(points) - 1 else (7, "bottom")
+        style = {"textcoords": "offset points", "ha": "center", "va": align, "fontsize": 8, "color": INK}
+        axes.annotate(f"{name}\n{top1:.1f} %", (x, top1), (0, offset), **style)
     low = min(accuracy)
     span = max(accuracy[0] - low, 1.5)
     axes.set(xlim=(0, max(sizes) * 1.15), ylim=(low - 0.35 * span, accuracy[0] + 0.45 * span))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .spectra import SpectrumSummary
 
 SPECTRA_NOTE = (
-    "components that hold 90 / 99 % of the energy; below its break-even rank a low-rank layer is smaller than "
+    "components that hold 90 / 99 % of the energy; below its break-even rank (even) a low-rank layer is smaller than "
     "the dense one; the curve is the energy of the components, largest first, on a scale down to 1/1000"
 )
 MAC_NOTE = "a MAC is one multiply-add of a matrix product, attention products included, for one image"
@@ -173,12 +173,12 @@ def spectra(summaries: Sequence[SpectrumSummary], calibrated: bool) -> Group:
     """How many components hold 90 and 99 % of the energy of every part of every layer."""
     source = "of the activations" if calibrated else "of the weights (no images)"
     table = _table()
-    table.add_column("layer")
-    table.add_column("part")
-    for heading in ("90 %", "99 %", "break-even", "full"):
-        table.add_column(heading, justify="right")
-    table.add_column("spectrum")
-    table.add_column("verdict")
+    table.add_column("layer", no_wrap=True, min_width=min(24, max((len(s.layer) for s in summaries), default=5)))
+    table.add_column("part", no_wrap=True, min_width=len("neurons"))
+    for heading in ("90 %", "99 %", "even", "full"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("spectrum", no_wrap=True)
+    table.add_column("verdict", no_wrap=True, min_width=len("compressible"))
     previous = None
     for s in summaries:
         verdict = Text(s.verdict, style={"low-rank": "green", "compressible": "cyan"}.get(s.verdict, "dim"))
@@ -189,7 +189,7 @@ def spectra(summaries: Sequence[SpectrumSummary], calibrated: bool) -> Group:
             str(s.rank99),
             str(s.break_even),
             str(s.full),
-            fmt.sparkline(s.decay),
+            fmt.sparkline(s.decay, 10),
             verdict,
         )
         previous = s.layer
