@@ -17,7 +17,9 @@ SHAPE = Shape(7, 7)
 
 def option(cost: list[int], loss: list[float]) -> Options:
     cost = np.array(cost)
-    return Options(SITES["head"], (np.arange(len(cost)),), ("rank",), cost, 7 * cost, np.array(loss, float))
+    return Options(
+        SITES["head"], (np.arange(len(cost)),), ("rank",), {"params": cost, "macs": 7 * cost}, np.array(loss, float)
+    )
 
 
 def random_options(rng: np.random.Generator, sites: int, convex: bool) -> list[Options]:
@@ -37,7 +39,7 @@ def brute(options: list[Options], limit: int) -> float:
     return min(
         sum(o.loss[i] for o, i in zip(options, pick, strict=True))
         for pick in picks
-        if sum(o.params[i] for o, i in zip(options, pick, strict=True)) <= limit
+        if sum(o.costs["params"][i] for o, i in zip(options, pick, strict=True)) <= limit
     )
 
 
@@ -46,11 +48,11 @@ def brute(options: list[Options], limit: int) -> float:
 def test_close_to_brute_force(seed: int, convex: bool) -> None:
     rng = np.random.default_rng(seed)
     options = random_options(rng, 3, convex)
-    low, high = (sum(f(o.params) for o in options) for f in (np.min, np.max))
+    low, high = (sum(f(o.costs["params"]) for o in options) for f in (np.min, np.max))
     largest = sum(float(o.loss.max() - o.loss.min()) for o in options) / len(options)
     for limit in np.linspace(low, high, 7).astype(int):
         chosen = allocate(options, "params", int(limit), 0, str, tolerance=1.0)
-        assert sum(o.params[i] for o, i in zip(options, chosen, strict=True)) <= limit
+        assert sum(o.costs["params"][i] for o, i in zip(options, chosen, strict=True)) <= limit
         got = sum(o.loss[i] for o, i in zip(options, chosen, strict=True))
         assert brute(options, limit) - 1e-9 <= got <= brute(options, limit) + largest
 
@@ -62,11 +64,11 @@ def test_optimal_where_a_corner_of_the_hull_meets_the_budget(seed: int) -> None:
     position = [len(o.loss) - 1 for o in options]
     while any(position):
         rates = [
-            (o.loss[p - 1] - o.loss[p]) / (o.params[p] - o.params[p - 1]) if p else np.inf
+            (o.loss[p - 1] - o.loss[p]) / (o.costs["params"][p] - o.costs["params"][p - 1]) if p else np.inf
             for o, p in zip(options, position, strict=True)
         ]
         position[int(np.argmin(rates))] -= 1
-        limit = sum(int(o.params[p]) for o, p in zip(options, position, strict=True))
+        limit = sum(int(o.costs["params"][p]) for o, p in zip(options, position, strict=True))
         chosen = allocate(options, "params", limit, 0, str, tolerance=1.0)
         got = sum(o.loss[i] for o, i in zip(options, chosen, strict=True))
         assert got == pytest.approx(brute(options, limit))
@@ -94,6 +96,16 @@ def test_out_of_reach_names_the_smallest() -> None:
 def test_too_coarse_widths_name_the_closest() -> None:
     with pytest.raises(BudgetError, match=r"closest below 19 is 10; ask for that figure, or use a smaller"):
         allocate([option([10, 20], [1, 0])], "params", 19, 0, str)
+
+
+def test_where_no_upgrade_fits_two_sites_change_together() -> None:
+    """The walk ends at 60 + 30, the next upgrade would cost 11 of the 9 that are left; 58 + 41 meets the budget."""
+    options = [option([10, 50, 58, 60, 100], [9, 1, 0.7, 0.5, 0]), option([10, 30, 41, 80], [9, 1, 0.9, 0])]
+    assert allocate(options, "params", 99, 0, str, tolerance=0.1) == [3, 1]
+    assert allocate(options, "params", 99, 0, str) == [2, 2]
+    assert allocate(options, "macs", 7 * 99 + 5, 0, str, tolerance=0.01) == [2, 2]
+    with pytest.raises(BudgetError, match="closest below 98 is 90"):
+        allocate(options, "params", 98, 0, str)
 
 
 def test_equal_losses_leave_no_budget_unused() -> None:
@@ -126,7 +138,7 @@ def test_options_hold_the_dense_one_and_cost_what_their_choice_costs(kind: str, 
     choices = [found.choice(i) for i in range(len(found.loss))]
     assert {} in choices
     assert found.loss[choices.index({})] == 0
-    for choice, params, macs in zip(choices, found.params, found.macs, strict=True):
+    for choice, params, macs in zip(choices, found.costs["params"], found.costs["macs"], strict=True):
         assert (params, macs) == site_cost(site, choice, SHAPE)
         assert all(width % multiple == 0 for width in choice.values())
         assert set(choice) <= ({part} if kind == "attention" else set(site.full))
@@ -139,7 +151,7 @@ def test_low_rank_options_stay_below_break_even() -> None:
         found = site_options(SITES[kind], curves(kind), (part,), SHAPE, 1)
         for i in range(len(found.loss)):
             choice = found.choice(i)
-            assert found.params[i] <= dense[kind]
+            assert found.costs["params"][i] <= dense[kind]
             for name, width in choice.items():
                 if name != "neurons":
                     linear = SITES[kind].linears["linear" if name == "rank" else name]

@@ -74,7 +74,7 @@ def test_compress_writes_a_complete_directory(place, saved):
     assert (place / "small" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert 0.98 < saved["compressed"]["params"] / (0.5 * saved["dense"]["params"]) <= 1
     assert saved["compressed"]["bytes"] < saved["dense"]["bytes"]
-    assert saved["method"] == "probe"
+    assert saved["method"] == "spectrum"
     assert saved["calibration"] == {"images": 42, "fisher": True}
     assert saved["dense"]["evaluation"]["images"] == 12
     assert not list(place.glob(".*tmp"))

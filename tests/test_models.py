@@ -131,7 +131,6 @@ def test_a_described_model_can_be_built_again(model: Any) -> None:
     again = source.build()
     shapes = {n: t.shape for n, t in dense.state_dict().items()}
     assert {n: t.shape for n, t in again.state_dict().items()} == shapes
-    assert not source.complete
 
 
 def test_defaults_are_not_repeated() -> None:
@@ -147,7 +146,7 @@ def test_what_is_not_from_timm_has_no_source() -> None:
 def test_a_recorded_source_goes_first() -> None:
     model = comcat.load_model(NAME, model_args=VIT, pretrained=False)
     source = describe(model)
-    assert (source.name, source.args, source.complete) == (NAME, VIT, True)
+    assert (source.name, source.args) == (NAME, VIT)
 
 
 def test_a_source_that_cannot_be_built_is_refused() -> None:

@@ -1,6 +1,7 @@
 """Budgets, plans and the planner: the cost that is promised is the cost that is built."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,9 @@ from torch import nn
 import comcat
 from comcat.allocate import TOLERANCE
 from comcat.cost import Cost, break_even
+from comcat.cost import parts_cost as site_parts_cost
 from comcat.errors import BudgetError, CheckpointError, ModelError, PlanError
 from comcat.hosts import find_sites
-from comcat.planner import _parts_cost
 from comcat.profile import site_shapes
 from comcat.sites import PARTS, select_parts
 from conftest import calibrated, swin, vit
@@ -41,7 +42,7 @@ def parts_cost(model: nn.Module, parts: tuple[str, ...]) -> Cost:
     inventory = find_sites(model)
     shapes = site_shapes(model, inventory, comcat.profile(model).input_size)
     chosen = [s for s in inventory.sites if select_parts(s.full, s.kind, parts)]
-    return sum((_parts_cost(s, parts, shapes[s.name]) for s in chosen), Cost(0, 0))
+    return sum((site_parts_cost(s, parts, shapes[s.name]) for s in chosen), Cost(0, 0))
 
 
 def check(model: nn.Module, plan: comcat.Plan, limit: float, parts: tuple[str, ...], multiple: int) -> None:
@@ -161,7 +162,8 @@ def test_default_method(host: nn.Module, calibration: comcat.Calibration, fisher
     budget = comcat.Budget(params=0.6)
     assert comcat.plan(host, budget).method == "uniform"
     assert comcat.plan(host, budget, calibration).method == "probe"
-    assert comcat.plan(host, budget, fisher).method == "uniform"  # it holds no images
+    assert comcat.plan(host, budget, fisher).method == "spectrum"
+    assert comcat.plan(host, budget, replace(calibration, images=calibration.images[:0])).method == "uniform"
 
 
 def test_macs_count_at_the_given_size() -> None:
@@ -212,7 +214,7 @@ def test_too_coarse_a_multiple_is_refused(host: nn.Module) -> None:
 @pytest.mark.parametrize("unit", ["params", "macs"])
 def test_what_the_dense_model_meets_is_refused(host: nn.Module, unit: str) -> None:
     dense = getattr(comcat.profile(host), unit)
-    with pytest.raises(BudgetError, match=f"not below what the dense model costs \\({dense:,}\\)"):
+    with pytest.raises(BudgetError, match=f"not below what the dense model costs \\({dense:,} {unit}\\)"):
         comcat.plan(host, comcat.Budget(**{unit: dense}))
     with pytest.raises(BudgetError, match="not below what the dense parts costs"):
         comcat.plan(host, comcat.Budget(**{unit: dense}, of="parts"))
@@ -254,8 +256,8 @@ def test_bad_weights_are_refused() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({}, "either params or macs"),
-        ({"params": 0.5, "macs": 0.5}, "either params or macs"),
+        ({}, "one of params, macs and latency"),
+        ({"params": 0.5, "macs": 0.5}, "one of params, macs and latency"),
         ({"params": 0.0}, "strictly between 0 and 1"),
         ({"params": 1.0}, "strictly between 0 and 1"),
         ({"macs": 1.5}, "strictly between 0 and 1"),

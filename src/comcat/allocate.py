@@ -30,18 +30,18 @@ class Options:
     site: Site
     parts: tuple[np.ndarray, ...]  # widths per part name, each (n,); -1 stands for dense
     names: tuple[str, ...]
-    params: np.ndarray  # (n,)
-    macs: np.ndarray  # (n,)
+    costs: dict[str, np.ndarray]  # by unit: (n,) integers
     loss: np.ndarray  # (n,)
 
     def choice(self, index: int) -> Choice:
         return {name: int(w[index]) for name, w in zip(self.names, self.parts, strict=True) if w[index] >= 0}
 
-    def cost(self, unit: str) -> np.ndarray:
-        return self.params if unit == "params" else self.macs
+
+def _by_unit(cost: Cost) -> dict[str, np.ndarray]:
+    return {unit: np.asarray(value, dtype=np.int64) for unit, value in cost._asdict().items()}
 
 
-def _widths(limit: int, multiple: int, count: int | None = None) -> np.ndarray:
+def spaced_widths(limit: int, multiple: int, count: int | None = None) -> np.ndarray:
     """Multiples below ``limit``, thinned evenly to ``count``."""
     widths = np.arange(multiple, limit, multiple)
     if count is not None and len(widths) > count:
@@ -70,7 +70,7 @@ def _attention_options(
 ) -> Options:
     d = site.head_dim
     qk, vo = (
-        np.append(_widths(d, multiple) if part in full else np.arange(0), d)[shape_]
+        np.append(spaced_widths(d, multiple) if part in full else np.arange(0), d)[shape_]
         for part, shape_ in (("qk", np.s_[:, None]), ("vo", np.s_[None, :]))
     )
     qk, vo = (grid.ravel() for grid in np.broadcast_arrays(qk, vo))
@@ -80,14 +80,14 @@ def _attention_options(
         if part in full:
             loss = loss + curves[part][width]
     widths = tuple(np.where(w < d, w, -1) for w in (qk, vo))
-    return Options(site, widths, ("qk", "vo"), np.asarray(cost.params), np.asarray(cost.macs), loss)
+    return Options(site, widths, ("qk", "vo"), _by_unit(cost), loss)
 
 
 def _linear_options(
     linear: object, curve: Curve | None, tokens: int, multiple: int
 ) -> tuple[np.ndarray, Cost, np.ndarray]:
     size = (linear.in_features, linear.out_features)  # type: ignore[attr-defined]
-    ranks = np.arange(0) if curve is None else _widths(min(break_even(*size), len(curve) - 1), multiple, _GRID)
+    ranks = np.arange(0) if curve is None else spaced_widths(min(break_even(*size), len(curve) - 1), multiple, _GRID)
     low, dense = low_rank_cost(*size, ranks, tokens), linear_cost(*size, linear.bias is not None, tokens)  # type: ignore[attr-defined]
     cost = Cost(np.append(low.params, dense.params), np.append(low.macs, dense.macs))
     loss = np.append(np.zeros(0) if curve is None else curve[ranks], 0.0)
@@ -103,7 +103,7 @@ def _join(site: Site, tables: list[tuple[np.ndarray, Cost, np.ndarray]], names: 
         params, macs, loss = params + cost.params[slot], macs + cost.macs[slot], loss + value[slot]
         widths.append(w[slot])
     flat = tuple(np.broadcast_to(w, np.shape(loss)).ravel() for w in widths)
-    return Options(site, flat, names, params.ravel().astype(np.int64), macs.ravel().astype(np.int64), loss.ravel())
+    return Options(site, flat, names, _by_unit(Cost(params.ravel(), macs.ravel())), loss.ravel())
 
 
 def _ffn_options(site: FFNSite, curves: dict[str, Curve], full: Choice, shape: Shape, multiple: int) -> Options:
@@ -115,7 +115,7 @@ def _ffn_options(site: FFNSite, curves: dict[str, Curve], full: Choice, shape: S
         ],
         ("fc1", "fc2"),
     )
-    neurons = _widths(full["neurons"], multiple) if "neurons" in full else np.arange(0)
+    neurons = spaced_widths(full["neurons"], multiple) if "neurons" in full else np.arange(0)
     cost = neurons_cost(site, neurons, shape.tokens)
     absent = np.full(len(neurons), -1)
     parts = (
@@ -123,8 +123,8 @@ def _ffn_options(site: FFNSite, curves: dict[str, Curve], full: Choice, shape: S
         *(np.concatenate([w, absent]) for w in low.parts),
     )
     loss = np.concatenate([low.loss, curves["neurons"][neurons] if len(neurons) else np.zeros(0)])
-    params, macs = np.concatenate([low.params, cost.params]), np.concatenate([low.macs, cost.macs])
-    return Options(site, parts, ("neurons", "fc1", "fc2"), params, macs, loss)
+    costs = {unit: np.concatenate([low.costs[unit], more]) for unit, more in _by_unit(cost).items()}
+    return Options(site, parts, ("neurons", "fc1", "fc2"), costs, loss)
 
 
 def lower_hull(cost: np.ndarray, loss: np.ndarray) -> np.ndarray:
@@ -154,14 +154,14 @@ def allocate(
     """One option index per site, of least total loss within the limit.
 
     Args:
-        unit: ``"params"`` or ``"macs"``.
+        unit: a key of every site's ``costs``.
         limit: largest admissible cost of the whole model; fixed: what of it no option changes.
         shown: formats a cost for error messages.
 
     Raises:
         BudgetError: even the smallest options exceed the limit, or the widths are too coarse to meet it closely.
     """
-    costs = [o.cost(unit).astype(np.int64) for o in options]
+    costs = [o.costs[unit] for o in options]
     # A tiny slope breaks ties among equal losses: the larger model wins, so no budget is left unused.
     slope = 1e-12 * max(float(o.loss.max(initial=0)) for o in options) / max(c.max() for c in costs) + 1e-300
     losses = [o.loss - slope * c for o, c in zip(options, costs, strict=True)]
@@ -183,7 +183,10 @@ def allocate(
         position[g] = i
     chosen = [int(h[p]) for h, p in zip(hulls, position, strict=True)]
     total = _fill(chosen, costs, losses, total, limit)
-    if total < limit - tolerance * limit:
+    least = limit - tolerance * limit
+    if total < least:
+        total = _exchange(chosen, costs, losses, total, limit, least)
+    if total < least:
         raise BudgetError(
             f"the widths are too coarse for this model: the closest below {shown(limit)} is {shown(total)}; "
             "ask for that figure, or use a smaller rank multiple"
@@ -212,3 +215,35 @@ def _fill(chosen: list[int], costs: list[np.ndarray], losses: list[np.ndarray], 
         g, index = pick
         total += int(costs[g][index] - costs[g][chosen[g]])
         chosen[g] = index
+
+
+def _exchange(
+    chosen: list[int], costs: list[np.ndarray], losses: list[np.ndarray], total: int, limit: int, least: float
+) -> int:
+    """Where no single upgrade fits: the best change of two sites that ends between ``least`` and ``limit``.
+
+    Such gaps open up in models of a few small layers only. Changes ``chosen`` if there is such a pair.
+    """
+    best, pick = np.inf, None
+    for h, (cost, loss) in enumerate(zip(costs, losses, strict=True)):
+        order = np.argsort(cost, kind="stable")
+        lowest = np.minimum.accumulate(loss[order])
+        # Position of the least loss among all options up to each cost.
+        first = np.maximum.accumulate(np.where(loss[order] == lowest, np.arange(len(order)), 0))
+        for g in range(len(costs)):
+            if g == h:
+                continue
+            rest = total - costs[g][chosen[g]] - cost[chosen[h]] + costs[g]  # without h, for every option of g
+            position = np.searchsorted(cost[order], limit - rest, side="right") - 1
+            partner = order[first[np.maximum(position, 0)]]
+            fits = (position >= 0) & (rest + cost[partner] >= least)
+            change = losses[g] + loss[partner] - losses[g][chosen[g]] - loss[chosen[h]]
+            index = int(np.where(fits, change, np.inf).argmin())
+            if fits[index] and change[index] < best:
+                best, pick = float(change[index]), (g, index, h, int(partner[index]))
+    if pick is None:
+        return total
+    g, index, h, partner_index = pick
+    total += int(costs[g][index] - costs[g][chosen[g]] + costs[h][partner_index] - costs[h][chosen[h]])
+    chosen[g], chosen[h] = index, partner_index
+    return total

@@ -2,6 +2,7 @@
 
 Convention: one MAC is one multiply-add of a matrix product or convolution, for one image; the two products
 inside attention are counted, at the width at which they run. Biases count as parameters, not as MACs.
+Latency, the third unit, is measured (``latency.py``), in nanoseconds.
 All functions take integers or integer arrays and broadcast.
 """
 
@@ -63,6 +64,11 @@ def neurons_cost(site: FFNSite, neurons: Any, tokens: int) -> Cost:
     return Cost(params, tokens * neurons * (D + D_out))
 
 
+def shown(cost: int, unit: str) -> str:
+    """A cost with its unit, for people; latency is in nanoseconds."""
+    return f"{cost / 1e6:,.3f} ms" if unit == "latency" else f"{cost:,} {unit}"
+
+
 def break_even(in_features: int, out_features: int) -> int:
     """Smallest rank at which a low-rank layer is no longer smaller than the dense one."""
     return -(-in_features * out_features // (in_features + out_features))
@@ -86,3 +92,15 @@ def site_cost(site: Site, choice: Choice, shape: Shape) -> Cost:
             else low_rank_cost(*shape_args, rank, shape.tokens)
         )
     return total
+
+
+def parts_cost(site: Site, parts: tuple[str, ...], shape: Shape) -> Cost:
+    """What the selected parts of a dense site cost."""
+    if not isinstance(site, AttentionSite):
+        return site_cost(site, {}, shape)
+    d = site.head_dim
+    whole = attention_cost(site, d, d, shape)
+    rest = attention_cost(site, 0 if "qk" in parts else d, 0 if "vo" in parts else d, shape)
+    # A reduced output has a bias even where the dense one has none; that one is no part of the dense cost.
+    added = site.proj.out_features if site.proj.bias is None and "vo" in parts else 0
+    return Cost(int(whole.params - rest.params) + added, int(whole.macs - rest.macs))

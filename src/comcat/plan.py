@@ -10,35 +10,41 @@ from typing import Any
 
 from torch import nn
 
+from .cost import shown
 from .errors import BudgetError, PlanError
 from .files import atomic_file
 from .hosts import find_sites
 from .sites import Choice, FFNSite, Inventory, check_choice
 
 FORMAT = 1
+UNITS = ("params", "macs", "latency")
 _FIELDS = {"comcat_plan", "method", "budget", "layers", "estimate"}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the compressed model may cost: ``params`` or ``macs``, one of them.
+    """What the compressed model may cost: ``params``, ``macs`` or ``latency``, one of them.
 
-    A float strictly between 0 and 1 is the fraction kept, an integer an absolute number. ``of="model"`` relates it to
-    the whole model, ``of="parts"`` to the parts being compressed only.
+    A float strictly between 0 and 1 is the fraction kept, an integer an absolute number; latency is that of one batch,
+    in nanoseconds. ``of="model"`` relates it to the whole model, ``of="parts"`` to the parts being compressed only,
+    which have no latency of their own.
 
     Raises:
-        BudgetError: not exactly one number, a fraction outside (0, 1), or an integer below 1.
+        BudgetError: not exactly one number, a fraction outside (0, 1), an integer below 2, or the latency of parts.
     """
 
     params: float | int | None = None
     macs: float | int | None = None
     of: str = "model"
+    latency: float | int | None = None
 
     def __post_init__(self) -> None:
-        if (self.params is None) == (self.macs is None):
-            raise BudgetError("give a budget of either params or macs, e.g. Budget(params=0.5)")
+        if sum(getattr(self, unit) is not None for unit in UNITS) != 1:
+            raise BudgetError("give a budget of one of params, macs and latency, e.g. Budget(params=0.5)")
         if self.of not in ("model", "parts"):
             raise BudgetError(f"a budget is of 'model' or of 'parts', not of {self.of!r}")
+        if self.of == "parts" and self.latency is not None:
+            raise BudgetError("a latency budget is of the whole model: leave of='parts' out")
         value: Any = self.value
         if isinstance(value, bool) or not isinstance(value, Real):
             raise BudgetError(f"a budget is a number, not {value!r}")
@@ -54,12 +60,13 @@ class Budget:
 
     @property
     def unit(self) -> str:
-        """``"params"`` or ``"macs"``."""
-        return "macs" if self.params is None else "params"
+        """``"params"``, ``"macs"`` or ``"latency"``."""
+        return next(unit for unit in UNITS if getattr(self, unit) is not None)
 
     @property
     def value(self) -> float | int:
-        return self.macs if self.params is None else self.params  # type: ignore[return-value]
+        value: float | int = getattr(self, self.unit)
+        return value
 
     def absolute(self, model_cost: int, parts_cost: int) -> int:
         """The budget as a number for the whole model.
@@ -74,8 +81,8 @@ class Budget:
         kept = int(whole * self.value) if isinstance(self.value, float) else self.value
         if kept >= whole:
             raise BudgetError(
-                f"a budget of {kept:,} {self.unit} is not below what the dense {self.of} costs ({whole:,}); "
-                "ask for less"
+                f"a budget of {shown(kept, self.unit)} is not below what the dense {self.of} costs "
+                f"({shown(whole, self.unit)}); ask for less"
             )
         return kept + model_cost - whole
 

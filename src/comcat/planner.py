@@ -18,17 +18,18 @@ from torch import nn
 
 from .allocate import Options, allocate, out_of_reach, site_options
 from .calibration import Calibration
-from .cost import Cost, Shape, attention_cost, break_even, site_cost
+from .cost import Cost, break_even, parts_cost, shown, site_cost
 from .curves import Curve, linear_size, probed_curve, spectrum_curve, uniform_curve
-from .errors import PlanError
+from .errors import BudgetError, PlanError
 from .factors import SiteFactors, site_factors
 from .hosts import find_sites
+from .latency import LatencyTable
 from .modes import evaluating
 from .plan import Budget, Plan
 from .probe import Prober, levels, probe_images, probe_key
 from .profile import default_input_size, profile, site_shapes
 from .progress import Progress
-from .sites import PARTS, AttentionSite, Choice, Inventory, Site, check_finite, check_parts, select_parts
+from .sites import PARTS, Choice, Inventory, Site, check_finite, check_parts, select_parts
 
 METHODS = ("uniform", "spectrum", "probe")
 #: Parts whose widths count up to their full width; the others only up to break-even.
@@ -43,52 +44,83 @@ def plan(
     calibration: Calibration | None = None,
     method: str | None = None,
     parts: Sequence[str] = PARTS,
-    rank_multiple: int = 1,
+    rank_multiple: int | None = None,
     input_size: Sequence[int] | None = None,
     progress: Progress | None = None,
+    latency: LatencyTable | None = None,
 ) -> Plan:
     """Choose the widths of every layer so that the model meets the budget from below.
 
     Args:
         model: the dense model; it is not changed.
-        budget: fraction or number of parameters or MACs, met from below within 0.5 %.
+        budget: fraction or number of parameters, MACs or nanoseconds, met from below within 0.5 %.
         calibration: statistics of this model; without them only weights are looked at.
-        method: one of :data:`METHODS`; default ``"probe"`` with a calibration, ``"uniform"`` without.
+        method: one of :data:`METHODS`; default ``"spectrum"`` with a calibration that has output gradients, else
+            ``"probe"`` where it has images, ``"uniform"`` without a calibration.
         parts: which of ``qk``, ``vo``, ``ffn``, ``head`` may be reduced.
-        rank_multiple: every width is a multiple of this (8 suits tensor cores and SIMD).
+        rank_multiple: every width is a multiple of this; default 8, which suits tensor cores and SIMD, for a latency
+            budget, else 1. Times between the widths of the latency table are interpolated, and widths off a multiple of
+            8 can take longer than that.
         input_size: (C, H, W) at which MACs count, default that of the calibration or of the model.
         progress: called as ``progress(stage, done, total)``.
+        latency: timings from :func:`comcat.measure_latency`; a latency budget needs them, and the plan's estimate
+            names the latency wherever they are given.
 
     Raises:
-        BudgetError: out of reach (the smallest reachable figure is named), or already met by the dense model.
+        BudgetError: out of reach (the smallest reachable figure is named), already met by the dense model, or of
+            latency without a table.
         PlanError: unknown method or part, or ``"probe"`` without calibration images.
-        CalibrationError: the calibration belongs to another model.
+        CalibrationError: the calibration or the latency table belongs to another model.
     """
-    method = method or ("probe" if calibration is not None and len(calibration.images) else "uniform")
+    method = method or _default_method(calibration)
     if method not in METHODS:
         raise PlanError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
     if method == "probe" and (calibration is None or not len(calibration.images)):
         raise PlanError("method 'probe' measures on images: give a calibration made with probe_images > 0")
-    planner = _Planner(model, budget, calibration, method, parts, rank_multiple, input_size, progress)
-    return planner.plan()
+    multiple = default_multiple(budget) if rank_multiple is None else rank_multiple
+    return Planner(model, budget, calibration, method, parts, multiple, input_size, progress, latency).plan()
+
+
+def default_multiple(budget: Budget) -> int:
+    """What widths are multiples of where nothing else is asked for."""
+    return 8 if budget.unit == "latency" else 1
+
+
+def _default_method(calibration: Calibration | None) -> str:
+    """In units of the loss spectra choose as well as probes, in a fraction of the time."""
+    if calibration is None:
+        return "uniform"
+    return "spectrum" if calibration.fisher else "probe" if len(calibration.images) else "uniform"
 
 
 def check_budget(
     model: nn.Module,
     budget: Budget,
     parts: Sequence[str] = PARTS,
-    rank_multiple: int = 1,
+    rank_multiple: int | None = None,
     input_size: Sequence[int] | None = None,
     method: str | None = None,
+    latency: LatencyTable | None = None,
 ) -> None:
     """Raise what :func:`plan` would raise of the budget and the parts, before any image is looked at."""
     if method == "uniform" and len(check_parts(parts)) > 1:
         parts = [part for part in parts if part != "head"]
     # Whether there will be images to refit neurons on is not known here, so both forms of the FFN count.
-    _Planner(model, budget, None, "probe", parts, rank_multiple, input_size, None).refuse_unreachable()
+    multiple = default_multiple(budget) if rank_multiple is None else rank_multiple
+    Planner(model, budget, None, "probe", parts, multiple, input_size, None, latency).refuse_unreachable()
 
 
-class _Planner:
+class Planner:
+    """What :func:`plan` works with, for every method that arrives at curves; errors as there.
+
+    Attributes:
+        limit: largest admissible cost of the whole model, in the budget's unit.
+        fixed: what of the model's cost no choice changes.
+        inventory: the sites that have a part to reduce; ``factors`` and ``shapes`` by site name.
+        parts: the selected parts; multiple: what every width is a multiple of.
+        method: goes into the plan; any name will do here.
+    """
+
     def __init__(
         self,
         model: nn.Module,
@@ -99,11 +131,14 @@ class _Planner:
         multiple: int,
         input_size: Sequence[int] | None,
         progress: Progress | None,
+        latency: LatencyTable | None = None,
     ) -> None:
         if not isinstance(multiple, int) or multiple < 1:
             raise PlanError(f"rank_multiple must be a positive integer, not {multiple!r}")
+        if budget.unit == "latency" and latency is None:
+            raise BudgetError("a latency budget needs timings: give latency=comcat.measure_latency(model)")
         self.model, self.budget, self.calibration = model, budget, calibration
-        self.method, self.multiple, self.progress = method, multiple, progress
+        self.method, self.multiple, self.progress, self.latency = method, multiple, progress, latency
         parts = check_parts(parts)
         if method == "uniform" and len(parts) > 1:
             parts = tuple(part for part in parts if part != "head")
@@ -119,7 +154,10 @@ class _Planner:
             else site_shapes(model, inventory, size)
         )
         dense = profile(model, size)
-        self.dense = Cost(dense.params, dense.macs)
+        self.dense = {"params": dense.params, "macs": dense.macs}
+        if latency is not None:
+            latency.check(inventory, self.shapes, dense)
+            self.dense["latency"] = latency.dense
         sites = [s for s in inventory.sites if select_parts(s.full, s.kind, parts)]
         if not sites:
             raise PlanError(f"no layer of this model has a part among {', '.join(parts)}")
@@ -127,8 +165,10 @@ class _Planner:
         self.classifier = any(s.kind == "head" for s in inventory.sites)
         moments = calibration.to(next(model.parameters()).device).moments if calibration else {}
         self.factors: dict[str, SiteFactors[Any]] = {s.name: site_factors(s, moments.get(s.name)) for s in sites}
-        parts_cost = sum((_parts_cost(s, parts, self.shapes[s.name]) for s in sites), Cost(0, 0))
-        self.limit = budget.absolute(getattr(self.dense, budget.unit), getattr(parts_cost, budget.unit))
+        whole = self.dense[budget.unit]
+        of_parts = sum((parts_cost(s, parts, self.shapes[s.name]) for s in sites), Cost(0, 0))
+        self.limit = budget.absolute(whole, getattr(of_parts, budget.unit, whole))
+        self.fixed = max(whole - sum(self.price(site, {}) for site in sites), 0)
 
     def refuse_unreachable(self) -> None:
         """Before anything is measured: whether the smallest widths of all parts meet the budget."""
@@ -136,7 +176,7 @@ class _Planner:
             s.name: {part: np.zeros(full + 1) for part, full in self._parts(s).items()} for s in self.inventory.sites
         }
         options = self._options(flat)
-        smallest = self._fixed(options) + sum(int(o.cost(self.budget.unit).min()) for o in options)
+        smallest = self.fixed + sum(int(o.costs[self.budget.unit].min()) for o in options)
         if smallest > self.limit:
             raise out_of_reach(self._shown(self.limit), self._shown(smallest))
 
@@ -145,39 +185,50 @@ class _Planner:
         if self.method == "probe":
             return self._probed()
         curves = {s.name: self._unmeasured(s) for s in self.inventory.sites}
-        return self._plan(self._solve(curves))
+        return self.as_plan(self.solve(curves))
 
-    def _solve(self, curves: Curves) -> Solution:
-        """Choices by site, and their estimated loss."""
+    def price(self, site: Site, choice: Choice) -> int:
+        """What a site costs at ``choice``, in the budget's unit."""
+        return self._costs(site, choice)[self.budget.unit]
+
+    def _costs(self, site: Site, choice: Choice) -> dict[str, int]:
+        """What a site costs at ``choice``, by unit."""
+        shape = self.shapes[site.name]
+        costs: dict[str, int] = site_cost(site, choice, shape)._asdict()
+        if self.latency is not None:
+            costs["latency"] = int(self.latency.cost(site, shape, choice))
+        return costs
+
+    def solve(self, curves: Curves) -> Solution:
+        """Choices by site, and their estimated loss; the parts of a site that have no curve stay dense."""
         options = self._options(curves)
-        chosen = allocate(options, self.budget.unit, self.limit, self._fixed(options), self._shown)
+        chosen = allocate(options, self.budget.unit, self.limit, self.fixed, self._shown)
         choices = {o.site.name: o.choice(i) for o, i in zip(options, chosen, strict=True)}
         return choices, float(sum(o.loss[i] for o, i in zip(options, chosen, strict=True)))
 
     def _options(self, curves: Curves) -> list[Options]:
-        return [
-            site_options(s, curves[s.name], self.parts, self.shapes[s.name], self.multiple)
-            for s in self.inventory.sites
-        ]
-
-    def _fixed(self, options: list[Options]) -> int:
-        """What of the model's cost no option changes."""
-        unit = self.budget.unit
-        sites = (site_cost(o.site, {}, self.shapes[o.site.name]) for o in options)
-        return getattr(self.dense, unit) - sum(getattr(cost, unit) for cost in sites)
+        found = []
+        for site in self.inventory.sites:
+            shape = self.shapes[site.name]
+            options = site_options(site, curves[site.name], self.parts, shape, self.multiple)
+            if self.latency is not None:
+                widths = dict(zip(options.names, options.parts, strict=True))
+                options.costs["latency"] = self.latency.cost(site, shape, widths)
+            found.append(options)
+        return found
 
     def _shown(self, cost: int) -> str:
         unit = self.budget.unit
-        return f"{cost:,} {unit} ({100 * cost / getattr(self.dense, unit):.1f} % of the model)"
+        return f"{shown(cost, unit)} ({100 * cost / self.dense[unit]:.1f} % of the model)"
 
-    def _plan(self, solved: Solution, **measured: float) -> Plan:
-        choices, loss = solved
-        saved = Cost(0, 0)
+    def as_plan(self, solution: Solution, **measured: float) -> Plan:
+        """The plan of a solution; ``measured`` goes into its estimate."""
+        choices, loss = solution
+        estimate: dict[str, float] = dict(self.dense)
         for site in self.inventory.sites:
-            shape = self.shapes[site.name]
-            saved += site_cost(site, {}, shape) - site_cost(site, choices[site.name], shape)
-        kept = self.dense - saved
-        estimate = {"params": kept.params, "macs": kept.macs}
+            before, after = self._costs(site, {}), self._costs(site, choices[site.name])
+            for unit in estimate:
+                estimate[unit] += after[unit] - before[unit]
         if self.method != "uniform":
             estimate["loss"] = loss
         estimate |= measured
@@ -205,15 +256,15 @@ class _Planner:
 
     def _probed(self) -> Plan:
         assert self.calibration is not None
-        images = probe_images(self.calibration, self.dense.macs)
+        images = probe_images(self.calibration, self.dense["macs"])
         with evaluating(self.model):
             prober = Prober(self.model, images, self.classifier)
             prober.record(self.inventory)
             curves = self._measure(prober, len(images))
-            choices, loss = self._solve(curves)
+            choices, loss = self.solve(curves)
             swaps = [self.factors[s.name].build(choices[s.name]) for s in self.inventory.sites]
             divergence = prober.measure_all({name: module for new in swaps for name, module in new.items()})
-        return self._plan((choices, loss), divergence=divergence)
+        return self.as_plan((choices, loss), divergence=divergence)
 
     def _measure(self, prober: Prober, images: int) -> Curves:
         """One curve per part from a few measured levels; what the calibration already knows is not measured again."""
@@ -238,15 +289,3 @@ class _Planner:
         for (name, part), points in measured.items():
             curves[name][part] = probed_curve(self.factors[name], part, points)
         return curves
-
-
-def _parts_cost(site: Site, parts: tuple[str, ...], shape: Shape) -> Cost:
-    """What the selected parts of a dense site cost."""
-    if not isinstance(site, AttentionSite):
-        return site_cost(site, {}, shape)
-    d = site.head_dim
-    whole = attention_cost(site, d, d, shape)
-    rest = attention_cost(site, 0 if "qk" in parts else d, 0 if "vo" in parts else d, shape)
-    # A reduced output has a bias even where the dense one has none; that one is no part of the dense cost.
-    added = site.proj.out_features if site.proj.bias is None and "vo" in parts else 0
-    return Cost(int(whole.params - rest.params) + added, int(whole.macs - rest.macs))

@@ -26,7 +26,6 @@ class Source:
     name: str
     args: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    complete: bool = True  # False: ``args`` were read off the model and may miss something
 
     def build(self) -> nn.Module:
         """The dense architecture with fresh weights."""
@@ -57,7 +56,7 @@ def describe(model: nn.Module) -> Source | None:
     if isinstance(getattr(model, "num_classes", None), int):
         kept["num_classes"] = model.num_classes
     if isinstance(recorded, Source):
-        return Source(recorded.name, recorded.args, kept, recorded.complete)
+        return Source(recorded.name, recorded.args, kept)
     name = config.get("architecture")
     if not name or not timm.is_model(name):
         return None
@@ -65,7 +64,7 @@ def describe(model: nn.Module) -> Source | None:
         default = timm.create_model(name, pretrained=False)
     there, base = _arguments(model), _arguments(default)
     args = {key: value for key, value in there.items() if base.get(key) != value}
-    return Source(name, args, kept, complete=False)
+    return Source(name, args, kept)
 
 
 def _arguments(model: nn.Module) -> dict[str, Any]:
