@@ -17,13 +17,19 @@ from .errors import (
     DataError,
     ModelError,
     PlanError,
+    TrainingError,
 )
 from .evaluate import Agreement, Evaluation, agreement, evaluate, throughput
+from .finetune import FinetuneConfig, FinetuneResult, finetune
+from .latency import LatencyTable
 from .models import load_model
 from .plan import Budget, Plan, full_rank_plan
 from .planner import check_budget, plan
 from .profile import Profile, profile
+from .ranks.config import SearchConfig
+from .search import search
 from .spectra import Spectrum, spectra
+from .timing import measure_latency
 
 __all__ = [
     "Agreement",
@@ -35,13 +41,18 @@ __all__ = [
     "ComcatError",
     "DataError",
     "Evaluation",
+    "FinetuneConfig",
+    "FinetuneResult",
+    "LatencyTable",
     "LayerReport",
     "ModelError",
     "Plan",
     "PlanError",
     "Profile",
     "Report",
+    "SearchConfig",
     "Spectrum",
+    "TrainingError",
     "__version__",
     "agreement",
     "calibrate",
@@ -49,12 +60,15 @@ __all__ = [
     "compress",
     "compress_",
     "evaluate",
+    "finetune",
     "full_rank_plan",
     "load",
     "load_model",
+    "measure_latency",
     "plan",
     "profile",
     "save",
+    "search",
     "spectra",
     "throughput",
 ]

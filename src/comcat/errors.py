@@ -6,7 +6,8 @@
     ├── CalibrationError    statistics cannot be collected, or do not belong to this model
     ├── BudgetError         the budget is not a budget, or out of reach
     ├── PlanError           the plan does not fit the model
-    └── CheckpointError     a saved model cannot be written or read back
+    ├── CheckpointError     a saved model cannot be written or read back
+    └── TrainingError       training cannot start, go on or be resumed
 
 A message names the cause and the fix. The command line prints it without a traceback.
 """
@@ -38,3 +39,7 @@ class PlanError(ComcatError):
 
 class CheckpointError(ComcatError):
     """A saved model cannot be written or read back."""
+
+
+class TrainingError(ComcatError):
+    """Training cannot start, go on or be resumed."""

@@ -10,7 +10,9 @@ import typer
 from .compress import compress
 from .demo import demo
 from .evaluate import evaluate
+from .finetune import finetune
 from .inspect import inspect
+from .run import run
 
 app = typer.Typer(
     name="comcat",
@@ -22,6 +24,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(compress)
+app.command()(finetune)
+app.command()(run)
 app.command()(evaluate)
 app.command()(inspect)
 app.command()(demo)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 BUDGET = "Budget (one of these)"
 HOW = "How"
+SEARCH = "Learned ranks (--method search)"
 
 
 @command
@@ -35,6 +37,14 @@ def compress(
     max_macs: Annotated[
         str | None, opt.Option(metavar="N", help="MACs of one image, e.g. 2.3G.", rich_help_panel=BUDGET)
     ] = None,
+    keep_latency: Annotated[
+        float | None,
+        opt.Option(metavar="F", help="Fraction of the time that a batch takes here.", rich_help_panel=BUDGET),
+    ] = None,
+    max_latency: Annotated[
+        float | None,
+        opt.Option(min=0.001, metavar="MS", help="Milliseconds for a batch.", rich_help_panel=BUDGET),
+    ] = None,
     of: Annotated[
         str,
         opt.Option(
@@ -46,8 +56,8 @@ def compress(
     method: Annotated[
         str | None,
         opt.Option(
-            metavar="probe|spectrum|uniform",
-            help="How ranks are chosen; probe with images, uniform without.",
+            metavar="spectrum|probe|uniform|search",
+            help="How ranks are chosen; spectrum with output gradients, else probe; uniform without images.",
             rich_help_panel=HOW,
         ),
     ] = None,
@@ -55,9 +65,27 @@ def compress(
         str, opt.Option(help="Parts to compress, of qk, vo, ffn and head.", rich_help_panel=HOW)
     ] = "qk,vo,ffn,head",
     rank_multiple: Annotated[
-        int,
-        opt.Option(min=1, metavar="N", help="Round ranks to multiples of N (8 for GPUs).", rich_help_panel=HOW),
-    ] = 1,
+        int | None,
+        opt.Option(
+            min=1,
+            metavar="N",
+            help="Round ranks to multiples of N (8 for GPUs); 8 for a latency budget, else 1.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    latency_file: Annotated[
+        Path | None,
+        opt.Option(
+            "--latency",
+            metavar="FILE",
+            help="Timings of layers for a latency budget: read if the file exists, else measured and written there.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    latency_batch: Annotated[
+        int | None,
+        opt.Option(min=1, metavar="N", help="Images in a batch when timing layers; 1.", rich_help_panel=HOW),
+    ] = None,
     plan_file: Annotated[
         Path | None,
         opt.Option("--plan", metavar="FILE", help="Apply this plan instead of making one.", rich_help_panel=HOW),
@@ -89,6 +117,26 @@ def compress(
     ] = False,
     no_eval: Annotated[
         bool, opt.Option("--no-eval", help="Do not measure accuracy and speed.", rich_help_panel=HOW)
+    ] = False,
+    search_epochs: Annotated[
+        float | None, opt.Option(metavar="N", help="Passes over the training images; 30.", rich_help_panel=SEARCH)
+    ] = None,
+    search_steps: Annotated[
+        int | None, opt.Option(metavar="N", help="End after N batches, if that is sooner.", rich_help_panel=SEARCH)
+    ] = None,
+    search_config: Annotated[
+        Path | None,
+        opt.Option(metavar="FILE", help="YAML file with settings of comcat.SearchConfig.", rich_help_panel=SEARCH),
+    ] = None,
+    search_split: Annotated[
+        str | None,
+        opt.Option(metavar="SPLIT", help="Labelled images to learn from; train.", rich_help_panel=SEARCH),
+    ] = None,
+    search_batch: Annotated[
+        int, opt.Option(min=1, metavar="N", help="Images in a batch of one process.", rich_help_panel=SEARCH)
+    ] = 64,
+    resume: Annotated[
+        bool, opt.Option("--resume", help="Continue the search that was interrupted.", rich_help_panel=SEARCH)
     ] = False,
     checkpoint: opt.Checkpoint = None,
     model_arg: opt.ModelArgs = None,
@@ -125,13 +173,18 @@ def compress(
 
     [dim]comcat compress deit_small_patch16_224 --data imagenet/ --keep 0.5 --out deit-half[/dim]
     """
-    budget = _budget(plan_file, keep, keep_macs, max_params, max_macs, of)
+    budget = _budget(plan_file, keep, keep_macs, max_params, max_macs, keep_latency, max_latency, of)
+    learned = (search_epochs, search_steps, search_config, search_split, resume or None)
+    if method != "search" and any(value is not None for value in learned):
+        raise typer.BadParameter("the --search options and --resume belong to it", param_hint="--method search")
+    if (latency_file or latency_batch) and keep_latency is None and max_latency is None:
+        raise typer.BadParameter("belongs to --keep-latency or --max-latency", param_hint="--latency")
     args = parse_model_args(model_arg)
     if data is None and not data_free and not (calibration_file and calibration_file.is_file()):
         raise typer.BadParameter("give --data DATA to calibrate on, or --data-free", param_hint="--data")
-    if data_free and (calibration_file or fisher or calibration_images or method == "probe"):
+    if data_free and (calibration_file or fisher or calibration_images or method in ("probe", "search")):
         raise typer.BadParameter(
-            "goes without --calibration, --calibration-images, --fisher and --method probe",
+            "goes without --calibration, --calibration-images, --fisher and the methods probe and search",
             param_hint="--data-free",
         )
     screen = Screen(json_output)
@@ -143,6 +196,7 @@ def compress(
         check_free(out, overwrite)
         check_input_file(plan_file, "--plan")
         check_input_file(checkpoint, "--checkpoint")
+        check_input_file(search_config, "--search-config")
         settings = Settings(
             model=model,
             out=out,
@@ -150,6 +204,8 @@ def compress(
             method=method,
             parts=tuple(p.strip() for p in parts.split(",") if p.strip()),
             rank_multiple=rank_multiple,
+            latency_file=latency_file,
+            latency_batch=latency_batch,
             calibration_images=calibration_images,
             calibration_file=calibration_file,
             fisher=fisher,
@@ -161,7 +217,22 @@ def compress(
             batch_size=batch_size,
             workers=workers,
             seed=seed,
+            search=None,
         )
+        if method == "search":
+            from .searching import Search, read_config, working_folder
+
+            values = {"epochs": search_epochs, "max_steps": search_steps, "seed": seed or None}
+            search = Search(
+                config=read_config(search_config, values),
+                folder=working_folder(out),
+                resume=resume,
+                split=search_split,
+                batch_size=search_batch,
+                workers=workers,
+                cpu=parse_device(device).type == "cpu",
+            )
+            settings = replace(settings, search=search)
         reading = None
         if data is not None:
             reading = Reading(data, data_root, class_map, skip_bad_images, mean, std, crop_pct, interpolation)
@@ -179,14 +250,18 @@ def _budget(
     keep_macs: float | None,
     max_params: str | None,
     max_macs: str | None,
+    keep_latency: float | None,
+    max_latency: float | None,
     of: str,
 ) -> Budget | None:
-    given = [value for value in (keep, keep_macs, max_params, max_macs) if value is not None]
+    amounts = (keep, keep_macs, max_params, max_macs, keep_latency, max_latency)
+    given = [value for value in amounts if value is not None]
     if plan is not None and given:
         raise typer.BadParameter("a plan has its ranks already: leave the budget out", param_hint="--plan")
     if plan is None and len(given) != 1:
         raise typer.BadParameter(
-            "give exactly one of --keep, --keep-macs, --max-params and --max-macs", param_hint="budget"
+            "give exactly one of --keep, --keep-macs, --keep-latency, --max-params, --max-macs and --max-latency",
+            param_hint="budget",
         )
     most_params = parse_count(max_params, "--max-params")
     most_macs = parse_count(max_macs, "--max-macs")
@@ -197,5 +272,6 @@ def _budget(
     return Budget(
         params=most_params if keep is None else keep,
         macs=most_macs if keep_macs is None else keep_macs,
+        latency=keep_latency if max_latency is None else round(1e6 * max_latency),
         of=of,
     )

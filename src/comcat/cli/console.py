@@ -7,7 +7,8 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import typer
@@ -120,3 +121,21 @@ def _fail(text: str, code: int, json_output: bool, cause: BaseException, prefix:
     screen.err.print(f"{prefix}{escape(text)}", soft_wrap=True)
     screen.result({"error": text})
     raise typer.Exit(code) from cause
+
+
+@contextmanager
+def main_process_speaks(rank: int) -> Iterator[list[bool]]:
+    """What goes wrong everywhere is said by the main process alone; later each process has its own troubles."""
+    started: list[bool] = []
+    try:
+        yield started
+    except ComcatError as error:
+        if rank == 0:
+            raise
+        if started:
+            typer.echo(f"process {rank}: {error}", err=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as interrupt:
+        if rank == 0:
+            raise
+        raise typer.Exit(130) from interrupt

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import timings
 from .console import Screen
 from .inputs import Reading, count_classes, report_skipped
 
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
     from ..calibration import Calibration
     from ..compress import Report
     from ..data.loading import ImageData, ImageLoader, StreamData
+    from ..latency import LatencyTable
     from ..plan import Budget, Plan
     from ..report.tables import Measured
+    from .searching import Search
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,9 @@ class Settings:
     overwrite: bool
     method: str | None
     parts: tuple[str, ...]
-    rank_multiple: int
+    rank_multiple: int | None
+    latency_file: Path | None
+    latency_batch: int | None
     calibration_images: int | None
     calibration_file: Path | None
     fisher: bool | None
@@ -42,6 +47,7 @@ class Settings:
     batch_size: int
     workers: int | None
     seed: int
+    search: Search | None
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,10 @@ class Job:
         self.screen, self.settings, self.reading = screen, settings, reading
         self.budget, self.plan = budget, plan
         self.calibration: Calibration | None = None
+        self.latency: LatencyTable | None = None
         self.calibration_batches: ImageLoader | None = None
         self.eval_batches: ImageLoader | None = None
+        self.search_batches: Any = None
 
     # -- before the long work --------------------------------------------------------------------------------
 
@@ -87,10 +95,8 @@ class Job:
         self.model: nn.Module = model.to(device).eval()
         inventory = find_sites(self.model)
         check_finite(self.model)
-        if self.budget is not None:
-            comcat.check_budget(
-                self.model, self.budget, self.settings.parts, self.settings.rank_multiple, method=self.settings.method
-            )
+        self.latency = timings.read_table(self.settings.latency_file, self.settings.latency_batch, self.screen)
+        self._check_budget()
         if self.plan is not None:
             self.plan.check(inventory)
         path = self.settings.calibration_file
@@ -98,6 +104,13 @@ class Job:
             self.calibration = Calibration.load(path)
             self.calibration.check(inventory)
             self._check_calibration(self.calibration, path)
+
+    def _check_budget(self) -> None:
+        import comcat
+
+        s, budget = self.settings, self.budget
+        if budget is not None and (budget.unit != "latency" or self.latency is not None):
+            comcat.check_budget(self.model, budget, s.parts, s.rank_multiple, method=s.method, latency=self.latency)
 
     def _check_calibration(self, calibration: Calibration, path: Path) -> None:
         from ..errors import CalibrationError
@@ -129,6 +142,10 @@ class Job:
         if s.evaluate:
             evaluation = reading.open_labelled(s.eval_split, config, self.model, self.screen)
             self.eval_batches = loader(evaluation, s.batch_size, s.workers, s.eval_images)
+        if s.search is not None:
+            self.search_batches = s.search.open(
+                reading, self.model, evaluation.split if evaluation else None, self.screen
+            )
         self._explain(calibration, evaluation)
 
     def _explain(self, calibration: ImageData | StreamData | None, evaluation: ImageData | StreamData | None) -> None:
@@ -147,14 +164,25 @@ class Job:
 
     def run(self) -> None:
         """Nothing is written to the output directory before all of it has succeeded."""
+        from ..training.process import process_index
+
         try:
+            self._measure_latency()
             self._calibrate()
-            self.outcome = self._compress(self.plan or self._make_plan())
+            plan = self.plan or self._make_plan()
+            if process_index() == 0:  # the others have done their share of the search
+                self.outcome = self._compress(plan)
         except KeyboardInterrupt as interrupt:
             path = self.settings.calibration_file
             if path is not None and path.is_file():
                 interrupt.args = (f"no model was written, the calibration is in {path}",)
             raise
+
+    def _measure_latency(self) -> None:
+        s = self.settings
+        if self.budget is not None and self.budget.unit == "latency" and self.latency is None:
+            self.latency = timings.measure_table(self.model, s.latency_file, s.latency_batch, self.screen)
+            self._check_budget()
 
     def _calibrate(self) -> None:
         import comcat
@@ -193,6 +221,8 @@ class Job:
         import comcat
 
         assert self.budget is not None
+        if self.settings.search is not None:
+            return self._learn_plan(self.settings.search, self.budget)
         known = json.dumps(self.calibration.probes) if self.calibration else ""
         plan = comcat.plan(
             self.model,
@@ -202,10 +232,30 @@ class Job:
             parts=self.settings.parts,
             rank_multiple=self.settings.rank_multiple,
             progress=self.screen.progress,
+            latency=self.latency,
         )
         if self.calibration is not None and json.dumps(self.calibration.probes) != known:
             self._save_calibration()  # with what was probed, which took longest
         return plan
+
+    def _learn_plan(self, search: Search, budget: Budget) -> Plan:
+        import comcat
+
+        return comcat.search(
+            self.model,
+            budget,
+            self.search_batches,
+            search.config,
+            calibration=self.calibration,
+            parts=self.settings.parts,
+            rank_multiple=self.settings.rank_multiple,
+            latency=self.latency,
+            out=search.folder,
+            resume=search.resume,
+            progress=self.screen.progress,
+            note=self.screen.warn,
+            cpu=search.cpu,
+        )
 
     def _compress(self, plan: Plan) -> Outcome:
         """Compress, evaluate, write; the output directory appears complete or not at all."""
@@ -235,10 +285,16 @@ class Job:
                 draw_kept(report, stage / "report.png", *self._titles(outcome))
             except ComcatError as error:
                 screen.note(f"no report.png: {error}")
+            if self.settings.search is not None:
+                self.settings.search.hand_over(stage)
+        if self.settings.search is not None:
+            self.settings.search.clean()
         return outcome
 
     def _evaluate(self, models: list[nn.Module], columns: list[Measured]) -> list[Measured]:
         """Accuracy one after the other, speed in turns."""
+        import torch
+
         from ..evaluate import evaluate, throughput
 
         assert self.eval_batches is not None
@@ -247,6 +303,8 @@ class Job:
             result = evaluate(model, self.eval_batches, progress=self.screen.stage(f"evaluate {column.name}"))
             measured.append(replace(column, evaluation=result))
         images = next(iter(self.eval_batches))[0]
+        if self.latency is not None:  # as the layers were timed
+            images = images[torch.arange(self.latency.batch_size) % len(images)]
         speeds = throughput(models, images)
         return [replace(column, speed=speed) for column, speed in zip(measured, speeds, strict=True)]
 
@@ -261,6 +319,11 @@ class Job:
         if dense.evaluation and small.evaluation:
             subtitle += f" · top-1 {dense.evaluation.top1:.2f} → {small.evaluation.top1:.2f} %"
         return title, subtitle
+
+    def _latency(self, outcome: Outcome) -> dict[str, Any] | None:
+        if self.latency is None:
+            return None
+        return timings.describe(self.latency, outcome.plan, outcome.dense, outcome.small)
 
     def _place(self) -> str | None:
         if self.eval_batches is None:
@@ -277,6 +340,7 @@ class Job:
             "method": outcome.plan.method,
             "seed": self.settings.seed,
             "calibration": {"images": made.num_images, "fisher": made.fisher} if made else None,
+            "latency": self._latency(outcome),
             "evaluated_on": self._place(),
             "skipped_images": {
                 **(self.calibration_batches.skipped if self.calibration_batches else {}),
@@ -288,8 +352,12 @@ class Job:
         }
 
     def show(self) -> None:
-        """Print the outcome."""
+        """Print the outcome, on the main process."""
         from ..report import tables
+        from ..training.process import process_index
+
+        if process_index() > 0:
+            return
 
         outcome, out = self.outcome, self.screen.out
         if self.eval_batches is not None:
@@ -302,6 +370,8 @@ class Job:
         title = f"{self.settings.model}, ranks by {outcome.plan.method}, "
         title += f"evaluated on {place}" if place else "not evaluated"
         out.print(tables.comparison([outcome.dense, outcome.small], title))
+        if latency := self._latency(outcome):
+            out.print(timings.line(latency))
         target = self.settings.out
         out.print(f"written to [bold]{target}[/bold]; in Python: comcat.load({str(target)!r})", soft_wrap=True)
         self.screen.result(self._document(outcome))

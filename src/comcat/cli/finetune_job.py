@@ -1,0 +1,216 @@
+"""One run of ``comcat finetune``: load, check, train, write, show."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError, ModelError
+from .console import Screen
+from .inputs import Reading, report_skipped
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..data.training import Augmentation
+    from ..finetune import FinetuneResult
+    from ..training.config import FinetuneConfig
+
+#: Left beside the model, its log and, on request, its checkpoints.
+DOCUMENT = "finetune.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the command that are no settings of the training itself."""
+
+    model: Path
+    out: Path
+    resume: bool
+    teacher: str | None
+    teacher_checkpoint: Path | None
+    teacher_args: dict[str, Any]
+    train_split: str | None
+    eval_split: str | None
+    eval_images: int | None
+    evaluate: bool
+    batch_size: int
+    workers: int | None
+    cpu: bool
+    keep_checkpoints: bool
+
+
+class Job:
+    def __init__(
+        self,
+        screen: Screen,
+        options: Options,
+        reading: Reading,
+        config: FinetuneConfig,
+        augmentation: Augmentation,
+    ) -> None:
+        self.screen, self.options, self.reading = screen, options, reading
+        self.config, self.augmentation = config, augmentation
+        self.eval_batches: Any = None
+
+    def prepare(self) -> None:
+        """Student, teacher and data, checked before the long work."""
+        import comcat
+
+        o = self.options
+        self.student: nn.Module = comcat.load(o.model)
+        self.cost = comcat.profile(self.student)
+        self._open_data()
+        self.teacher = self._load_teacher() if self.config.needs_teacher else None
+
+    def _open_data(self) -> None:
+        from ..data import loader
+        from ..data.training import training_loader
+        from .inputs import count_classes
+
+        o, screen = self.options, self.screen
+        config = self.reading.configure(self.student)
+        train = self.reading.open(o.train_split, "calibration", config, count_classes(self.student), self.config.seed)
+        self.train_batches = training_loader(
+            train, o.batch_size, config, self.augmentation, seed=self.config.seed, workers=o.workers
+        )
+        if train.as_is:
+            size = "x".join(str(n) for n in train.input_size[1:])
+            screen.note(
+                f"the images already are {size}, so they are not resized; they are padded and cropped at random"
+            )
+        self.places: tuple[str | None, str | None] = (train.split, None)
+        if not o.evaluate:
+            return
+        evaluation = self.reading.open_labelled(o.eval_split, config, self.student, screen)
+        if evaluation.split == train.split:
+            what = f"the split {train.split!r}" if train.split else f"{train.name}, which has no splits"
+            raise DataError(
+                f"training and evaluation would both use {what}. Give --train-split and --eval-split, or --no-eval"
+            )
+        self.places = (train.split, evaluation.split)
+        screen.note(f"trains on {train.split!r}, evaluates on {evaluation.split!r}")
+        self.eval_batches = loader(evaluation, o.batch_size, o.workers, o.eval_images)
+
+    def _load_teacher(self) -> nn.Module:
+        """The model that the options name, or the dense one that the student was made from.
+
+        Raises:
+            ModelError: its weights cannot be had.
+        """
+        import timm
+
+        import comcat
+
+        o = self.options
+        if o.teacher is not None:
+            return comcat.load_model(o.teacher, o.teacher_checkpoint, o.teacher_args)
+        made: Any = self.student.comcat
+        source = made.source
+        name, args = source.name, {**source.args, **o.teacher_args}
+        if o.teacher_checkpoint is not None:
+            return comcat.load_model(name, o.teacher_checkpoint, args)
+        tag = source.config.get("tag")
+        if tag and timm.get_pretrained_cfg(f"{name}.{tag}", allow_unregistered=False) is not None:
+            name = f"{name}.{tag}"
+        known = timm.get_pretrained_cfg(name, allow_unregistered=False)
+        classes = args.get("num_classes", source.config.get("num_classes"))
+        if known is None or not known.has_weights or classes not in (None, known.num_classes):
+            raise ModelError(
+                f"timm has no pretrained weights of '{name}' with {classes} classes to learn from. Give those of the "
+                "dense model: --teacher-checkpoint FILE.safetensors, or train with --distillation none"
+            )
+        self.screen.note(f"the teacher is {name} with timm's pretrained weights")
+        return comcat.load_model(name, model_args=args)
+
+    # -- the long work ---------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train; the main process writes the model, and removes the checkpoints when it is safe."""
+        from ..finetune import finetune
+        from ..training import state
+        from ..training.process import process_index
+
+        o = self.options
+        self.result: FinetuneResult = finetune(
+            self.student,
+            self.teacher,
+            self.train_batches,
+            self.eval_batches,
+            self.config,
+            out=o.out,
+            resume=o.resume,
+            progress=self.screen.progress,
+            note=self.screen.warn if process_index() == 0 else None,
+            cpu=o.cpu,
+        )
+        if process_index() == 0:
+            self._write()
+            if not o.keep_checkpoints:
+                shutil.rmtree(o.out / state.FOLDER, ignore_errors=True)
+
+    def _write(self) -> None:
+        """The model into OUT, beside the log; the file that makes a directory a model comes last."""
+        import comcat
+
+        from ..files import CONFIG_NAME
+
+        out = self.options.out
+        stage = out / ".model"
+        comcat.save(self.student.cpu(), stage, overwrite=True)
+        (stage / DOCUMENT).write_text(json.dumps(self._document(), indent=1, default=str) + "\n")
+        files = sorted(stage.iterdir(), key=lambda path: path.name == CONFIG_NAME)
+        for path in files:
+            os.replace(path, out / path.name)
+        stage.rmdir()
+
+    # -- the outcome -----------------------------------------------------------------------------------------
+
+    def _document(self) -> dict[str, Any]:
+        o, history = self.options, self.result.history
+        return {
+            "model": str(o.model),
+            "out": str(o.out),
+            "data": self.reading.data,
+            "train_split": self.places[0],
+            "eval_split": self.places[1],
+            "params": self.cost.params,
+            "macs": self.cost.macs,
+            "before": history[0].evaluation.to_dict() if history else None,
+            "after": history[-1].evaluation.to_dict() if history else None,
+            "batch_size": o.batch_size,
+            "config": self.config.to_dict(),
+            "augmentation": asdict(self.augmentation),
+            **self.result.to_dict(),
+            "skipped_images": {**self.result.skipped, **(self.eval_batches.skipped if self.eval_batches else {})},
+        }
+
+    def show(self) -> None:
+        """Print the outcome."""
+        from ..checkpoint import TENSORS_NAME
+        from ..report import tables
+        from ..report.tables import Measured
+
+        out, result = self.screen.out, self.result
+        document = self._document()
+        report_skipped(self.screen, document["skipped_images"])
+        size = (self.options.out / TENSORS_NAME).stat().st_size
+        evaluations: Iterable[Any] = (
+            [entry.evaluation for entry in (result.history[0], result.history[-1])]
+            if (result.history)
+            else [None, None]
+        )
+        columns = [
+            Measured(name, self.cost.params, self.cost.macs, size, evaluation)
+            for name, evaluation in zip(("before", "after"), evaluations, strict=True)
+        ]
+        place = f"split {self.places[1]} of {self.reading.data}" if self.eval_batches else "not evaluated"
+        out.print(tables.comparison(columns, f"{self.options.model}, {result.steps:,} steps, {place}"))
+        target = self.options.out
+        out.print(f"written to [bold]{target}[/bold]; in Python: comcat.load({str(target)!r})", soft_wrap=True)
+        self.screen.result(document)

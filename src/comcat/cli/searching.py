@@ -1,0 +1,90 @@
+"""Learned ranks on the command line: ``comcat compress --method search``."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError
+from .console import Screen
+from .inputs import Reading, count_classes
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.utils.data import DataLoader
+
+    from ..ranks.config import SearchConfig
+
+
+@dataclass(frozen=True)
+class Search:
+    """The options of one search.
+
+    Attributes:
+        folder: log, picture and checkpoints, kept until the model is written.
+        split: of the training images.
+    """
+
+    config: SearchConfig
+    folder: Path
+    resume: bool
+    split: str | None
+    batch_size: int
+    workers: int | None
+    cpu: bool
+
+    def open(self, reading: Reading, model: nn.Module, evaluation: str | None, screen: Screen) -> DataLoader[Any]:
+        """The training images, checked before the long work.
+
+        Args:
+            evaluation: the split to evaluate on, if there is one.
+
+        Raises:
+            DataError: they are the images to evaluate on, or have no labels.
+        """
+        from ..data.training import training_loader
+        from ..ranks.data import refuse_evaluation_data
+
+        data_config = reading.configure(model)
+        data = reading.open(self.split, "calibration", data_config, count_classes(model), self.config.seed)
+        if evaluation is not None and data.split == evaluation:
+            raise DataError(
+                f"the search and the evaluation would both use the split {data.split!r}; ranks are learned on training "
+                "images. Give --search-split and --eval-split, or --no-eval"
+            )
+        loader = training_loader(data, self.batch_size, data_config, seed=self.config.seed, workers=self.workers)
+        refuse_evaluation_data(loader)
+        screen.note(f"ranks are learned on {data.split or data.name!r}; its log is in {self.folder} meanwhile")
+        return loader
+
+    def hand_over(self, out: Path) -> None:
+        """Copy log and picture into the directory of the finished model."""
+        from ..search import LOG_NAME, PICTURE_NAME
+
+        for name in (LOG_NAME, PICTURE_NAME):
+            if (self.folder / name).exists():
+                shutil.copy(self.folder / name, out / name)
+
+    def clean(self) -> None:
+        """Remove the working files; for when the model is safe."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def working_folder(out: Path) -> Path:
+    """Where a search for the model in ``out`` works: beside it."""
+    return out.with_name(f"{out.name}.search")
+
+
+def read_config(file: Path | None, given: dict[str, Any]) -> SearchConfig:
+    """Settings from a YAML file and from options, which go first; those that are None were not given.
+
+    Raises:
+        TrainingError: the file is no YAML mapping, an unknown field, or a value out of range.
+    """
+    from ..ranks.config import SearchConfig
+    from ..training.settings import read_yaml
+
+    values = read_yaml(file) if file is not None else {}
+    return SearchConfig.from_dict({**values, **{name: value for name, value in given.items() if value is not None}})

@@ -1,0 +1,160 @@
+"""Fine-tuning a compressed model with its dense original as the teacher.
+
+    result = comcat.finetune(small, dense, train_loader, eval_loader, comcat.FinetuneConfig(epochs=30), out="run/")
+
+Runs on Hugging Face Accelerate: the same call trains on a CPU, one GPU, many GPUs or many machines
+(``accelerate launch``). With ``out`` the run leaves a log and checkpoints, and ``resume=True`` continues it bit by bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .evaluate import Evaluation
+from .modes import frozen
+from .progress import Progress
+from .training.checks import check_batches, check_models, check_same, digest
+from .training.config import FinetuneConfig
+from .training.loading import Batches
+from .training.log import Log
+from .training.loop import Trainer, trainable_copy
+from .training.opening import how_to_go_on, interrupted, open_run
+from .training.process import accelerated, explained
+from .training.run import Milestone, Run
+from .training.schedule import Steps
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What :func:`finetune` did.
+
+    Attributes:
+        steps, epochs: of the whole run.
+        history: evaluations, the first one before the first step; empty without ``eval_loader``.
+        final: the last of them, of the weights that the student now holds.
+        seconds: of this call.
+        notes: what was worth a remark, such as a damaged checkpoint that was passed over.
+        skipped: name -> cause of every image that could not be read and was replaced.
+    """
+
+    steps: int
+    epochs: float
+    history: tuple[Milestone, ...]
+    final: Evaluation | None
+    seconds: float
+    notes: tuple[str, ...]
+    skipped: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "epochs": self.epochs,
+            "history": [entry.to_dict() for entry in self.history],
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+            "skipped_images": self.skipped,
+        }
+
+
+def finetune(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    train_loader: Any,
+    eval_loader: Iterable[Any] | None = None,
+    config: FinetuneConfig | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
+    cpu: bool = False,
+) -> FinetuneResult:
+    """Train ``student`` in place, with ``teacher`` as its guide.
+
+    Args:
+        student: maps (B, C, H, W) images to (B, classes) logits. It receives the weights of every evaluation, and the
+            result; with ``config.ema`` these are averaged. After an error it holds those of the last evaluation.
+        teacher: the dense model; None where ``config`` needs none. It is not changed.
+        train_loader: a DataLoader with random access over (image, label) pairs, e.g. from
+            :func:`comcat.data.training.training_loader`; ``batch_size`` is that of one process. Samples may draw random
+            numbers from Python, NumPy and PyTorch: they are seeded by (seed, epoch, index).
+        eval_loader: batches of (images, labels) to evaluate on.
+        out: directory for ``metrics.jsonl``, TensorBoard and checkpoints; None writes nothing.
+        resume: continue the run in ``out`` from its newest checkpoint, bit by bit.
+        progress: called as ``progress("train", steps done, steps in all)``, and by evaluations.
+        note: called with remarks when they arise; the result holds them too.
+        cpu: do not use a GPU. Otherwise Accelerate chooses the device.
+
+    Raises:
+        TrainingError: the settings contradict each other or the run to resume, the loss is not finite, or another
+            process died. ModelError: teacher and student do not fit. DataError: no labels, or unreadable images.
+        CheckpointError: a checkpoint cannot be written.
+    """
+    config = config or FinetuneConfig()
+    begin = time.perf_counter()
+    notes: list[str] = []
+
+    def remark(text: str) -> None:
+        notes.append(text)
+        if note is not None:
+            note(text)
+
+    teacher = teacher if config.needs_teacher or teacher is None else None
+    classes = check_models(student, teacher, config)
+    if teacher is student:
+        teacher = copy.deepcopy(student)
+    directory = Path(out) if out is not None else None
+    with ExitStack() as stack:
+        accelerator = stack.enter_context(accelerated(config.precision, config.seed, cpu))
+        stack.enter_context(explained(how_to_go_on(directory)))
+        saved = open_run(accelerator, directory, resume, remark)
+        batches = Batches(train_loader, accelerator, config.seed, classes)
+        check_batches(config, batches.batch_size, batches.images, batches.drop_last)
+        fixed = {**batches.description, "teacher": digest(teacher)}
+        if saved is not None:
+            check_same(saved.plain, config, fixed)
+        stack.enter_context(_placed(student, accelerator.device))
+        if teacher is not None:
+            stack.enter_context(_placed(teacher, accelerator.device))
+            stack.enter_context(frozen(teacher))
+        trainer = Trainer(
+            accelerator, trainable_copy(student, config), teacher, config, Steps.of(config, len(batches)), classes
+        )
+        stack.callback(trainer.close)
+        writes = directory if accelerator.is_main_process else None
+        log = Log(writes, saved.step if saved is not None else 0, remark)
+        stack.callback(log.close)
+        run = Run(trainer, batches, student, eval_loader, fixed, directory, log, progress)
+        if saved is not None:
+            run.restore(saved)
+        try:
+            run.go()
+        except KeyboardInterrupt as interrupt:
+            interrupt.args = (interrupted(directory, run.saved_step),)
+            raise
+    final = run.history[-1].evaluation if run.history else None
+    seconds = time.perf_counter() - begin
+    return FinetuneResult(run.step, run.epoch, tuple(run.history), final, seconds, tuple(notes), dict(batches.skipped))
+
+
+@contextmanager
+def _placed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """``model`` on ``device``, and where it was before afterwards."""
+    home = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)

@@ -1,0 +1,138 @@
+"""Learned ranks: a distribution over candidate widths, trained in turns with the weights.
+
+Source: COMCAT (arXiv 2305.17235), Eq. 6. Batches alternate. On one the weights of the mixture are updated by the
+cross-entropy; on the next the logits of the candidates, by
+
+    two-sided:  CE * (cost / budget)^beta              as the paper writes it
+    one-sided:  CE * max(cost / budget, 1)^beta        as its reference code has it
+    exact:      CE, over the distributions that cost exactly the budget
+
+The distribution begins at a training-free plan and the calibrated factors of the model, and ends as a plan: the
+allocation nearest to the expected widths that meets the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .calibrate import calibrate
+from .calibration import Calibration
+from .errors import ComcatError
+from .latency import LatencyTable
+from .plan import Budget, Plan
+from .planner import plan as training_free_plan
+from .progress import Progress
+from .ranks.alternation import Alternation
+from .ranks.config import SearchConfig
+from .ranks.data import refuse_evaluation_data, sample_images
+from .ranks.space import SearchSpace
+from .sites import PARTS
+from .training.checks import check_same, count_classes
+from .training.loading import Batches
+from .training.log import Log
+from .training.opening import how_to_go_on, interrupted, open_run
+from .training.process import accelerated, explained
+
+LOG_NAME, PICTURE_NAME = "search.jsonl", "search.png"
+#: Images that a calibration of our own looks at.
+CALIBRATION_IMAGES = 1024
+
+
+def search(
+    model: nn.Module,
+    budget: Budget,
+    train_loader: Any,
+    config: SearchConfig | None = None,
+    *,
+    calibration: Calibration | None = None,
+    start: Plan | None = None,
+    parts: Sequence[str] = PARTS,
+    rank_multiple: int | None = None,
+    input_size: Sequence[int] | None = None,
+    latency: LatencyTable | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
+    cpu: bool = False,
+) -> Plan:
+    """Learn the widths of every layer on labelled training images.
+
+    Args:
+        model: the dense model; it is not changed.
+        budget, parts, rank_multiple, input_size, latency: as for :func:`comcat.plan`; the budget is met within 0.5 %.
+        train_loader: a DataLoader with random access over (image, label) pairs of the TRAINING split; half of its
+            batches train the weights, half the ranks.
+        calibration: statistics for the factors and the starting plan; by default collected from ``train_loader``.
+        start: the plan to begin with, which meets the budget; by default :func:`comcat.plan`'s.
+        out: directory for ``search.jsonl`` (cost, losses, expected widths and probabilities over time), the picture
+            ``search.png`` and checkpoints; None writes nothing.
+        resume: continue the search in ``out`` from its newest checkpoint, bit by bit.
+        progress: called as ``progress("search", batches done, batches in all)``.
+        note: called with remarks. cpu: do not use a GPU.
+
+    Raises:
+        DataError: the loader reads an evaluation split, or has no labels.
+        BudgetError: out of reach, or not below the dense model. TrainingError: as for :func:`comcat.finetune`.
+    """
+    config = config or SearchConfig()
+    refuse_evaluation_data(train_loader)
+    directory = Path(out) if out is not None else None
+    remark = note or (lambda text: None)
+    with ExitStack() as stack:
+        accelerator = stack.enter_context(accelerated(config.precision, config.seed, cpu))
+        stack.enter_context(explained(how_to_go_on(directory)))
+        saved = open_run(accelerator, directory, resume, remark)
+        batches = Batches(train_loader, accelerator, config.seed, count_classes(model, "model"))
+        if calibration is None:
+            calibration = calibrate(
+                model, sample_images(train_loader, CALIBRATION_IMAGES, config.seed), fisher=True, progress=progress
+            )
+        if start is None:
+            start = training_free_plan(
+                model, budget, calibration, None, parts, rank_multiple, input_size, progress, latency
+            )
+        space = SearchSpace(
+            model,
+            budget,
+            start,
+            calibration,
+            candidates=config.candidates,
+            ffn=config.ffn,
+            spread=config.spread,
+            parts=parts,
+            rank_multiple=rank_multiple,
+            input_size=input_size,
+            latency=latency,
+        )
+        fixed = {**batches.description, "start": start.as_dict(), "limit": space.planner.limit}
+        if saved is not None:
+            check_same(saved.plain, config, fixed)
+        writes = directory if accelerator.is_main_process else None
+        log = Log(writes, saved.step if saved is not None else 0, remark, LOG_NAME)
+        stack.callback(log.close)
+        run = Alternation(space, batches, config, accelerator, directory, log, fixed, progress)
+        if saved is not None:
+            run.restore(saved)
+        try:
+            run.go()
+        except KeyboardInterrupt as interrupt:
+            interrupt.args = (interrupted(directory, run.saved_step),)
+            raise
+        if writes is not None:
+            _draw(writes, run.names(), remark)
+        return run.plan()
+
+
+def _draw(out: Path, names: list[str], note: Callable[[str], None]) -> None:
+    from .report.search import draw_search, read_log
+
+    try:
+        draw_search(read_log(out / LOG_NAME), names, out / PICTURE_NAME)
+    except ComcatError as error:
+        note(f"no {PICTURE_NAME}: {error}")

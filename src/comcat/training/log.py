@@ -1,0 +1,98 @@
+"""What a run leaves to look at: ``metrics.jsonl``, one JSON object per line, and TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..files import atomic_file
+
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+class Log:
+    """The log of a run; without a directory, or on a process that does not write, it does nothing.
+
+    Args:
+        out: directory of the run, or None.
+        step: finished steps so far; lines of later ones, from before an interruption, are dropped.
+        note: told once if TensorBoard is not installed.
+    """
+
+    def __init__(self, out: Path | None, step: int, note: Callable[[str], None], name: str = METRICS) -> None:
+        self._path = out / name if out is not None else None
+        self._board: Any = None
+        if out is None or self._path is None:
+            return
+        _drop_after(self._path, step)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            note("no TensorBoard log: its package is not installed (pip install 'comcat[train]')")
+        else:
+            self._board = SummaryWriter(out / TENSORBOARD, purge_step=step + 1 if step else None)
+
+    def write(self, step: int, epoch: float, values: dict[str, Any]) -> None:
+        """One line: the step, the epochs so far, and ``values``, of which dictionaries become groups in TensorBoard."""
+        if self._path is None:
+            return
+        line = json.dumps({"step": step, "epoch": round(epoch, 6), **_finite(values)})
+        try:
+            with open(self._path, "a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise CheckpointError(f"'{self._path}' cannot be written: {error.strerror or error}") from error
+        if self._board is not None:
+            for name, value in _flat(values):
+                self._board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Everything so far reaches the disk: a checkpoint must not be ahead of the log."""
+        if self._path is not None and self._path.exists():
+            with open(self._path, "rb") as file:
+                os.fsync(file.fileno())
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the lines up to ``step``; the last one may be torn."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    with atomic_file(path) as file:
+        file.write("".join(kept).encode())
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: such numbers become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(values: dict[str, Any], group: str = "train") -> list[tuple[str, float]]:
+    """(group/name, number) of all numbers; lists are for the file alone."""
+    pairs: list[tuple[str, float]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            pairs += _flat(value, name)
+        elif isinstance(value, (int, float)):
+            pairs.append((f"{group}/{name}", value))
+    return pairs

@@ -1,0 +1,106 @@
+"""A run's state between memory and a checkpoint, alike for one process, DDP and FSDP.
+
+PyTorch's ``torch.distributed.checkpoint.state_dict`` gathers full tensors under the plain model's names on the main
+process, and hands them out again from there.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from . import randomness
+from .average import Average
+from .process import agree, collect
+from .state import Saved
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Tensors = dict[str, Tensor]
+
+
+class Snapshot:
+    """Takes a run's state and puts it back. All processes call the same methods together.
+
+    Args:
+        model, optimizer: as they are trained, wrapped or not.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None
+    ) -> None:
+        self._accelerator, self._model, self._average = accelerator, model, average
+        self._optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._load = StateDictOptions(
+            full_state_dict=True,
+            broadcast_from_rank0=accelerator.num_processes > 1,
+        )
+        self._save = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+    def weights(self) -> Tensors:
+        """The full weights, averaged if there is an average, on every process."""
+        with self._average.swapped() if self._average else nullcontext():
+            return self._weights(StateDictOptions(full_state_dict=True))
+
+    def take(self, step: int, plain: dict[str, Any]) -> Saved:
+        """Everything a checkpoint holds; the tensors on the main process only."""
+        tensors: dict[str, Tensors] = {"model": self._weights(self._save)}
+        if self._average is not None:
+            with self._average.swapped():
+                tensors["average"] = self._weights(self._save)
+        state: Any = get_optimizer_state_dict(self._model, self._optimizer, options=self._save)
+        moments = state.get("state", {}).items()
+        tensors["optimizer"] = {f"{name}.{key}": t.clone() for name, values in moments for key, t in values.items()}
+        own, said = randomness.get_state(self._accelerator.device)
+        everyone = collect(self._accelerator, (own, said))
+        tensors["random"] = {f"{i}.{name}": t for i, (own, _) in enumerate(everyone) for name, t in own.items()}
+        scaler = self._accelerator.scaler
+        return Saved(
+            step,
+            tensors,
+            {
+                **plain,
+                "optimizer": state.get("param_groups", []),
+                "random": [said for _, said in everyone],
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            },
+        )
+
+    def restore(self, saved: Saved) -> None:
+        """Put a checkpoint back; ``saved`` holds tensors on the main process at least."""
+        main = self._accelerator.is_main_process
+        state: dict[str, Any] = {}
+        for name, tensor in saved.tensors.get("optimizer", {}).items():
+            parameter, _, key = name.rpartition(".")
+            state.setdefault(parameter, {})[key] = tensor
+        moments: Any = {"state": state, "param_groups": saved.plain["optimizer"]} if main else {}
+        set_optimizer_state_dict(self._model, self._optimizer, moments, options=self._load)
+        if self._average is not None:
+            with self._average.swapped():
+                self._set(saved.tensors.get("average", {}) if main else {})
+        self._set(saved.tensors.get("model", {}) if main else {})
+        if self._accelerator.scaler is not None and saved.plain["scaler"]:
+            self._accelerator.scaler.load_state_dict(saved.plain["scaler"])
+        index = self._accelerator.process_index
+        shared: Tensors = agree(self._accelerator, dict(saved.tensors.get("random", {})))
+        own = {name.partition(".")[2]: t for name, t in shared.items() if name.partition(".")[0] == str(index)}
+        randomness.set_state(own, saved.plain["random"][index], self._accelerator.device)
+
+    def _weights(self, options: StateDictOptions) -> Tensors:
+        # Copies: what is on the CPU already would go on changing.
+        state: Any = get_model_state_dict(self._model, options=options)
+        return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    def _set(self, weights: Any) -> None:
+        set_model_state_dict(self._model, weights, options=self._load)
