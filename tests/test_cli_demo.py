@@ -15,18 +15,21 @@ from test_cli import Result
 def test_demo(tmp_path, monkeypatch):
     # By its name the package holds the command itself, not the module.
     monkeypatch.setattr(sys.modules["comcat.cli.demo"], "BUDGETS", (0.5, 0.3))
+    monkeypatch.setattr(sys.modules["comcat.cli.demo"], "TUNING_EPOCHS", 1)
     monkeypatch.setitem(demo.MODEL_ARGS, "depth", 2)
     out = tmp_path / "demo"
     threads = torch.get_num_threads()
     result = Result(["demo", "--out", out, "--epochs", 2, "--json"])
     assert result.code == 0, result.err
     document = json.loads(result.out)
-    assert list(document["models"]) == ["dense", "50%", "30%"]
+    assert list(document["models"]) == ["dense", "50%", "30%", "30% tuned"]
     assert document["reloaded_identical"]
     assert document["models"]["dense"]["evaluation"]["images"] == 450
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((out / "digits").rglob("*.png"))) == 1797
     assert sum(p.numel() for p in comcat.load(out).parameters()) == document["models"]["50%"]["params"]
+    tuned = comcat.load(out / "finetuned")
+    assert sum(p.numel() for p in tuned.parameters()) == document["models"]["30%"]["params"]
     assert torch.get_num_threads() == threads
     # What the demo suggests to try next works, and gives what the demo has shown.
     again = json.loads(Result(["evaluate", out, "--data", out / "digits", "--json"]).out)

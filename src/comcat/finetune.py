@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from .evaluate import Evaluation
-from .modes import frozen
+from .modes import frozen, placed
 from .progress import Progress
 from .training.checks import check_batches, check_models, check_same, digest
 from .training.config import FinetuneConfig
@@ -125,9 +124,9 @@ def finetune(
         fixed = {**batches.description, "teacher": digest(teacher)}
         if saved is not None:
             check_same(saved.plain, config, fixed)
-        stack.enter_context(_placed(student, accelerator.device))
+        stack.enter_context(placed(student, accelerator.device))
         if teacher is not None:
-            stack.enter_context(_placed(teacher, accelerator.device))
+            stack.enter_context(placed(teacher, accelerator.device))
             stack.enter_context(frozen(teacher))
         trainer = Trainer(
             accelerator, trainable_copy(student, config), teacher, config, Steps.of(config, len(batches)), classes
@@ -147,14 +146,3 @@ def finetune(
     final = run.history[-1].evaluation if run.history else None
     seconds = time.perf_counter() - begin
     return FinetuneResult(run.step, run.epoch, tuple(run.history), final, seconds, tuple(notes), dict(batches.skipped))
-
-
-@contextmanager
-def _placed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """``model`` on ``device``, and where it was before afterwards."""
-    home = next(model.parameters()).device
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to(home)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -32,3 +33,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
         finally:
             for p in wanted:
                 p.requires_grad_(True)
+
+
+@contextmanager
+def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """``model`` on ``device``, and where it was before afterwards."""
+    home = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)

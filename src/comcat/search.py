@@ -24,6 +24,7 @@ from .calibrate import calibrate
 from .calibration import Calibration
 from .errors import ComcatError
 from .latency import LatencyTable
+from .modes import frozen, placed
 from .plan import Budget, Plan
 from .planner import plan as training_free_plan
 from .progress import Progress
@@ -116,7 +117,12 @@ def search(
         writes = directory if accelerator.is_main_process else None
         log = Log(writes, saved.step if saved is not None else 0, remark, LOG_NAME)
         stack.callback(log.close)
-        run = Alternation(space, batches, config, accelerator, directory, log, fixed, progress)
+        dense = None
+        if config.target == "dense":
+            stack.enter_context(placed(model, accelerator.device))
+            stack.enter_context(frozen(model))
+            dense = model
+        run = Alternation(space, batches, config, accelerator, directory, log, fixed, progress, dense)
         if saved is not None:
             run.restore(saved)
         try:

@@ -1,4 +1,4 @@
-"""``comcat demo``: train, compress and compare on this machine, in a minute or two, offline."""
+"""``comcat demo``: train, compress, fine-tune and compare on this machine, in a minute or two, offline."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from ..data.loading import ImageData
     from ..report.tables import Measured
 
-BUDGETS = (0.7, 0.5, 0.3, 0.2)
+BUDGETS = (0.7, 0.5, 0.3, 0.2, 0.1)  # the last one is fine-tuned
 SHOWN = (0.5, 0.3)  # the budgets whose layers are shown, the larger one first
 SAVED = 0.5
+TUNING_EPOCHS = 10
 DIGITS_SHOWN = 14
 
 
@@ -39,7 +40,7 @@ def demo(
     overwrite: opt.Overwrite = False,
     json_output: opt.Json = False,
 ) -> None:
-    """Train a small vision transformer on handwritten digits, compress it, and show before and after.
+    """Train a small vision transformer on handwritten digits, compress it, fine-tune it, and show all of them.
 
     Needs no network, no GPU and no data: the digits come with scikit-learn.
     """
@@ -54,6 +55,7 @@ def demo(
             run.prepare()
             run.train()
             run.compress()
+            run.finetune()
             run.write()
     run.show(time.perf_counter() - start)
 
@@ -122,7 +124,6 @@ class _Demo:
         self._measure("dense", self.model)
         for budget in BUDGETS:
             self._compress_to(budget, calibration)
-        self._time()
 
     def _compress_to(self, budget: float, calibration: Calibration) -> None:
         import comcat
@@ -140,8 +141,29 @@ class _Demo:
             comcat.save(small, self.stage / "model")
             self.identical = self._same(small, comcat.load(self.stage / "model"))
         if budget == SHOWN[-1]:
-            self.smallest = small
+            self.shown = small
         self._measure(name, small)
+
+    def finetune(self) -> None:
+        """Train the smallest model a little, with the dense one as its teacher."""
+        import copy
+
+        import comcat
+
+        from ..data.training import training_loader
+
+        tuned = copy.deepcopy(self.models[-1])
+        loader = training_loader(self.train_data, 64, seed=self.seed)
+        config = comcat.FinetuneConfig(
+            epochs=TUNING_EPOCHS, lr=1e-3, warmup_epochs=0.5, distillation_weight=0.9, seed=self.seed
+        )
+        comcat.finetune(tuned, self.model, loader, None, config, progress=self._tuning, cpu=True)
+        comcat.save(tuned, self.stage / "finetuned")
+        self._measure(f"{BUDGETS[-1]:.0%} tuned", tuned)
+        self._time()
+
+    def _tuning(self, _: str, done: int, total: int | None) -> None:
+        self.screen.progress(f"fine-tune the one at {BUDGETS[-1]:.0%}", done, total)
 
     def _time(self) -> None:
         from ..evaluate import throughput
@@ -178,16 +200,17 @@ class _Demo:
 
         if not self.identical:
             raise CheckpointError("the saved model differs from the one in memory. Please report this")
-        points = [(c.name, c.params, c.evaluation.top1) for c in self.columns if c.evaluation]
+        *points, tuned = [(c.name, c.params, c.evaluation.top1) for c in self.columns if c.evaluation]
         reports = {f"{b:.0%} kept": self.reports[b] for b in SHOWN}
         draw_demo(
             points,
+            tuned,
             reports,
             self._answers(),
             self.stage / "report.png",
             "A vision transformer for handwritten digits, compressed by comcat",
-            "trained once, then compressed without any further training; below, test digits and the answers "
-            f"of the model at {SHOWN[-1]:.0%}",
+            "trained once, compressed without further training, the smallest then fine-tuned; below, test digits and "
+            f"the answers of the model at {SHOWN[-1]:.0%}",
         )
         (self.stage / "report.json").write_text(json.dumps(self._document(), indent=1) + "\n")
         for file in (self.stage / "model").iterdir():
@@ -195,13 +218,13 @@ class _Demo:
         (self.stage / "model").rmdir()
 
     def _answers(self) -> list[tuple[Any, int, int]]:
-        """Some test digits, evenly spread, with the answers of the smallest model."""
+        """Some test digits, evenly spread, with the answers of the model whose layers are shown."""
         import torch
 
         step = len(self.test_data) // DIGITS_SHOWN
         samples = [self.test_data[i * step + 2] for i in range(DIGITS_SHOWN)]
         with torch.no_grad():
-            answers = self.smallest(torch.stack([image for image, _ in samples])).argmax(1).tolist()
+            answers = self.shown(torch.stack([image for image, _ in samples])).argmax(1).tolist()
         pictures = [((image[0].numpy() + 1) / 2, label) for image, label in samples]
         return [(picture, label, answer) for (picture, label), answer in zip(pictures, answers, strict=True)]
 
@@ -222,7 +245,7 @@ class _Demo:
         out = self.screen.out
         out.print()
         out.print(tables.layers(self.reports[SAVED]))
-        title = f"Handwritten digits, {len(self.test_data)} test images, no training after compression"
+        title = f"Handwritten digits, {len(self.test_data)} test images; fine-tuned in the last row only"
         out.print(tables.budgets(self.columns, title))
         folder = shlex.quote(str(self.out))
         out.print(f"[green]✓[/green] the model at {SAVED:.0%}, saved and loaded again, computes exactly the same")
@@ -232,7 +255,9 @@ class _Demo:
         for line in (
             f"comcat evaluate {folder} --data {folder}/digits",
             f"comcat compress {demo.ARCHITECTURE} --checkpoint {folder}/dense.safetensors {args} "
-            f"--data {folder}/digits --keep 0.4 --out digits-40",
+            f"--data {folder}/digits --keep 0.05 --out digits-5",
+            f"comcat finetune digits-5 --teacher-checkpoint {folder}/dense.safetensors --data {folder}/digits "
+            "--epochs 20 --lr 1e-3 --out digits-5-tuned",
         ):
             out.print(f"  {line}", soft_wrap=True)
         self.screen.result(self._document())

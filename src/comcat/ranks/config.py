@@ -11,6 +11,7 @@ from ..training.config import Precision
 from ..training.settings import Settings
 
 Objective = Literal["two-sided", "one-sided", "exact"]
+Target = Literal["labels", "dense"]
 FFNForm = Literal["auto", "low-rank", "neurons"]
 
 
@@ -25,6 +26,8 @@ class SearchConfig(Settings):
         objective: ``two-sided`` (the paper), ``one-sided`` (its reference code) or ``exact``; see
             :mod:`comcat.search`.
         beta: exponent of the cost in the first two.
+        target: what the cross-entropy is taken with: the ``labels``, or the prediction of the ``dense`` model, whose
+            gradients vary less (one more forward pass).
         temperature: of the Gumbel-softmax, at the first and the last step; geometric in between.
         spread: standard deviation of the distribution at the start, in candidates.
         lr, weight_decay: of the logits (AdamW).
@@ -61,6 +64,7 @@ class SearchConfig(Settings):
     candidates: int = 16
     objective: Objective = "two-sided"
     beta: float = 1.5
+    target: Target = "labels"
     temperature: tuple[float, ...] = (5.0, 1.0)
     spread: float = 1.5
     lr: float = 1e-2

@@ -136,6 +136,7 @@ def _energy_panel(axes: Any, part: str, summaries: Sequence[SpectrumSummary]) ->
 
 def draw_demo(
     points: Sequence[tuple[str, int, float]],
+    tuned: tuple[str, int, float],
     reports: Mapping[str, Report],
     digits: Sequence[tuple[Any, int, int]],
     path: str | Path,
@@ -145,7 +146,7 @@ def draw_demo(
     """Write a PNG: accuracy against size, what every layer kept, and what a small model answers.
 
     Args:
-        points: (name, parameters, top-1 in percent), the dense model first.
+        points: (name, parameters, top-1 in percent), the dense model first; tuned: the last one after fine-tuning.
         reports: name -> report of two budgets, the larger one first.
         digits: (image (H, W) in [0, 1], label, answer of the smallest model).
 
@@ -156,7 +157,7 @@ def draw_demo(
     heading(figure, title, subtitle)
     top, bottom = figure.subfigures(2, 1, height_ratios=[5, 1.25])
     left, right = top.subfigures(1, 2, width_ratios=[1, 1.9])
-    _accuracy(left.subplots(), points)
+    _accuracy(left.subplots(), points, tuned)
     grids = [kept_by_part(report) for report in reports.values()]
     rows = grids[0][0]
     panels = [part for part in ("qk", "vo", "ffn") if any(part in parts for _, parts in grids)]
@@ -185,7 +186,7 @@ def draw_demo(
     save(figure, path)
 
 
-def _accuracy(axes: Any, points: Sequence[tuple[str, int, float]]) -> None:
+def _accuracy(axes: Any, points: Sequence[tuple[str, int, float]], tuned: tuple[str, int, float]) -> None:
     sizes = [params / 1e6 for _, params, _ in points]
     accuracy = [top1 for _, _, top1 in points]
     axes.axhline(accuracy[0], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
@@ -196,6 +197,12 @@ def _accuracy(axes: Any, points: Sequence[tuple[str, int, float]]) -> None:
         offset, align = (-7, "top") if i == len(points) - 1 else (7, "bottom")
         style = {"textcoords": "offset points", "ha": "center", "va": align, "fontsize": 8, "color": INK}
         axes.annotate(f"{name}\n{top1:.1f} %", (x, top1), (0, offset), **style)
+    x, before, after = sizes[-1], accuracy[-1], tuned[2]
+    arrow = {"arrowstyle": "-|>", "color": COLORS["vo"], "linewidth": 1.4, "shrinkA": 5, "shrinkB": 4}
+    axes.annotate("", (x, after), (x, before), arrowprops=arrow)
+    axes.plot([x], [after], marker="o", markersize=6, color=COLORS["vo"], markeredgecolor="white")
+    style = {"textcoords": "offset points", "ha": "left", "va": "center", "fontsize": 8, "color": COLORS["vo"]}
+    axes.annotate(f"fine-tuned\n{after:.1f} %", (x, (before + after) / 2), (6, 0), **style)
     low = min(accuracy)
     span = max(accuracy[0] - low, 1.5)
     axes.set(xlim=(0, max(sizes) * 1.15), ylim=(low - 0.35 * span, accuracy[0] + 0.45 * span))

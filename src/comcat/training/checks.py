@@ -68,7 +68,8 @@ def count_classes(model: nn.Module, role: str) -> int:
     image = torch.zeros(1, *default_input_size(model), dtype=parameter.dtype, device=parameter.device)
     with torch.no_grad(), evaluating(model):
         out = model(image)
-    if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[1] < 2:
+    features = getattr(model, "num_classes", None) == 0  # timm: a model without its classifier
+    if features or not isinstance(out, Tensor) or out.ndim != 2 or out.shape[1] < 2:
         raise ModelError(f"the {role} is no classifier: it does not return logits (batch, classes)")
     return out.shape[1]
 

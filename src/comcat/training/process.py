@@ -41,11 +41,11 @@ def accelerated(precision: str, seed: int, cpu: bool = False) -> Iterator[Accele
     different settings can follow each other. What the caller has set up himself stays his.
 
     Raises:
-        TrainingError: the precision is not to be had on this device, or FSDP is version 1.
+        TrainingError: the precision is not to be had on this device, or neither DDP nor FSDP 2 distributes.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
-    from accelerate.utils import DataLoaderConfiguration, DistributedType
+    from accelerate.utils import DataLoaderConfiguration, DistributedType, GradientAccumulationPlugin
 
     states = (AcceleratorState, GradientState, PartialState)
     saved = [dict(state._shared_state) for state in states]
@@ -58,12 +58,16 @@ def accelerated(precision: str, seed: int, cpu: bool = False) -> Iterator[Accele
             accelerator = Accelerator(
                 mixed_precision=precision,
                 cpu=cpu,
+                # Windows are counted here; Accelerate would take its own number from the environment.
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
                 dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
             )
         except ValueError as error:
             raise TrainingError(f"precision {precision} cannot be used here: {error}") from error
         if precision == "fp16" and accelerator.device.type == "cpu":
             raise TrainingError("precision fp16 needs a GPU; use bf16 or no")
+        if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            raise TrainingError(f"{accelerator.distributed_type.value} is not supported; use DDP or FSDP 2")
         if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
             raise TrainingError("FSDP 1 does not come back exactly from a checkpoint; set fsdp_version to 2")
         with isolated(PROCESS, seed, accelerator.process_index):
@@ -89,9 +93,10 @@ def explained(resume: str) -> Iterator[None]:
         yield
     except ComcatError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:
         text = str(error)
-        if "DataLoader worker" in text:
+        # A worker that dies while it hands over a batch shows as a broken connection.
+        if "DataLoader worker" in text or not isinstance(error, RuntimeError):
             which = re.search(r"pid\(?s?\)? ?\(?([0-9, ]+)", text)
             name = f" (pid {which[1].strip()})" if which else ""
             raise TrainingError(
@@ -103,7 +108,7 @@ def explained(resume: str) -> Iterator[None]:
         raise
 
 
-def _is_distributed(error: RuntimeError) -> bool:
+def _is_distributed(error: Exception) -> bool:
     return isinstance(error, getattr(torch.distributed, "DistError", ()))
 
 
