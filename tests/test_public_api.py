@@ -21,13 +21,18 @@ PUBLIC = [
     "ComcatError",
     "DataError",
     "Evaluation",
+    "FinetuneConfig",
+    "FinetuneResult",
+    "LatencyTable",
     "LayerReport",
     "ModelError",
     "Plan",
     "PlanError",
     "Profile",
     "Report",
+    "SearchConfig",
     "Spectrum",
+    "TrainingError",
     "__version__",
     "agreement",
     "calibrate",
@@ -35,12 +40,15 @@ PUBLIC = [
     "compress",
     "compress_",
     "evaluate",
+    "finetune",
     "full_rank_plan",
     "load",
     "load_model",
+    "measure_latency",
     "plan",
     "profile",
     "save",
+    "search",
     "spectra",
     "throughput",
 ]
@@ -74,7 +82,7 @@ def test_every_module_imports_and_says_what_it_is(name: str) -> None:
 
 def test_errors_form_one_tree() -> None:
     found = [e for e in vars(errors).values() if isinstance(e, type)]
-    assert len(found) == 7
+    assert len(found) == 8
     assert all(issubclass(e, comcat.ComcatError) and e.__doc__ for e in found)
 
 

@@ -192,19 +192,19 @@ def _accuracy(axes: Any, points: Sequence[tuple[str, int, float]], tuned: tuple[
     axes.axhline(accuracy[0], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.plot(sizes, accuracy, color=COLORS["qk"], linewidth=1.8, marker="o", markersize=6, markeredgecolor="white")
     axes.plot(sizes[:1], accuracy[:1], marker="o", markersize=7, color=INK, markeredgecolor="white")
-    for i, ((name, _, top1), x) in enumerate(zip(points, sizes, strict=True)):
-        # Clear of the line, which falls towards smaller models: the smallest is labelled below its point.
-        offset, align = (-7, "top") if i == len(points) - 1 else (7, "bottom")
-        style = {"textcoords": "offset points", "ha": "center", "va": align, "fontsize": 8, "color": INK}
-        axes.annotate(f"{name}\n{top1:.1f} %", (x, top1), (0, offset), **style)
+    low = min(*accuracy, tuned[2])
+    span = max(accuracy[0] - low, 1.5)
+    labels = [(f"{name}\n{top1:.1f} %", x, top1, INK) for (name, _, top1), x in zip(points, sizes, strict=True)]
+    for text, x, top1, color in [*labels, (f"fine-tuned\n{tuned[2]:.1f} %", sizes[-1], tuned[2], COLORS["vo"])]:
+        # Beside the line where it falls towards smaller models, otherwise above it.
+        beside = accuracy[0] - top1 > 0.1 * span and color is INK
+        style = {"textcoords": "offset points", "fontsize": 8, "color": color}
+        style |= {"ha": "left", "va": "top"} if beside else {"ha": "center", "va": "bottom"}
+        axes.annotate(text, (x, top1), (7, -2) if beside else (0, 7), **style)
     x, before, after = sizes[-1], accuracy[-1], tuned[2]
     arrow = {"arrowstyle": "-|>", "color": COLORS["vo"], "linewidth": 1.4, "shrinkA": 5, "shrinkB": 4}
     axes.annotate("", (x, after), (x, before), arrowprops=arrow)
     axes.plot([x], [after], marker="o", markersize=6, color=COLORS["vo"], markeredgecolor="white")
-    style = {"textcoords": "offset points", "ha": "left", "va": "center", "fontsize": 8, "color": COLORS["vo"]}
-    axes.annotate(f"fine-tuned\n{after:.1f} %", (x, (before + after) / 2), (6, 0), **style)
-    low = min(accuracy)
-    span = max(accuracy[0] - low, 1.5)
     axes.set(xlim=(0, max(sizes) * 1.15), ylim=(low - 0.35 * span, accuracy[0] + 0.45 * span))
     axes.set_xlabel("parameters, millions", fontsize=8, color=INK)
     axes.set_title("test accuracy against size", fontsize=9, loc="left", color=INK)
