@@ -116,8 +116,8 @@ def finetune(
         teacher = copy.deepcopy(student)
     directory = Path(out) if out is not None else None
     with ExitStack() as stack:
-        accelerator = stack.enter_context(accelerated(config.precision, config.seed, cpu))
         stack.enter_context(explained(how_to_go_on(directory)))
+        accelerator = stack.enter_context(accelerated(config.precision, config.seed, cpu))
         saved = open_run(accelerator, directory, resume, remark)
         batches = Batches(train_loader, accelerator, config.seed, classes)
         check_batches(config, batches.batch_size, batches.images, batches.drop_last)

@@ -86,8 +86,9 @@ def search(
     directory = Path(out) if out is not None else None
     remark = note or (lambda text: None)
     with ExitStack() as stack:
-        accelerator = stack.enter_context(accelerated(config.precision, config.seed, cpu))
+        # Outermost: word of a dead worker can arrive while the rest is put away.
         stack.enter_context(explained(how_to_go_on(directory)))
+        accelerator = stack.enter_context(accelerated(config.precision, config.seed, cpu))
         saved = open_run(accelerator, directory, resume, remark)
         batches = Batches(train_loader, accelerator, config.seed, count_classes(model, "model"))
         if calibration is None:

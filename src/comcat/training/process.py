@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -95,7 +96,12 @@ def explained(resume: str) -> Iterator[None]:
         raise
     except (RuntimeError, ConnectionError, EOFError) as error:
         text = str(error)
-        # A worker that dies while it hands over a batch shows as a broken connection.
+        if not isinstance(error, RuntimeError):
+            # A worker died while it handed over a batch; the notice of its death, on its way, names it.
+            try:
+                time.sleep(0.5)
+            except RuntimeError as notice:
+                text = str(notice)
         if "DataLoader worker" in text or not isinstance(error, RuntimeError):
             which = re.search(r"pid\(?s?\)? ?\(?([0-9, ]+)", text)
             name = f" (pid {which[1].strip()})" if which else ""
