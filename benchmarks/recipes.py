@@ -3,8 +3,8 @@
     python benchmarks/recipes.py [--json results/recipes.json]
 
 The paper counts linear layers and convolutions only: no norms, no class token, no position table, and of the MACs
-neither of the two products inside attention. Weights are random and ranks uniform, data-free: a plan of any method meets
-the same budget.
+neither of the two products inside attention. Weights are random and ranks uniform, data-free: a plan of any method
+meets the same budget.
 """
 
 from __future__ import annotations

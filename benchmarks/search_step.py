@@ -1,0 +1,216 @@
+"""One step of the rank search: a gate per component against the mixture of candidate matrices it stands for.
+
+    python benchmarks/search_step.py [--json results/search_step.json] [--model deit_small_patch16_224] [--batch 16]
+
+COMCAT's Eq. 6, read literally, keeps one full D x D matrix per candidate rank and head (and one full matrix per
+candidate of both FFN matrices) and weighs them by their probabilities. Two readings: "outputs mixed" evaluates every
+candidate and weighs the results, as differentiable architecture search does; "matrices mixed" weighs matrices first.
+A search step is a batch for the weights and a batch for the logits, gradients and AdamW updates included. Random
+weights, data-free factors, five candidates (a sixth to five sixths of every width) and the dense layer; float32. Times
+in turns, median; peak memory of a process of its own each, above what is resident before the model is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import comcat
+from comcat.profile import default_input_size
+from comcat.ranks.distribution import RankDistribution
+from comcat.ranks.gates import AttentionGates, GatedModel, LinearGates
+from comcat.ranks.space import SearchSpace
+from common import parser, write
+
+WAYS = ("gates", "matrices mixed", "outputs mixed")
+Step = Callable[[bool], tuple[Tensor, Tensor]]
+
+
+class Candidates(nn.Module):
+    """One full matrix per candidate, (A, ..., in, out), and the probabilities that weigh them."""
+
+    def __init__(self, matrices: Tensor, outputs: bool) -> None:
+        super().__init__()
+        self.matrices = nn.Parameter(matrices)
+        self.outputs = outputs
+        self.p: Tensor | None = None
+
+    def apply_to(self, product: Callable[[Tensor], Tensor]) -> Tensor:
+        """``product`` is linear in the matrix it is given."""
+        if self.outputs:
+            return sum(p * product(matrix) for p, matrix in zip(self.p, self.matrices, strict=True))
+        return product(torch.einsum("a,a...->...", self.p, self.matrices))
+
+
+class TextbookAttention(nn.Module):
+    """``scores_h = scale [x, 1] M_h x^T`` and ``out = sum_h softmax(scores_h) [x, 1] N_h``, biases folded in."""
+
+    def __init__(self, gates: AttentionGates, widths: tuple[list[int], list[int]], scale: float, outputs: bool) -> None:
+        super().__init__()
+        H, d = gates.num_heads, gates.head_dim
+        weight = gates.qkv_weight.detach().unflatten(0, (3, H, d))  # (3, H, d, D)
+        bias = gates.qkv_bias.detach().unflatten(0, (3, H, d))[..., None]
+        query, _, value = torch.cat([weight, bias], -1)  # (H, d, D + 1)
+        key, output = weight[1], gates.output.weight.detach().unflatten(0, (d, H)).transpose(0, 1)  # (H, d, D_out)
+        self.qk = Candidates(torch.stack([query[:, :r].mT @ key[:, :r] for r in widths[0]]), outputs)
+        self.vo = Candidates(torch.stack([value[:, :r].mT @ output[:, :r] for r in widths[1]]), outputs)
+        # What a candidate drops of the value bias is in its output bias.
+        lost = [(value[:, r:, -1:] * output[:, r:]).sum((0, 1)) for r in widths[1]]
+        self.lost = nn.Parameter(torch.stack(lost))
+        self.bias = nn.Parameter(gates.output.bias.detach().clone())
+        self.scale = scale
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        x1 = F.pad(x, (0, 1), value=1.0)
+        scores = self.qk.apply_to(lambda M: torch.einsum("bnd,hde->bhne", x1, M) @ x[:, None].mT)
+        z = (self.scale * scores).softmax(-1) @ x1[:, None]  # (B, H, N, D + 1)
+        out = self.vo.apply_to(lambda N: torch.einsum("bhnd,hde->bne", z, N))
+        return out + self.bias + self.vo.p @ self.lost
+
+
+class TextbookLinear(nn.Module):
+    def __init__(self, gates: LinearGates, widths: list[int], outputs: bool) -> None:
+        super().__init__()
+        up, down = gates.up.detach(), gates.down.detach()
+        self.weights = Candidates(torch.stack([up[:, :r] @ down[:r] for r in widths]), outputs)
+        self.bias = nn.Parameter(gates.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weights.apply_to(lambda W: F.linear(x, W)) + self.bias
+
+
+class Textbook(nn.Module):
+    """The same mixture as a :class:`GatedModel`, candidate by candidate."""
+
+    def __init__(self, gated: GatedModel, parts: list, outputs: bool) -> None:
+        super().__init__()
+        self.model = gated.model
+        widths = {(site.name, part): candidates for site, part, candidates in parts}
+        self.slots: list[tuple[int, Candidates]] = []
+        rows = {key: row for row, key in enumerate(widths)}
+        for site, part, _ in parts:
+            name = site.name
+            if part == "qk":
+                gates = gated.gates[name.replace(".", "/")][0]
+                scale = self.model.get_submodule(name).scale
+                made = TextbookAttention(gates, (widths[name, "qk"], widths[name, "vo"]), scale, outputs)
+                self.slots += [(rows[name, "qk"], made.qk), (rows[name, "vo"], made.vo)]
+            elif part in ("fc1", "fc2"):
+                name = f"{name}.{part}"
+                gates = next(g for g in gated.gates[site.name.replace(".", "/")] if g.prefix == name)
+                made = TextbookLinear(gates, widths[site.name, part], outputs)
+                self.slots.append((rows[site.name, part], made.weights))
+            else:
+                continue
+            self.model.set_submodule(name, made)
+
+    def forward(self, images: Tensor, probabilities: Tensor) -> Tensor:
+        for row, candidates in self.slots:
+            candidates.p = probabilities[row, : len(candidates.matrices)]
+        return self.model(images)
+
+
+def build(way: str, name: str) -> tuple[nn.Module, RankDistribution]:
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    for bias in (p for n, p in model.named_parameters() if n.endswith("bias")):
+        nn.init.normal_(bias, std=0.02)
+    parts, budget = ("qk", "vo", "ffn"), comcat.Budget(params=0.5)
+    plan = comcat.plan(model, budget, method="uniform", parts=parts)
+    space = SearchSpace(model, budget, plan, candidates=6, ffn="low-rank", parts=parts)
+    mixture = space.gated if way == "gates" else Textbook(space.gated, space.rows, way == "outputs mixed")
+    return mixture, space.ranks
+
+
+def stepper(way: str, name: str, batch: int) -> Step:
+    """A function that takes one step, with or without updates, and returns the loss and the logits' gradient."""
+    mixture, ranks = build(way, name)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(2, batch, *default_input_size(mixture.model), generator=generator)
+    labels = torch.randint(mixture.model.num_classes, (2, batch), generator=generator)
+    noise = ranks.gumbel(generator)
+    weights = [p for p in mixture.parameters() if p.requires_grad]
+    updates = (torch.optim.AdamW(weights, lr=1e-4), torch.optim.AdamW([ranks.logits], lr=1e-2))
+
+    def step(update: bool) -> tuple[Tensor, Tensor]:
+        if update:
+            F.cross_entropy(mixture(images[0], ranks.probabilities(5.0, noise).detach()), labels[0]).backward()
+            updates[0].step()
+            updates[0].zero_grad()
+        p = ranks.probabilities(5.0, noise)
+        loss = F.cross_entropy(mixture(images[1], p), labels[1]) * ranks.cost(p) ** 1.5
+        (gradient,) = torch.autograd.grad(loss, [ranks.logits])
+        if update:
+            ranks.logits.grad = gradient
+            updates[1].step()
+        return loss.detach(), gradient
+
+    return step
+
+
+def peak_memory(way: str, args: argparse.Namespace) -> float:
+    """MiB that a process of its own needed for two steps, beyond what it had before the model."""
+    command = [sys.executable, __file__, "--child", way, "--model", args.model, "--batch", str(args.batch)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def child(way: str, name: str, batch: int) -> None:
+    def resident() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    before = resident()
+    step = stepper(way, name, batch)
+    step(True), step(True)
+    print(resident() - before)
+
+
+def main() -> None:
+    p = parser(__doc__)
+    p.add_argument("--model", default="deit_small_patch16_224")
+    p.add_argument("--batch", type=int, default=16)
+    p.add_argument("--turns", type=int, default=3)
+    p.add_argument("--child", choices=WAYS, help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.child:
+        return child(args.child, args.model, args.batch)
+    results: dict[str, dict] = {way: {"peak_mib": peak_memory(way, args)} for way in WAYS}
+    steps = {way: stepper(way, args.model, args.batch) for way in WAYS}
+    loss, gradient = steps["gates"](False)
+    for way in WAYS:
+        other, its = steps[way](False)
+        results[way]["loss_difference"] = float((other - loss).abs() / loss)
+        results[way]["gradient_difference"] = float((its - gradient).abs().max() / gradient.abs().max())
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    for turn in range(args.turns + 1):
+        for way, step in steps.items():
+            start = time.perf_counter()
+            step(True)
+            if turn:
+                times[way].append(time.perf_counter() - start)
+    fastest = statistics.median(times["gates"])
+    print("| way | seconds per step | times gates | peak MiB | times gates | loss differs by | gradient differs by |")
+    print("|---|---|---|---|---|---|---|")
+    for way, r in results.items():
+        r["seconds"], r["all_seconds"] = statistics.median(times[way]), times[way]
+        print(
+            f"| {way} | {r['seconds']:.2f} | {r['seconds'] / fastest:.2f} | {r['peak_mib']:.0f} | "
+            f"{r['peak_mib'] / results['gates']['peak_mib']:.2f} | {r['loss_difference']:.1e} | "
+            f"{r['gradient_difference']:.1e} |"
+        )
+    settings = {k: v for k, v in vars(args).items() if k not in ("json", "child")}
+    write(args.json, {"settings": settings, "results": json.loads(json.dumps(results))})
+
+
+if __name__ == "__main__":
+    main()
