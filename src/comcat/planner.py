@@ -72,7 +72,7 @@ def plan(
         PlanError: unknown method or part, or ``"probe"`` without calibration images.
         CalibrationError: the calibration or the latency table belongs to another model.
     """
-    method = method or _default_method(calibration)
+    method = method or default_method(calibration)
     if method not in METHODS:
         raise PlanError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
     if method == "probe" and (calibration is None or not len(calibration.images)):
@@ -86,8 +86,8 @@ def default_multiple(budget: Budget) -> int:
     return 8 if budget.unit == "latency" else 1
 
 
-def _default_method(calibration: Calibration | None) -> str:
-    """In units of the loss spectra choose as well as probes, in a fraction of the time."""
+def default_method(calibration: Calibration | None) -> str:
+    """In units of the loss, spectra choose as well as probes, in a fraction of the time."""
     if calibration is None:
         return "uniform"
     return "spectrum" if calibration.fisher else "probe" if len(calibration.images) else "uniform"

@@ -26,18 +26,19 @@ from .errors import ComcatError
 from .latency import LatencyTable
 from .modes import frozen, placed
 from .plan import Budget, Plan
-from .planner import plan as training_free_plan
 from .progress import Progress
 from .ranks.alternation import Alternation
 from .ranks.config import SearchConfig
 from .ranks.data import refuse_evaluation_data, sample_images
 from .ranks.space import SearchSpace
+from .ranks.start import best_training_free
 from .sites import PARTS
 from .training.checks import check_same, count_classes
 from .training.loading import Batches
 from .training.log import Log
 from .training.opening import how_to_go_on, interrupted, open_run
-from .training.process import accelerated, explained
+from .training.process import accelerated, agree, explained
+from .training.randomness import SAMPLE, isolated
 
 LOG_NAME, PICTURE_NAME = "search.jsonl", "search.png"
 #: Images that a calibration of our own looks at.
@@ -70,7 +71,8 @@ def search(
         train_loader: a DataLoader with random access over (image, label) pairs of the TRAINING split; half of its
             batches train the weights, half the ranks.
         calibration: statistics for the factors and the starting plan; by default collected from ``train_loader``.
-        start: the plan to begin with, which meets the budget; by default :func:`comcat.plan`'s.
+        start: the plan to begin with, which meets the budget; by default the better of those that
+            :func:`comcat.plan` makes without training.
         out: directory for ``search.jsonl`` (cost, losses, expected widths and probabilities over time), the picture
             ``search.png`` and checkpoints; None writes nothing.
         resume: continue the search in ``out`` from its newest checkpoint, bit by bit.
@@ -92,13 +94,23 @@ def search(
         saved = open_run(accelerator, directory, resume, remark)
         batches = Batches(train_loader, accelerator, config.seed, count_classes(model, "model"))
         if calibration is None:
-            calibration = calibrate(
-                model, sample_images(train_loader, CALIBRATION_IMAGES, config.seed), fisher=True, progress=progress
-            )
+            with isolated(SAMPLE, config.seed):  # augmentations draw the same in every process
+                sample = sample_images(train_loader, CALIBRATION_IMAGES, config.seed)
+                calibration = calibrate(model, sample, fisher=True, progress=progress)
+        if start is None and saved is not None:
+            start = Plan(saved.plain["run"]["start"])
         if start is None:
-            start = training_free_plan(
-                model, budget, calibration, None, parts, rank_multiple, input_size, progress, latency
+            start = best_training_free(
+                model,
+                budget,
+                calibration,
+                parts=parts,
+                rank_multiple=rank_multiple,
+                input_size=input_size,
+                latency=latency,
+                progress=progress,
             )
+        start = agree(accelerator, start)
         space = SearchSpace(
             model,
             budget,
@@ -112,7 +124,14 @@ def search(
             input_size=input_size,
             latency=latency,
         )
-        fixed = {**batches.description, "start": start.as_dict(), "limit": space.planner.limit}
+        planner = space.planner
+        fixed = {
+            **batches.description,
+            "start": start.layers,  # not its estimates, whose last digits depend on the machine
+            "limit": planner.limit,
+            "parts": list(planner.parts),
+            "rank_multiple": planner.multiple,
+        }
         if saved is not None:
             check_same(saved.plain, config, fixed)
         writes = directory if accelerator.is_main_process else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,8 +38,10 @@ class Recipe:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        from ..errors import TrainingError
+        from ..errors import ComcatError, TrainingError
+        from ..ranks.config import SearchConfig
         from ..training.settings import check_fields
+        from .finetune import merge
 
         for name in ("budget", "model_args", "compress", "search", "finetune"):
             if not isinstance(getattr(self, name), dict):
@@ -47,6 +50,17 @@ class Recipe:
         check_fields(self.compress, list(_COMPRESS))
         if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
             raise TrainingError(f"the recipe's batch_size is {self.batch_size!r}, but must be a number of images")
+        parts = self.compress.get("parts", [])
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            raise TrainingError(f"the recipe's parts are {parts!r}, but must be a list such as [qk, vo, ffn]")
+        # Every stage's settings are checked here: the last one begins hours after the first.
+        for name, check in (("search", SearchConfig.from_dict), ("finetune", partial(merge, {}))):
+            if "seed" in getattr(self, name):
+                raise TrainingError(f"the recipe's '{name}' sets a seed; leave it out and give --seed")
+            try:
+                check(getattr(self, name))
+            except ComcatError as error:
+                raise TrainingError(f"the recipe's '{name}': {error}") from error
 
     @classmethod
     def read(cls, file: Path) -> Recipe:
@@ -109,6 +123,10 @@ def run(
     """
     if keep is not None and max_params is not None:
         raise typer.BadParameter("give at most one of --keep and --max-params", param_hint="budget")
+    if device not in ("auto", "cpu"):
+        raise typer.BadParameter(
+            "takes auto or cpu; choose GPUs with CUDA_VISIBLE_DEVICES or accelerate launch", param_hint="--device"
+        )
     most = parse_count(max_params, "--max-params")
     from ..training.process import process_index, wait_for_everyone
 
@@ -116,16 +134,16 @@ def run(
     screen = Screen(json_output or rank > 0)
     with screen, main_process_speaks(rank) as started:
         from ..errors import TrainingError
-        from ..files import check_free
         from ..plan import Budget
 
         check_input_file(recipe, "RECIPE")
         check_input_file(checkpoint, "--checkpoint")
         plan = Recipe.read(recipe)
-        budget = Budget(**plan.budget) if keep is None and most is None else Budget(params=keep or most)
-        if not resume:
-            check_free(out)
-        elif not out.is_dir():
+        params = most if keep is None else keep
+        budget = Budget(**plan.budget) if params is None else Budget(params=params)
+        if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise TrainingError(f"'{out}' already holds something; continue with --resume or choose another --out")
+        if resume and not out.is_dir():
             raise TrainingError(f"there is no run in '{out}' to resume; start without --resume")
         reading = Reading(data, data_root, class_map, skip_bad_images, mean, std, crop_pct, interpolation)
         stages = _Stages(

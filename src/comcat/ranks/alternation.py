@@ -56,7 +56,9 @@ class Alternation:
             self.ranks.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.5, 0.999)
         )
         self.snapshot = Snapshot(accelerator, self.gated, self.weight_optimizer, None)
-        self.total = config.max_steps or max(2, int(config.epochs * len(batches)))
+        self.total = max(2, int(config.epochs * len(batches)))
+        if config.max_steps is not None:
+            self.total = min(self.total, config.max_steps)
         self.step = 0
         self.saved_step: int | None = None
         self._losses: list[Tensor] = []
@@ -66,7 +68,7 @@ class Alternation:
     def temperature(self) -> float:
         """Falls from the first value to the last in equal ratios."""
         first, last = self.config.temperature
-        return first * (last / first) ** (self.step / max(1, self.total - 1))
+        return first * (last / first) ** min(1.0, self.step / max(1, self.total - 1))
 
     def probabilities(self, noisy: bool = True) -> Tensor:
         """A Gumbel-softmax sample of this step, or the distribution itself."""
@@ -149,6 +151,8 @@ class Alternation:
 
     def _log(self) -> None:
         losses = torch.stack(self._losses) if self._losses else torch.zeros(0)
+        if len(losses):  # over all processes, which then agree on whether to stop
+            losses = self.accelerator.reduce(losses, "mean")
         if not torch.isfinite(losses).all():
             bad = self.step - len(losses) + int((~torch.isfinite(losses)).int().argmax()) + 1
             kept = f"the checkpoint of batch {self.saved_step} is kept" if self.saved_step else "nothing is kept"

@@ -28,8 +28,8 @@ def refuse_evaluation_data(loader: Any, evaluation: Any = None) -> None:
     for data in sets:
         split = getattr(data, "split", None)
         if split is not None:
-            name = str(split).partition("[")[0].rpartition("/")[2].lower()
-            if name in _EVALUATION:
+            names = [one.partition("[")[0].rpartition("/")[2].lower() for one in str(split).split("+")]
+            if not {*names}.isdisjoint(_EVALUATION):
                 raise DataError(
                     f"the search was given the split '{split}', which is for evaluation; ranks are learned on training "
                     "images. Give the training split"
@@ -41,13 +41,15 @@ def refuse_evaluation_data(loader: Any, evaluation: Any = None) -> None:
 
 
 def _data_sets(loader: Any) -> Iterator[Any]:
-    """The data set of a loader and all that it wraps."""
-    data = getattr(loader, "dataset", getattr(loader, "data", None))
-    while data is not None:
+    """The data set of a loader and all that it wraps or chains."""
+    left = [getattr(loader, "dataset", getattr(loader, "data", None))]
+    while left:
+        data = left.pop()
+        if data is None:
+            continue
         yield data
-        data = next(
-            (inner for name in ("images", "dataset", "data") if _is_set(inner := getattr(data, name, None))), None
-        )
+        left += getattr(data, "datasets", ())  # torch's ConcatDataset
+        left += [inner for name in ("images", "dataset", "data") if _is_set(inner := getattr(data, name, None))][:1]
 
 
 def _is_set(value: Any) -> bool:

@@ -20,6 +20,9 @@ from .gates import GatedModel
 
 #: Forms of the FFN: that of the starting plan, or one for all layers.
 FFN_FORMS = ("auto", "low-rank", "neurons")
+#: How fast a component loses its worth with its distance from the expected width: a mild slope would let a flat piece
+#: of a cost, such as latency has, draw widths across half their range.
+_STEEPNESS = 8
 
 
 class SearchSpace:
@@ -70,16 +73,18 @@ class SearchSpace:
             prices.append(self._prices(site, own, widths))
             self.rows += [(site, part, choices) for part, choices in zip(own, widths, strict=True)]
         self._reaches = [reach(site, part) for site, part, _ in self.rows]
+        started = [
+            min(start.layers.get(site.name, {}).get(part, limit), limit)
+            for (site, part, _), limit in zip(self.rows, self._reaches, strict=True)
+        ]
+        self.solve(started)  # one form of the FFN may not reach what both do: better known now than after the search
         self.ranks = RankDistribution(
             [choices for _, _, choices in self.rows],
             self._reaches,
             groups,
             prices,
             self.planner.fixed / self.planner.limit,
-            [
-                min(start.layers.get(site.name, {}).get(part, limit), limit)
-                for (site, part, _), limit in zip(self.rows, self._reaches, strict=True)
-            ],
+            started,
             spread,
         )
         self.gated = GatedModel(model, self.planner.factors, self.rows)
@@ -104,20 +109,26 @@ class SearchSpace:
     def solve(self, widths: Sequence[float]) -> Solution:
         """The choices nearest to the expected ``widths`` of all rows that meet the budget.
 
-        Every part is worth ``size * (1 + (expected - width) / full)^2``: where the expected widths cost the budget they
-        are the optimum, otherwise all of them move by one share of their full width.
+        Every part is worth ``price * full * exp(8 (expected - width) / full)``: where the expected widths cost the
+        budget they are the optimum, otherwise all of them move by one share of their full width.
         """
-        curves: dict[str, dict[str, Curve]] = {site.name: {} for site in self.planner.inventory.sites}
+        expected: dict[str, Choice] = {site.name: {} for site in self.planner.inventory.sites}
+        for (site, part, _), width, limit in zip(self.rows, widths, self._reaches, strict=True):
+            if width < limit - 0.5:
+                expected[site.name][part] = max(1, round(width))
+        curves: dict[str, dict[str, Curve]] = {name: {} for name in expected}
         for (site, part, _), width, limit in zip(self.rows, widths, self._reaches, strict=True):
             kept = np.minimum(np.arange(site.full[part] + 1), limit)
-            curve = self._unit_price(site, part, limit) * limit * (1 + (width - kept) / limit) ** 2
+            price = self._unit_price(site, part, limit, expected[site.name])
+            curve = price * limit * np.exp(_STEEPNESS * (width - kept) / limit)
             curves[site.name][part] = curve - curve[-1]
         return self.planner.solve(curves)
 
-    def _unit_price(self, site: Site, part: str, limit: int) -> float:
-        """What one component of a part costs, others dense; over half its range, as costs have steps."""
-        low, high = max(1, limit // 2), max(2, limit - 1)
-        prices = [self.planner.price(site, {part: min(width, site.full[part])}) for width in (low, high)]
+    def _unit_price(self, site: Site, part: str, limit: int, at: Choice) -> float:
+        """What one component of a part costs around the widths ``at``; over half its range, as costs have steps."""
+        middle = min(at.get(part, limit), limit - 1)
+        low, high = max(1, middle - limit // 4), max(2, min(limit - 1, middle + limit // 4))
+        prices = [self.planner.price(site, {**at, part: min(width, site.full[part])}) for width in (low, high)]
         return max(prices[1] - prices[0], 1) / max(high - low, 1)
 
     def as_plan(self, solution: Solution, **measured: float) -> Plan:
