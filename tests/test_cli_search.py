@@ -55,7 +55,7 @@ def test_interrupted_and_resumed(place: Path, tmp_path: Path, monkeypatch: pytes
     assert whole.code == 0, whole.err
     with monkeypatch.context() as patch:
         stop_at(5, patch)
-        result = compress(place, tmp_path / "out", *options)
+        result = compress(place, tmp_path / "out", *options, "--calibration", place / "search-stats")
     refused(result, "interrupted; the checkpoint of step 4 is in '.*out.search'; continue with --resume$", code=130)
     assert not (tmp_path / "out").exists()
     refused(compress(place, tmp_path / "out", *options), "already holds a run; continue it with --resume")
@@ -127,3 +127,12 @@ def test_data_without_labels(place: Path, tmp_path: Path) -> None:
     refused(compress(place, tmp_path / "out", *options, data=plain / "class0"), "no labels to train on")
     result = Result(["compress", "vit_tiny_patch16_224", "--out", tmp_path / "out", *options, "--data-free"])
     refused(result, "--data-free.*goes without.*search", code=2)
+
+
+def test_data_without_splits(place: Path, tmp_path: Path) -> None:
+    """The images to learn from would be those to evaluate on."""
+    plain = make_folder(tmp_path / "plain", per_class=12)
+    message = "would both use .*plain, which has no splits; .*or --no-eval"
+    refused(compress(place, tmp_path / "out", *QUICK, "--search-steps", 2, data=plain), message)
+    result = compress(place, tmp_path / "out", *QUICK, "--search-steps", 2, "--no-eval", data=plain)
+    assert result.code == 0, result.err

@@ -143,9 +143,7 @@ class Job:
             evaluation = reading.open_labelled(s.eval_split, config, self.model, self.screen)
             self.eval_batches = loader(evaluation, s.batch_size, s.workers, s.eval_images)
         if s.search is not None:
-            self.search_batches = s.search.open(
-                reading, self.model, evaluation.split if evaluation else None, self.screen
-            )
+            self.search_batches = s.search.open(reading, self.model, evaluation, self.screen)
         self._explain(calibration, evaluation)
 
     def _explain(self, calibration: ImageData | StreamData | None, evaluation: ImageData | StreamData | None) -> None:
@@ -174,7 +172,7 @@ class Job:
                 self.outcome = self._compress(plan)
         except KeyboardInterrupt as interrupt:
             path = self.settings.calibration_file
-            if path is not None and path.is_file():
+            if not interrupt.args and path is not None and path.is_file():  # a search says how to go on
                 interrupt.args = (f"no model was written, the calibration is in {path}",)
             raise
 

@@ -35,11 +35,11 @@ class Search:
     workers: int | None
     cpu: bool
 
-    def open(self, reading: Reading, model: nn.Module, evaluation: str | None, screen: Screen) -> DataLoader[Any]:
+    def open(self, reading: Reading, model: nn.Module, evaluation: Any, screen: Screen) -> DataLoader[Any]:
         """The training images, checked before the long work.
 
         Args:
-            evaluation: the split to evaluate on, if there is one.
+            evaluation: the images to evaluate on, if there are any.
 
         Raises:
             DataError: they are the images to evaluate on, or have no labels.
@@ -49,10 +49,11 @@ class Search:
 
         data_config = reading.configure(model)
         data = reading.open(self.split, "calibration", data_config, count_classes(model), self.config.seed)
-        if evaluation is not None and data.split == evaluation:
+        if evaluation is not None and data.split == evaluation.split:
+            what = f"the split {data.split!r}" if data.split else f"{data.name}, which has no splits"
             raise DataError(
-                f"the search and the evaluation would both use the split {data.split!r}; ranks are learned on training "
-                "images. Give --search-split and --eval-split, or --no-eval"
+                f"the search and the evaluation would both use {what}; ranks are learned on training images. Give "
+                "--search-split and --eval-split, or --no-eval"
             )
         loader = training_loader(data, self.batch_size, data_config, seed=self.config.seed, workers=self.workers)
         refuse_evaluation_data(loader)
