@@ -381,3 +381,19 @@ def test_progress_is_reported(host: nn.Module) -> None:
         steps = [(done, total) for s, done, total in seen if s == stage]
         assert steps == [(i + 1, len(steps)) for i in range(len(steps))]
     assert seen[0][0] == "probe"
+
+
+@pytest.mark.parametrize("form", ["low-rank", "neurons"])
+@pytest.mark.parametrize("method", ["uniform", "spectrum", "probe"])
+def test_one_form_of_the_ffn_for_all_layers(
+    host: nn.Module, calibration: comcat.Calibration, form: str, method: str
+) -> None:
+    plan = comcat.plan(host, comcat.Budget(params=0.5), calibration, method=method, ffn=form)
+    chosen = {part for choice in plan.layers.values() for part in choice} & {"neurons", "fc1", "fc2"}
+    assert chosen
+    assert chosen <= ({"neurons"} if form == "neurons" else {"fc1", "fc2"})
+
+
+def test_an_unknown_form_of_the_ffn_is_refused() -> None:
+    with pytest.raises(comcat.PlanError, match="choose one of auto, low-rank, neurons"):
+        comcat.plan(vit(), comcat.Budget(params=0.5), ffn="sparse")

@@ -120,9 +120,8 @@ def test_a_budget_out_of_reach_is_refused_before_the_search(host: nn.Module) -> 
 
 
 @pytest.mark.parametrize("objective", ["two-sided", "one-sided", "exact"])
-@pytest.mark.parametrize("target", ["labels", "dense"])
 def test_a_search_ends_in_a_plan(
-    host: nn.Module, statistics: comcat.Calibration, objective: str, target: str, tmp_path: Path
+    host: nn.Module, statistics: comcat.Calibration, objective: str, tmp_path: Path
 ) -> None:
     host.train(), host.blocks[0].requires_grad_(False)
     before = {name: value.clone() for name, value in host.state_dict().items()}
@@ -130,7 +129,7 @@ def test_a_search_ends_in_a_plan(
     wanted = torch.rand(())
     torch.manual_seed(5)
     try:
-        config = settings(objective=objective, target=target, temperature=(5, 1), max_steps=5, weight_lr=1e-2)
+        config = settings(objective=objective, temperature=(5, 1), max_steps=5, weight_lr=1e-2)
         plan = comcat.search(host, HALF, loader(host), config, calibration=statistics, out=tmp_path)
         assert torch.rand(()) == wanted
         assert all(module.training for module in host.modules())

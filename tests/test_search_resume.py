@@ -79,7 +79,7 @@ LAST = Path("checkpoints", "step-00000017")
 def undisturbed(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plan, SearchConfig]:
     """A search from beginning to end."""
     out = tmp_path_factory.mktemp("search") / "out"
-    config = settings(objective=request.param, target="dense" if request.param == "exact" else "labels")
+    config = settings(objective=request.param)
     return out, search(out, config), config
 
 

@@ -32,6 +32,8 @@ from .progress import Progress
 from .sites import PARTS, Choice, Inventory, Site, check_finite, check_parts, select_parts
 
 METHODS = ("uniform", "spectrum", "probe")
+#: Forms of the FFN: the better one for each layer, or one for all.
+FFN_FORMS = ("auto", "low-rank", "neurons")
 #: Parts whose widths count up to their full width; the others only up to break-even.
 WIDTHS = ("qk", "vo", "neurons")
 Curves = dict[str, dict[str, Curve]]
@@ -48,6 +50,7 @@ def plan(
     input_size: Sequence[int] | None = None,
     progress: Progress | None = None,
     latency: LatencyTable | None = None,
+    ffn: str = "auto",
 ) -> Plan:
     """Choose the widths of every layer so that the model meets the budget from below.
 
@@ -65,6 +68,8 @@ def plan(
         progress: called as ``progress(stage, done, total)``.
         latency: timings from :func:`comcat.measure_latency`; a latency budget needs them, and the plan's estimate
             names the latency wherever they are given.
+        ffn: ``low-rank`` or ``neurons`` for all FFNs that have this form; default the better one for each (for
+            ``uniform``: neurons where there is a calibration to refit them on).
 
     Raises:
         BudgetError: out of reach (the smallest reachable figure is named), already met by the dense model, or of
@@ -78,7 +83,7 @@ def plan(
     if method == "probe" and (calibration is None or not len(calibration.images)):
         raise PlanError("method 'probe' measures on images: give a calibration made with probe_images > 0")
     multiple = default_multiple(budget) if rank_multiple is None else rank_multiple
-    return Planner(model, budget, calibration, method, parts, multiple, input_size, progress, latency).plan()
+    return Planner(model, budget, calibration, method, parts, multiple, input_size, progress, latency, ffn).plan()
 
 
 def default_multiple(budget: Budget) -> int:
@@ -132,13 +137,19 @@ class Planner:
         input_size: Sequence[int] | None,
         progress: Progress | None,
         latency: LatencyTable | None = None,
+        ffn: str = "auto",
     ) -> None:
+        if ffn not in FFN_FORMS:
+            raise PlanError(f"ffn is {ffn!r}; choose one of {', '.join(FFN_FORMS)}")
         if not isinstance(multiple, int) or multiple < 1:
             raise PlanError(f"rank_multiple must be a positive integer, not {multiple!r}")
         if budget.unit == "latency" and latency is None:
             raise BudgetError("a latency budget needs timings: give latency=comcat.measure_latency(model)")
         self.model, self.budget, self.calibration = model, budget, calibration
         self.method, self.multiple, self.progress, self.latency = method, multiple, progress, latency
+        self.ffn = ffn
+        if method == "uniform" and ffn == "auto":
+            self.ffn = "low-rank" if calibration is None else "neurons"
         parts = check_parts(parts)
         if method == "uniform" and len(parts) > 1:
             parts = tuple(part for part in parts if part != "head")
@@ -247,9 +258,8 @@ class Planner:
     def _parts(self, site: Site) -> Choice:
         """Full widths of the site's parts that may be reduced."""
         parts = select_parts(site.full, site.kind, self.parts)
-        if self.method == "uniform" and "neurons" in parts:
-            # One form for all FFNs: neurons where there are activations to refit on, else low rank.
-            parts = {p: w for p, w in parts.items() if (p == "neurons") == (self.calibration is not None)}
+        if "neurons" in parts and self.ffn != "auto":
+            parts = {part: width for part, width in parts.items() if (part == "neurons") == (self.ffn == "neurons")}
         return parts
 
     # -- probing --------------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ from .calibrate import calibrate
 from .calibration import Calibration
 from .errors import ComcatError
 from .latency import LatencyTable
-from .modes import frozen, placed
 from .plan import Budget, Plan
 from .progress import Progress
 from .ranks.alternation import Alternation
@@ -108,6 +107,7 @@ def search(
                 rank_multiple=rank_multiple,
                 input_size=input_size,
                 latency=latency,
+                ffn=config.ffn,
                 progress=progress,
             )
         start = agree(accelerator, start)
@@ -137,12 +137,7 @@ def search(
         writes = directory if accelerator.is_main_process else None
         log = Log(writes, saved.step if saved is not None else 0, remark, LOG_NAME)
         stack.callback(log.close)
-        dense = None
-        if config.target == "dense":
-            stack.enter_context(placed(model, accelerator.device))
-            stack.enter_context(frozen(model))
-            dense = model
-        run = Alternation(space, batches, config, accelerator, directory, log, fixed, progress, dense)
+        run = Alternation(space, batches, config, accelerator, directory, log, fixed, progress)
         if saved is not None:
             run.restore(saved)
         try:

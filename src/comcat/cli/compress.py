@@ -119,7 +119,7 @@ def compress(
         bool, opt.Option("--no-eval", help="Do not measure accuracy and speed.", rich_help_panel=HOW)
     ] = False,
     search_epochs: Annotated[
-        float | None, opt.Option(metavar="N", help="Passes over the training images; 30.", rich_help_panel=SEARCH)
+        float | None, opt.Option(metavar="N", help="Passes over the training images; 1.", rich_help_panel=SEARCH)
     ] = None,
     search_steps: Annotated[
         int | None, opt.Option(metavar="N", help="End after N batches, if that is sooner.", rich_help_panel=SEARCH)

@@ -160,6 +160,8 @@ def run(
             device,
             seed,
         )
+        if (out / COMPRESSED).is_dir():
+            stages.check_compressed()
         started.append(True)
         if not (out / COMPRESSED).is_dir():
             stages.compress()
@@ -183,6 +185,18 @@ class _Stages:
     workers: int | None
     device: str
     seed: int
+
+    def check_compressed(self) -> None:
+        """Raise TrainingError if what an earlier start compressed had another budget."""
+        from ..errors import TrainingError
+        from ..plan import Plan
+
+        made = Plan.load(self.out / COMPRESSED / "plan.json").budget
+        asked = {self.budget.unit: self.budget.value, "of": self.budget.of}
+        if made != asked:
+            raise TrainingError(
+                f"'{self.out / COMPRESSED}' was made for the budget {made}, not {asked}; use that one, or another --out"
+            )
 
     def compress(self) -> None:
         """Calibrate, choose ranks, write ``compressed/``."""

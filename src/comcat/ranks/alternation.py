@@ -42,9 +42,7 @@ class Alternation:
         log: Log,
         fixed: dict[str, Any],
         progress: Progress | None,
-        dense: nn.Module | None = None,
     ) -> None:
-        self.dense = dense
         self.space, self.batches, self.config, self.accelerator = space, batches, config, accelerator
         self.out, self.log, self.fixed = out, log, fixed
         self.progress = progress if accelerator.is_main_process else None
@@ -80,31 +78,23 @@ class Alternation:
             return self.ranks.on_budget(self.temperature(), noise)
         return self.ranks.probabilities(self.temperature(), noise)
 
-    def _target(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Classes (B,), or the dense model's probabilities (B, classes)."""
-        if self.dense is None:
-            return labels
-        with torch.no_grad(), self.accelerator.autocast():
-            logits: Tensor = self.dense(images)
-        return logits.float().softmax(-1)
-
-    def _weight_step(self, images: Tensor, target: Tensor) -> Tensor:
+    def _weight_step(self, images: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
             p = self.probabilities()
-        loss = F.cross_entropy(self.gated(images, p).float(), target)
+        loss = F.cross_entropy(self.gated(images, p).float(), labels)
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.gated.parameters(), 1.0)
         self.weight_optimizer.step()
         self.weight_optimizer.zero_grad()
         return loss.detach()
 
-    def _rank_step(self, images: Tensor, target: Tensor) -> Tensor:
+    def _rank_step(self, images: Tensor, labels: Tensor) -> Tensor:
         p = self.probabilities()
         # Only the logits need gradients: the wrapper that averages those of the weights stays out of it.
         gated: nn.Module = self.accelerator.unwrap_model(self.gated)
         with self.accelerator.autocast():
             logits = gated(images, p)
-        loss = F.cross_entropy(logits.float(), target)
+        loss = F.cross_entropy(logits.float(), labels)
         objective = loss
         if self.config.objective != "exact":
             ratio, two_sided = self.ranks.cost(p), self.config.objective == "two-sided"
@@ -133,7 +123,7 @@ class Alternation:
                     device = self.accelerator.device
                     images, labels = images.to(device, dtype), labels.to(device)
                     update = self._rank_step if self.step % 2 else self._weight_step
-                    self._losses.append(update(images, self._target(images, labels)))
+                    self._losses.append(update(images, labels))
                     self.step += 1
                     self._after_step()
                     if self.step == self.total:

@@ -11,7 +11,6 @@ from ..training.config import Precision
 from ..training.settings import Settings
 
 Objective = Literal["two-sided", "one-sided", "exact"]
-Target = Literal["labels", "dense"]
 FFNForm = Literal["auto", "low-rank", "neurons"]
 
 
@@ -22,12 +21,10 @@ class SearchConfig(Settings):
     Attributes:
         epochs: passes over the training data, fractions allowed.
         max_steps: end after this many batches, if that is sooner.
-        candidates: widths per part, evenly spaced up to the dense one.
+        candidates: widths per part, evenly spaced up to the dense one; the smallest width that there is comes on top.
         objective: ``two-sided`` (the paper), ``one-sided`` (its reference code) or ``exact``; see
             :mod:`comcat.search`.
         beta: exponent of the cost in the first two.
-        target: what the cross-entropy is taken with: the ``labels``, or the prediction of the ``dense`` model, whose
-            gradients vary less (one more forward pass).
         temperature: of the Gumbel-softmax, at the first and the last step; geometric in between.
         spread: standard deviation of the distribution at the start, in candidates.
         lr, weight_decay: of the logits (AdamW).
@@ -59,15 +56,14 @@ class SearchConfig(Settings):
     }
     free: ClassVar = ("log_every", "checkpoint_every", "keep_checkpoints")
 
-    epochs: float = 30.0
+    epochs: float = 1.0
     max_steps: int | None = None
     candidates: int = 16
-    objective: Objective = "two-sided"
+    objective: Objective = "exact"
     beta: float = 1.5
-    target: Target = "labels"
-    temperature: tuple[float, ...] = (5.0, 1.0)
+    temperature: tuple[float, ...] = (1.0, 1.0)
     spread: float = 1.5
-    lr: float = 1e-2
+    lr: float = 3e-2
     weight_decay: float = 5e-4
     weight_lr: float = 1e-4
     ffn: FFNForm = "auto"

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..calibration import Calibration
 from ..curves import Curve
-from ..errors import PlanError
 from ..latency import LatencyTable
 from ..plan import Budget, Plan
 from ..planner import Planner, Solution, default_multiple
@@ -18,8 +17,6 @@ from ..sites import PARTS, Choice, FFNSite, Site, select_parts
 from .distribution import RankDistribution, candidate_widths, reach
 from .gates import GatedModel
 
-#: Forms of the FFN: that of the starting plan, or one for all layers.
-FFN_FORMS = ("auto", "low-rank", "neurons")
 #: How fast a component loses its worth with its distance from the expected width: a mild slope would let a flat piece
 #: of a cost, such as latency has, draw widths across half their range.
 _STEEPNESS = 8
@@ -33,7 +30,7 @@ class SearchSpace:
         start: a plan that meets the budget; a part that it leaves dense starts dense.
         calibration: for the factors; without it they come from the weights.
         candidates: widths per part; spread: standard deviation of the distribution at the start, in candidates.
-        ffn: one of :data:`FFN_FORMS`; ``auto`` takes the form that the starting plan has in each layer.
+        ffn: as for :func:`comcat.plan`; ``auto`` takes the form that the starting plan has in each layer.
 
     Attributes:
         rows: (site, part, candidates) per row of the distribution ``ranks``; gated: the model.
@@ -57,10 +54,8 @@ class SearchSpace:
         input_size: Sequence[int] | None = None,
         latency: LatencyTable | None = None,
     ) -> None:
-        if ffn not in FFN_FORMS:
-            raise PlanError(f"ffn is {ffn!r}; choose one of {', '.join(FFN_FORMS)}")
         multiple = default_multiple(budget) if rank_multiple is None else rank_multiple
-        self.planner = Planner(model, budget, calibration, "search", parts, multiple, input_size, None, latency)
+        self.planner = Planner(model, budget, calibration, "search", parts, multiple, input_size, None, latency, ffn)
         self.planner.refuse_unreachable()
         start.check(self.planner.inventory)
         self.rows: list[tuple[Site, str, list[int]]] = []

@@ -25,13 +25,14 @@ def best_training_free(
     rank_multiple: int | None = None,
     input_size: Sequence[int] | None = None,
     latency: LatencyTable | None = None,
+    ffn: str = "auto",
     progress: Progress | None = None,
 ) -> Plan:
     """The plan of the default method or of ``probe``, whichever diverges less from the dense model.
 
     The divergence is measured on the calibration's probe images; without any, the default method decides.
     """
-    rest = (parts, rank_multiple, input_size, progress, latency)
+    rest = (parts, rank_multiple, input_size, progress, latency, ffn)
     default = default_method(calibration)
     first = plan(model, budget, calibration, default, *rest)
     if default == "probe" or not len(calibration.images):
