@@ -113,6 +113,13 @@ def test_a_finished_run_is_left_alone(place: Path, finished: tuple[Path, Result]
     refused(run(place, finished[0], "--resume"), "finetuned' already holds a model")
 
 
+def test_resumed_with_another_budget(place: Path, finished: tuple[Path, Result]) -> None:
+    refused(
+        run(place, finished[0], "--resume", "--keep", "0.7"),
+        "compressed' was made for the budget .*, not .*; use that one, or another --out",
+    )
+
+
 def test_another_method_and_budget(place: Path, tmp_path: Path) -> None:
     """Without a section search there is none; the command line's budget goes first."""
     recipe = {name: value for name, value in TINY.items() if name != "search"}
