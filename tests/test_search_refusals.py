@@ -138,3 +138,9 @@ def test_wrong_settings(values: dict[str, Any], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         SearchConfig.from_dict(values)
     assert SearchConfig.from_dict(SearchConfig(beta=2).to_dict()) == SearchConfig(beta=2)
+
+
+def test_sharded_weights_are_refused(host: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.Accelerator.is_fsdp2", property(lambda self: True))
+    with pytest.raises(comcat.TrainingError, match="run it without FSDP"):
+        comcat.search(host, comcat.Budget(params=0.5), loader(host), settings())

@@ -22,7 +22,7 @@ from torch import nn
 
 from .calibrate import calibrate
 from .calibration import Calibration
-from .errors import ComcatError
+from .errors import ComcatError, TrainingError
 from .latency import LatencyTable
 from .plan import Budget, Plan
 from .progress import Progress
@@ -90,6 +90,11 @@ def search(
         # Outermost: word of a dead worker can arrive while the rest is put away.
         stack.enter_context(explained(how_to_go_on(directory)))
         accelerator = stack.enter_context(accelerated(config.precision, config.seed, cpu))
+        if getattr(accelerator, "is_fsdp2", False):
+            raise TrainingError(
+                "a search shares its batches among processes, not its weights: run it without FSDP, which the "
+                "fine-tune may use"
+            )
         saved = open_run(accelerator, directory, resume, remark)
         batches = Batches(train_loader, accelerator, config.seed, count_classes(model, "model"))
         if calibration is None:
