@@ -104,8 +104,9 @@ def comparison(columns: Sequence[Measured], title: str) -> Group:
 def budgets(models: Sequence[Measured], title: str) -> Group:
     """One evaluated model per row; the first is the dense one."""
     table = _table()
-    for heading in ("kept", "params", "MACs", "on disk", "top-1", "change", "images/s", "speed-up"):
-        table.add_column(heading, justify="right", style="cyan" if heading in ("change", "speed-up") else None)
+    for heading in ("kept", "params", "MACs", "on disk", "top-1", "change", "img/s", "speed-up"):
+        style = "cyan" if heading in ("change", "speed-up") else None
+        table.add_column(heading, justify="right", style=style, no_wrap=True)
     dense = models[0]
     for model in models:
         cells = [model.name, fmt.count(model.params), fmt.count(model.macs), fmt.size(model.bytes)]
