@@ -6,6 +6,7 @@ matters.
 """
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -94,3 +95,8 @@ def calibrated(model: nn.Module, count: int = 96, **args: Any) -> comcat.Calibra
 def no_source(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip reading off the architecture, most of the time that a tiny compression takes; nothing can be saved."""
     monkeypatch.setattr(import_module("comcat.compress"), "describe", lambda model: None)
+
+
+def heed_interrupts() -> None:
+    """For a child process: Ctrl-C works in it even where the tests themselves run in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

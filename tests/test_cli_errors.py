@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import comcat
 from comcat.models import load_model
-from conftest import randomize
+from conftest import heed_interrupts, randomize
 from test_cli import ARGS, NAME, Result, compress, model_options, place  # noqa: F401 - a fixture
 from test_data import make_folder
 
@@ -262,6 +262,7 @@ def test_real_ctrl_c(place, tmp_path):
         [sys.executable, "-m", "comcat", *map(str, arguments), "--out", tmp_path / "out", "--batch-size", "1"],
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
     )
     assert process.stderr is not None
     assert "note: the images already are 8x8" in process.stderr.readline()

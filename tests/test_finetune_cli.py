@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import comcat
 from comcat.models import load_model
-from conftest import randomize
+from conftest import heed_interrupts, randomize
 from test_cli import ARGS, NAME, Result
 from test_cli_errors import refused
 from test_data import make_folder
@@ -192,7 +192,10 @@ def test_real_ctrl_c(place, tmp_path):
     teacher = ["--teacher-checkpoint", place / "dense.safetensors", "--epochs", 100000, *QUICK]
     arguments = ["finetune", place / "small", "--data", place / "data", "--out", tmp_path / "out", *teacher]
     process = subprocess.Popen(
-        [sys.executable, "-m", "comcat", *map(str, arguments)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "comcat", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
     )
     while not list((tmp_path / "out" / "checkpoints").glob("step-*")) and process.poll() is None:
         time.sleep(0.02)

@@ -104,8 +104,8 @@ def comparison(columns: Sequence[Measured], title: str) -> Group:
 def budgets(models: Sequence[Measured], title: str) -> Group:
     """One evaluated model per row; the first is the dense one."""
     table = _table()
-    for heading in ("kept", "params", "MACs", "on disk", "top-1", "change", "img/s", "speed-up"):
-        style = "cyan" if heading in ("change", "speed-up") else None
+    for heading in ("kept", "params", "MACs", "on disk", "top-1", "change", "img/s", "faster"):
+        style = "cyan" if heading in ("change", "faster") else None
         table.add_column(heading, justify="right", style=style, no_wrap=True)
     dense = models[0]
     for model in models:
