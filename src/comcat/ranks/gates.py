@@ -12,6 +12,7 @@ layer has the shape of the dense one, so its module, whatever the host does in i
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,16 +67,16 @@ class _Refitted(nn.Module):
         return weight[self.back].mT, bias
 
 
-class SiteGates(nn.Module):
+class SiteGates(nn.Module, ABC):
     """The full factors of one site as trainable tensors; called with one mask per part, it gives gated weights."""
 
     def __init__(self, prefix: str) -> None:
         super().__init__()
         self.prefix = prefix
 
+    @abstractmethod
     def forward(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
         """Values by full parameter name for ``torch.func.functional_call``; a mask is (full,)."""
-        raise NotImplementedError
 
 
 class AttentionGates(SiteGates):
