@@ -1,0 +1,298 @@
+"""Adapters on a pipeline: put on, switched, changed in strength, taken off.
+
+Everything hangs on the models themselves, so that it survives another pipeline around them and a deep copy. No
+weight of a model is ever written to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..added import AddedLayer, Strength
+from ..errors import ModelError
+from .components import denoiser, find_sites, host, text_encoders
+from .targets import Ranks, Targets, choose
+from .tokens import Token, install, new_token
+
+_ATTRIBUTE = "_comcat_adapters"
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class Adapter:
+    """A set of added products on a pipeline, and perhaps a learned token.
+
+    Attributes:
+        name: by which the pipeline knows it.
+        pipe: the pipeline, or the bare model, that it was put on.
+        layers: (component, layer) -> the products, e.g. ("unet", "mid_block.attentions.0...attn1").
+        token: the learned token, or None.
+        info: what is written into the file beside the tensors: prompt, training summary.
+    """
+
+    def __init__(self, pipe: Any, name: str, strength: Strength) -> None:
+        self.pipe = pipe
+        self.name = name
+        self.strength = strength
+        self.layers: dict[tuple[str, str], AddedLayer] = {}
+        self.token: Token | None = None
+        self.info: dict[str, Any] = {}
+
+    @property
+    def scale(self) -> float:
+        """The strength s, on queries and values of the added products. 0 is the base model, bitwise."""
+        return self.strength.scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self.strength.scale = check_scale(scale)
+
+    @property
+    def enabled(self) -> bool:
+        return self.strength.enabled
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        self.strength.enabled = bool(enabled)
+
+    @property
+    def ranks(self) -> dict[str, dict[str, int]]:
+        """Component -> layer -> rank."""
+        found: dict[str, dict[str, int]] = {}
+        for (component, name), layer in self.layers.items():
+            found.setdefault(component, {})[name] = layer.rank
+        return found
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name as in a file, parameter), e.g. ``unet.mid_block...attn1.sample.query.weight``."""
+        for (component, name), layer in self.layers.items():
+            for key, parameter in layer.streams.named_parameters():
+                yield f"{component}.{name}.{key}", parameter
+        if self.token is not None:
+            for encoder, vectors in self.token.vectors.items():
+                yield f"token.{encoder}", vectors
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def requires_grad_(self, requires_grad: bool = True) -> Adapter:
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad)
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    def remove(self) -> None:
+        """Take it off: :func:`remove_adapter`."""
+        remove_adapter(self.pipe, self.name)
+
+    def __repr__(self) -> str:
+        on = "" if self.enabled else ", off"
+        return (
+            f"Adapter({self.name!r}, {len(self.layers)} layers, {self.num_parameters:,} parameters, "
+            f"scale {self.scale:g}{on})"
+        )
+
+
+def check_scale(scale: float) -> float:
+    """``scale`` as a float, or ModelError."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ModelError(f"a strength must be a finite number, not {scale!r}")
+    return float(scale)
+
+
+def adapters(pipe: Any) -> dict[str, Adapter]:
+    """The adapters on a pipeline or model, by name, in the order in which they were added."""
+    return dict(getattr(denoiser(pipe)[1], _ATTRIBUTE, {}))
+
+
+def get_adapter(pipe: Any, name: str) -> Adapter:
+    """The adapter of this name.
+
+    Raises:
+        ModelError: there is none; the names of those there are follow.
+    """
+    found = adapters(pipe)
+    if name not in found:
+        raise ModelError(f"there is no adapter {name!r} on this pipeline; there is {', '.join(found) or 'none at all'}")
+    return found[name]
+
+
+def add_adapter(
+    pipe: Any,
+    *,
+    rank: Ranks = 2,
+    targets: Targets = None,
+    name: str = "default",
+    text_encoder_rank: int = 0,
+    token: str | None = None,
+    token_vectors: int = 1,
+    token_init: str | None = None,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> Adapter:
+    """Add trainable rank-r products to the heads of a pipeline; at first they change nothing, bitwise (Eq. 8).
+
+    Args:
+        pipe: a diffusers text-to-image pipeline, or its UNet or transformer alone.
+        rank: of every head's products, or pattern -> rank, the first that matches (``{"attn2": 4, "self": 1}``).
+        targets: which attention layers: a kind (``self``, ``cross``, ``joint``), a part of their names (``attn2``,
+            ``mid_block``), a glob over whole names, or a list of these; None: all.
+        name: letters, digits, ``_`` and ``-``.
+        text_encoder_rank: rank in the CLIP text encoders; 0 leaves them alone.
+        token: a new word such as ``V*`` whose embedding is learned too.
+        token_vectors: how many vectors it has; token_init: words whose embeddings they start from.
+        scale: strength s.
+        dtype: of the products, e.g. float32 beside a half-precision model; the model's own by default.
+        seed: of the random factors.
+
+    Raises:
+        ModelError: the name is taken; nothing is named by ``targets``; a rank is below 1 or above the head width; an
+            attention layer holds a processor that products cannot run in.
+    """
+    handle = new_adapter(pipe, name, scale)
+    generator = torch.Generator().manual_seed(seed)
+    component, model = denoiser(pipe)
+    parts: dict[str, tuple[nn.Module, Ranks, Targets]] = {component: (model, rank, targets)}
+    if text_encoder_rank:
+        encoders = text_encoders(pipe)
+        if not encoders:
+            raise ModelError("text_encoder_rank needs a pipeline with a CLIP text encoder; leave it at 0")
+        parts.update({key: (module, text_encoder_rank, None) for key, module in encoders.items()})
+    plans = {}
+    for key, (module, ranks, patterns) in parts.items():
+        sites, refused = find_sites(key, module)
+        plans[key] = (sites, choose(key, sites, refused, patterns, ranks))
+    if token is not None:
+        handle.token = new_token(pipe, token, token_vectors, token_init, generator)
+    for key, (sites, chosen) in plans.items():
+        for site_name, r in chosen.items():
+            layer = sites[site_name].new_layer(r, handle.strength, dtype=dtype)
+            for stream in layer.streams.values():
+                stream.reset_parameters(generator)  # type: ignore[operator]
+            handle.layers[key, site_name] = layer
+    attach(handle)
+    return handle
+
+
+def new_adapter(pipe: Any, name: str, scale: float) -> Adapter:
+    """An empty adapter, not yet on its pipeline; raises ModelError for a name that is taken or a strength that is none."""
+    if not _NAME.fullmatch(name):
+        raise ModelError(f"an adapter's name is letters, digits, '_' and '-', not {name!r}")
+    if name in adapters(pipe):
+        raise ModelError(f"there is an adapter {name!r} on this pipeline already; remove it or choose another name")
+    return Adapter(pipe, name, Strength(check_scale(scale)))
+
+
+def attach(handle: Adapter) -> None:
+    """Put a finished adapter on its pipeline; every check has been made before."""
+    for key, module in _components(handle.pipe).items():
+        mine = {name: layer for (component, name), layer in handle.layers.items() if component == key}
+        if not mine:
+            continue
+        sites, _ = find_sites(key, module)
+        for name, layer in mine.items():
+            host(key).attach(sites[name], handle.name, layer)
+        _keep_out_of_files(module)
+    model = denoiser(handle.pipe)[1]
+    found = {**getattr(model, _ATTRIBUTE, {}), handle.name: handle}
+    setattr(model, _ATTRIBUTE, found)
+    if handle.token is not None:
+        _install_tokens(handle.pipe, found)
+
+
+def remove_adapter(pipe: Any, name: str) -> None:
+    """Take an adapter off. After the last one every module is what it was, its class and processor included.
+
+    Raises:
+        ModelError: there is no adapter of this name.
+    """
+    handle = get_adapter(pipe, name)
+    parts = _components(pipe)
+    by_component: dict[str, list[str]] = {}
+    for key, site_name in handle.layers:
+        by_component.setdefault(key, []).append(site_name)
+    for key, names in by_component.items():
+        sites, _ = find_sites(key, parts[key])
+        for site_name in names:
+            host(key).detach(sites[site_name].module, name)
+        if not any(_holds(site.module) for site in sites.values()):
+            parts[key].__dict__.pop("save_pretrained", None)
+    model = denoiser(pipe)[1]
+    found = {key: value for key, value in adapters(pipe).items() if key != name}
+    if found:
+        setattr(model, _ATTRIBUTE, found)
+    else:
+        delattr(model, _ATTRIBUTE)
+    if handle.token is not None:
+        _install_tokens(pipe, found)
+
+
+def set_adapters(pipe: Any, scales: Mapping[str, float]) -> None:
+    """Switch exactly these adapters on, at these strengths, and all others off; no layer is touched.
+
+    Raises:
+        ModelError: one of them is not on this pipeline, or a strength is no finite number.
+    """
+    handles = {name: get_adapter(pipe, name) for name in scales}
+    checked = {name: check_scale(scale) for name, scale in scales.items()}
+    for name, handle in adapters(pipe).items():
+        handle.enabled = name in handles
+        if name in handles:
+            handle.scale = checked[name]
+
+
+def _components(pipe: Any) -> dict[str, nn.Module]:
+    name, model = denoiser(pipe)
+    return {name: model, **({} if isinstance(pipe, nn.Module) else text_encoders(pipe))}
+
+
+def _install_tokens(pipe: Any, found: Mapping[str, Adapter]) -> None:
+    if not isinstance(pipe, nn.Module):
+        install(pipe, [(name, handle.token) for name, handle in found.items() if handle.token is not None])
+
+
+def _holds(module: Any) -> bool:
+    processor = getattr(module, "processor", None)
+    return bool(getattr(module, "adapters", None) or getattr(processor, "adapters", None))
+
+
+def _keep_out_of_files(module: Any) -> None:
+    """While adapters are on, ``save_pretrained`` writes the base model alone, as it was loaded."""
+    if "save_pretrained" in module.__dict__:
+        return
+    save: Any = functools.partial(_save_base, module)
+    save.__signature__ = inspect.signature(module.save_pretrained)  # pipelines look at it
+    module.save_pretrained = save
+
+
+def _save_base(module: Any, *args: Any, **kwargs: Any) -> Any:
+    with without_products(module):
+        return type(module).save_pretrained(module, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def without_products(module: nn.Module) -> Iterator[None]:
+    """``module`` as it was before any adapter, token vectors included, for as long as the context lasts."""
+    held = [(owner, key) for owner in module.modules() for key in ("adapters", "extra") if key in owner._modules]
+    taken = [(owner, key, owner._modules.pop(key)) for owner, key in held]
+    try:
+        yield
+    finally:
+        for owner, key, value in taken:
+            owner._modules[key] = value

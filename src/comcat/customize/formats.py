@@ -1,0 +1,367 @@
+"""The adapter file: one safetensors with named tensors and versioned JSON metadata.
+
+    unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.sample.query.weight      (H r, D)
+    token.text_encoder                                                                  (n, D)
+
+The metadata entry ``comcat`` says what the tensors are for: base model, fingerprint of its attention layers, ranks,
+strength, token, prompt, training. Stored as float32, float16, bfloat16, or int8 with one scale per rank component.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .._version import __version__
+from ..added import AddedLayer
+from ..errors import CheckpointError, ModelError
+from ..files import atomic_file, tensor_bytes
+from ..hosts.seam import Site
+from . import adapter as adapters_
+from .adapter import Adapter
+from .components import DENOISERS, denoiser, find_sites, fingerprint, text_encoders
+from .tokens import Token, check_new
+
+FORMAT = 1
+KEY = "comcat"
+Storage = Literal["float32", "float16", "bfloat16", "int8"]
+STORAGES: tuple[Storage, ...] = ("float32", "float16", "bfloat16", "int8")
+_SCALE = ".scale"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a file holds for one attention layer.
+
+    Attributes:
+        signature: of the layer that it was made for: its name, kind, heads and widths.
+        biases: constants that it has, e.g. "sample.query".
+    """
+
+    rank: int
+    signature: str
+    biases: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a file holds for one component.
+
+    Attributes:
+        model: class of the component; fingerprint: of all of its attention layers.
+    """
+
+    model: str
+    fingerprint: str
+    layers: dict[str, Entry]
+
+
+@dataclass(frozen=True)
+class Header:
+    """The metadata of an adapter file."""
+
+    name: str
+    scale: float
+    storage: Storage
+    base: dict[str, str]
+    components: dict[str, Part]
+    token: dict[str, Any] | None = None
+    prompt: str | None = None
+    training: dict[str, Any] | None = None
+    format: int = FORMAT
+    comcat: str = __version__
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str, path: Path) -> Header:
+        try:
+            data = json.loads(text)
+            version = data["format"]
+            if not isinstance(version, int) or version > FORMAT:
+                raise CheckpointError(
+                    f"'{path}' has format {version} (written by comcat {data.get('comcat')}), this version reads up to "
+                    f"{FORMAT}; upgrade comcat"
+                )
+            unknown = sorted(set(data) - {f.name for f in fields(cls)})
+            if unknown:
+                raise CheckpointError(f"the metadata of '{path}' has unknown fields {', '.join(unknown)}")
+            parts = {
+                name: Part(**{**part, "layers": {key: Entry(**entry) for key, entry in part["layers"].items()}})
+                for name, part in data["components"].items()
+            }
+            header = cls(**{**data, "components": parts})
+            if header.storage not in STORAGES:
+                raise CheckpointError(f"'{path}' is stored as {header.storage!r}, which is not known; upgrade comcat")
+            return header
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"the metadata of '{path}' is damaged: {error!r}") from error
+
+
+def save_adapter(pipe: Any, path: str | Path, *, name: str | None = None, storage: Storage = "float32") -> Path:
+    """Write an adapter to one safetensors file; the file appears whole or not at all.
+
+    Args:
+        name: which one; may be left out where there is only one.
+        storage: int8 takes a quarter of float32, with one scale per rank component.
+
+    Raises:
+        ModelError: there is no such adapter. CheckpointError: the file cannot be written.
+    """
+    handle = the_adapter(pipe, name)
+    return write_adapter(handle, Path(path), storage)
+
+
+def the_adapter(pipe: Any, name: str | None) -> Adapter:
+    """The named adapter, or the only one."""
+    if name is not None:
+        return adapters_.get_adapter(pipe, name)
+    found = list(adapters_.adapters(pipe).values())
+    if len(found) != 1:
+        raise ModelError(
+            f"this pipeline has {len(found)} adapters"
+            + (f", {', '.join(a.name for a in found)}; say which with name" if found else "; add one first")
+        )
+    return found[0]
+
+
+def write_adapter(handle: Adapter, path: Path, storage: Storage = "float32") -> Path:
+    """:func:`save_adapter` for a handle."""
+    if storage not in STORAGES:
+        raise CheckpointError(f"storage is {storage!r}; choose one of {', '.join(STORAGES)}")
+    content = tensor_bytes(encode(handle.state_dict(), storage), {KEY: header(handle, storage).to_json()})
+    with atomic_file(path) as file:
+        file.write(content)
+    return path
+
+
+def header(handle: Adapter, storage: Storage = "float32") -> Header:
+    """The metadata of an adapter as it is now."""
+    pipe = handle.pipe
+    models = {denoiser(pipe)[0]: denoiser(pipe)[1]}
+    if not isinstance(pipe, nn.Module):
+        models.update(text_encoders(pipe))
+    parts = {}
+    for component, layers in handle.ranks.items():
+        sites, _ = find_sites(component, models[component])
+        entries = {
+            name: Entry(rank, _signature(sites[name]), _biases(handle.layers[component, name]))
+            for name, rank in layers.items()
+        }
+        parts[component] = Part(type(models[component]).__name__, fingerprint(sites), entries)
+    token = handle.token
+    name = getattr(pipe, "name_or_path", None) or getattr(models[denoiser(pipe)[0]], "name_or_path", None)
+    return Header(
+        name=handle.name,
+        scale=handle.scale,
+        storage=storage,
+        base={"name": str(handle.info.get("base") or name or ""), "class": type(pipe).__name__},
+        components=parts,
+        token=None if token is None else {"text": token.text, "vectors": token.count},
+        prompt=handle.info.get("prompt"),
+        training=handle.info.get("training"),
+    )
+
+
+def _biases(layer: AddedLayer) -> list[str]:
+    return [key.removesuffix(".bias") for key, _ in layer.streams.named_parameters() if key.endswith(".bias")]
+
+
+def encode(tensors: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]:
+    """Tensors as they are stored. int8: symmetric, one scale per rank component, biases and tokens in float32."""
+    if storage != "int8":
+        return {name: t.to("cpu", getattr(torch, storage)) for name, t in tensors.items()}
+    stored = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.to("cpu", torch.float32)
+        if name.endswith(".weight"):
+            # A rank component is a row of A_q, A_k, A_v and a column of A_o.
+            axis = 0 if name.endswith("output.weight") else 1
+            scale = tensor.abs().amax(axis, keepdim=True) / 127
+            stored[name + _SCALE] = scale
+            tensor = (tensor / scale.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8)
+        stored[name] = tensor
+    return stored
+
+
+def decode(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that :func:`encode` was given, in the precision in which they were stored."""
+    return {
+        name: tensor.float() * stored[name + _SCALE] if name + _SCALE in stored else tensor
+        for name, tensor in stored.items()
+        if not name.endswith(_SCALE)
+    }
+
+
+def read_adapter(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
+    """Metadata and tensors of a file; no network, no pickle.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, a pickle, of a newer version, or no adapter of comcat.
+    """
+    path = Path(path)
+    check_is_safetensors(path)
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"'{path}' is damaged or no safetensors file: {error}") from error
+    if KEY not in metadata:
+        lora = any("lora" in name for name in tensors)
+        raise CheckpointError(
+            f"'{path}' is a LoRA, not an adapter of comcat; turn it into one: comcat adapter convert"
+            if lora
+            else f"'{path}' is no adapter of comcat: its metadata lack the entry '{KEY}'"
+        )
+    found = Header.from_json(metadata[KEY], path)
+    bad = [name for name, t in tensors.items() if not (t.float().isfinite().all() if t.is_floating_point() else True)]
+    if bad:
+        raise CheckpointError(f"'{path}' holds NaN or infinite values in {_some(bad)}; use an intact file")
+    lonely = [n for n, t in tensors.items() if t.dtype == torch.int8 and n + _SCALE not in tensors]
+    if lonely:
+        raise CheckpointError(f"{len(lonely)} int8 tensors in '{path}' lack their scales ({_some(lonely)})")
+    return found, decode(tensors)
+
+
+def check_is_safetensors(path: Path) -> None:
+    """Raise CheckpointError where a file is missing, or a pickle under another name."""
+    if path.is_dir():
+        raise CheckpointError(f"'{path}' is a directory; give an adapter file (.safetensors)")
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(10)
+    except OSError as error:
+        raise CheckpointError(f"cannot read '{path}': {error.strerror}") from error
+    if magic[8:9] != b"{" and (magic[:4] == b"PK\x03\x04" or magic[:1] == b"\x80"):
+        raise CheckpointError(
+            f"'{path}' is a pickle, which could run any code when read; it is never unpickled. Ask for a real "
+            "safetensors file"
+        )
+
+
+def load_adapter(
+    pipe: Any,
+    path: str | Path,
+    *,
+    scale: float | None = None,
+    name: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Adapter:
+    """Put a saved adapter on a pipeline.
+
+    Args:
+        scale: strength; the one in the file by default.
+        name: the one in the file by default.
+        dtype: of the products; the model's own by default.
+
+    Raises:
+        CheckpointError: the file is no adapter, or belongs to another model; the layers that do not match are named.
+        ModelError: the name is taken, or a layer holds a processor that products cannot run in.
+    """
+    path = Path(path)
+    found, tensors = read_adapter(path)
+    handle = adapters_.new_adapter(pipe, name or found.name, found.scale if scale is None else scale)
+    handle.info = {"base": found.base.get("name"), "prompt": found.prompt, "training": found.training}
+    for component, part in found.components.items():
+        _add_layers(handle, component, part, path, dtype)
+    expected = dict(handle.named_parameters())
+    if found.token is not None and not isinstance(pipe, nn.Module):
+        handle.token = _read_token(pipe, found, tensors, path)
+        expected.update({f"token.{encoder}": v for encoder, v in handle.token.vectors.items()})
+    elif found.token is not None:  # a bare model has no prompt
+        tensors = {key: value for key, value in tensors.items() if not key.startswith("token.")}
+    _check_tensors(tensors, expected, path)
+    with torch.no_grad():
+        for key, parameter in expected.items():
+            if not key.startswith("token.") and not parameter.is_meta:
+                parameter.copy_(tensors[key])
+    handle.requires_grad_(False)
+    adapters_.attach(handle)
+    return handle
+
+
+def _add_layers(handle: Adapter, component: str, part: Part, path: Path, dtype: torch.dtype | None) -> None:
+    pipe = handle.pipe
+    name, model = denoiser(pipe)
+    models = {name: model, **({} if isinstance(pipe, nn.Module) else text_encoders(pipe))}
+    if component not in models:
+        kind = "denoiser" if component in DENOISERS else "text encoder"
+        raise CheckpointError(
+            f"'{path}' is for another kind of model: it has products for the {kind} '{component}' ({part.model}), and "
+            f"this one has {', '.join(models)}"
+        )
+    sites, refused = find_sites(component, models[component])
+    missing = [layer for layer in part.layers if layer not in sites]
+    if missing:
+        reasons = [f"{layer} (it is {refused[layer]})" if layer in refused else layer for layer in missing]
+        raise CheckpointError(
+            f"'{path}' does not fit this {component}: {len(missing)} of its {len(part.layers)} layers are not there "
+            f"({_some(reasons)}). It was made for {part.model} of '{_base(handle)}'"
+        )
+    other = [name for name, entry in part.layers.items() if _signature(sites[name]) != entry.signature]
+    if other:
+        raise CheckpointError(
+            f"'{path}' does not fit this {component}: {len(other)} of its {len(part.layers)} layers have other heads or "
+            f"widths ({_some(other)}). It was made for {part.model} of '{_base(handle)}'"
+        )
+    for layer, entry in part.layers.items():
+        width = sites[layer].head_dim
+        if isinstance(entry.rank, bool) or not isinstance(entry.rank, int) or not 1 <= entry.rank <= width:
+            raise CheckpointError(f"'{path}' has rank {entry.rank!r} for '{layer}'; it must be 1 to {width}")
+        handle.layers[component, layer] = sites[layer].new_layer(entry.rank, handle.strength, entry.biases, dtype)
+
+
+def _signature(site: Site) -> str:
+    return fingerprint({site.name: site})[:16]
+
+
+def _base(handle: Adapter) -> str:
+    return str(handle.info.get("base") or "an unnamed base")
+
+
+def _read_token(pipe: Any, found: Header, tensors: Mapping[str, Tensor], path: Path) -> Token:
+    text = str((found.token or {}).get("text"))
+    vectors = {}
+    for encoder, module in text_encoders(pipe).items():
+        stored = tensors.get(f"token.{encoder}")
+        table: Any = module.get_input_embeddings()  # type: ignore[operator]
+        if stored is None or stored.ndim != 2 or stored.shape[1] != table.weight.shape[1]:
+            shape = "missing" if stored is None else f"of shape {tuple(stored.shape)}"
+            raise CheckpointError(
+                f"the vectors of the token {text!r} for {encoder} are {shape} in '{path}'; this model's are "
+                f"{table.weight.shape[1]} wide"
+            )
+        check_new(pipe, encoder, text)
+        vectors[encoder] = nn.Parameter(stored.to(table.weight.device, table.weight.dtype))
+    return Token(text, vectors)
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    missing = [key for key in expected if key not in tensors]
+    extra = [key for key in tensors if key not in expected]
+    shapes = [
+        f"{key} is {tuple(tensors[key].shape)}, not {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in tensors and tensors[key].shape != value.shape
+    ]
+    wrong = [
+        f"{len(found)} tensors {what} ({_some(found)})"
+        for what, found in (("missing", missing), ("too many", extra), ("of another shape", shapes))
+        if found
+    ]
+    if wrong:
+        raise CheckpointError(f"'{path}' does not fit the model: {', '.join(wrong)}")
+
+
+def _some(names: list[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+

@@ -1,0 +1,76 @@
+"""Which attention layers get products, and of which rank."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import get_args
+
+from ..errors import ModelError
+from ..hosts.seam import Kind, Site
+
+Targets = str | Sequence[str] | None
+Ranks = int | Mapping[str, int]
+
+
+def matches(pattern: str, name: str, kind: str) -> bool:
+    """Whether a layer is meant.
+
+    A pattern is a kind (``self``, ``cross``, ``joint``, ``text``), a part of a name between dots (``attn2``,
+    ``mid_block``, ``down_blocks.0``), or, with ``*``, ``?`` or ``[``, a whole name.
+    """
+    if pattern in get_args(Kind):
+        return pattern == kind
+    if any(c in pattern for c in "*?["):
+        return fnmatch.fnmatchcase(name, pattern)
+    return f".{pattern}." in f".{name}."
+
+
+def choose(
+    component: str, sites: Mapping[str, Site], refused: Mapping[str, str], targets: Targets, ranks: Ranks
+) -> dict[str, int]:
+    """Layer name -> rank for what ``targets`` and ``ranks`` name together.
+
+    Raises:
+        ModelError: nothing is meant, a rank is out of range, or a layer that is meant cannot take products.
+    """
+    patterns = [targets] if isinstance(targets, str) else targets
+    table = {"*": ranks} if isinstance(ranks, int) else ranks
+    for pattern, rank in table.items():
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            where = "" if isinstance(ranks, int) else f" of {pattern!r}"
+            raise ModelError(f"the rank{where} is {rank!r}, but must be a whole number from 1 to the head width")
+
+    def rank_of(name: str, kind: str) -> int | None:
+        if patterns is not None and not any(matches(p, name, kind) for p in patterns):
+            return None
+        return next((rank for p, rank in table.items() if p == "*" or matches(p, name, kind)), None)
+
+    bad = {name: why for name, why in refused.items() if rank_of(name, "") is not None}
+    if bad:
+        listed = "; ".join(f"'{name}' is {why}" for name, why in list(bad.items())[:3])
+        raise ModelError(
+            f"{len(bad)} attention layers of the {component} cannot take products: {listed}. Choose others with targets, "
+            "or set the model's own attention processor again"
+        )
+    chosen = {name: rank for name, site in sites.items() if (rank := rank_of(name, site.kind)) is not None}
+    if not chosen:
+        known = ", ".join(list(sites)[:3]) or "none"
+        wanted = targets if isinstance(ranks, int) else f"{targets}, ranks for {', '.join(table)}"
+        raise ModelError(
+            f"no attention layer of the {component} is named by {wanted!r}; layers are {known}, ...; kinds are "
+            f"{', '.join(dict.fromkeys(s.kind for s in sites.values()))}"
+        )
+    for name, rank in chosen.items():
+        width = sites[name].head_dim
+        if rank > width:
+            raise ModelError(f"rank {rank} is above the head width {width} of '{name}'; use at most {width}")
+    unused = [p for p in (patterns or []) if not any(matches(p, n, s.kind) for n, s in sites.items())]
+    unused += [p for p in table if p != "*" and not any(matches(p, n, s.kind) for n, s in sites.items())]
+    if unused:
+        raise ModelError(f"no attention layer of the {component} is named by {unused[0]!r}; layers are {known_names(sites)}")
+    return chosen
+
+
+def known_names(sites: Mapping[str, Site], count: int = 3) -> str:
+    return ", ".join(list(sites)[:count]) + (", ..." if len(sites) > count else "")

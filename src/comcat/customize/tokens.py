@@ -1,0 +1,121 @@
+"""Learned tokens: new words of the prompt with vectors of their own, beside the frozen embedding table.
+
+A token of several vectors is written once in the prompt; diffusers replaces ``V*`` by ``V* V*_1 ...`` where the tokenizer
+knows these names, as for textual inversion. The pipeline gets a copy of its tokenizer; the original comes back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..hosts import clip
+from .components import text_encoders, tokenizer_name
+
+_ORIGINAL = "_comcat_original"
+
+
+class Token:
+    """The vectors of one new word.
+
+    Attributes:
+        text: as written in a prompt.
+        vectors: text encoder -> (n, D) parameter.
+    """
+
+    def __init__(self, text: str, vectors: dict[str, nn.Parameter]) -> None:
+        self.text = text
+        self.vectors = vectors
+
+    @property
+    def count(self) -> int:
+        return len(next(iter(self.vectors.values())))
+
+    @property
+    def words(self) -> list[str]:
+        """The tokens as the tokenizer has them: ``V*``, ``V*_1``, ..."""
+        return [self.text, *(f"{self.text}_{i}" for i in range(1, self.count))]
+
+
+def new_token(pipe: Any, text: str, count: int, init: str | None, generator: torch.Generator) -> Token:
+    """A token whose vectors start at those of the words ``init``, or at random ones of the table's size.
+
+    Raises:
+        ModelError: the pipeline has no CLIP text encoder, knows the token already, or the words are too many.
+    """
+    encoders = text_encoders(pipe)
+    if not encoders:
+        raise ModelError("a learned token needs a CLIP text encoder, and this pipeline has none")
+    if not text or text != text.strip() or " " in text:
+        raise ModelError(f"a token must be one word without spaces, not {text!r}, e.g. 'V*'")
+    if count < 1:
+        raise ModelError(f"a token needs at least 1 vector, not {count}")
+    vectors = {}
+    for name, encoder in encoders.items():
+        tokenizer = check_new(pipe, name, text)
+        table: Tensor = _embedding(encoder).weight.detach()
+        if init is None:
+            spread, mean = table.float().std(0), table.float().mean(0)
+            rows = mean.cpu() + spread.cpu() * torch.randn(count, table.shape[1], generator=generator)
+        else:
+            ids = tokenizer(init, add_special_tokens=False).input_ids
+            if not 1 <= len(ids) <= count:
+                raise ModelError(
+                    f"{init!r} is {len(ids)} tokens and {text!r} has {count} vectors; start from fewer words, or give the "
+                    "token more vectors"
+                )
+            rows = table[[ids[min(i, len(ids) - 1)] for i in range(count)]].float()
+        vectors[name] = nn.Parameter(rows.to(table.device, table.dtype))
+    return Token(text, vectors)
+
+
+def check_new(pipe: Any, encoder: str, text: str) -> Any:
+    """The tokenizer of ``encoder``; ModelError if it knows ``text`` already, whose meaning would change."""
+    tokenizer = getattr(pipe, tokenizer_name(encoder))
+    vocabulary = tokenizer.get_vocab()
+    if text in vocabulary or f"{text}</w>" in vocabulary:
+        raise ModelError(f"the tokenizer knows {text!r} already; choose another word for the new token, e.g. 'V*'")
+    return tokenizer
+
+
+def install(pipe: Any, tokens: Sequence[tuple[str, Token]]) -> None:
+    """Make exactly these (adapter name, token) known to the pipeline; none: it is what it was."""
+    for name, encoder in text_encoders(pipe).items():
+        slot = tokenizer_name(name)
+        current = getattr(pipe, slot)
+        original = getattr(current, _ORIGINAL, current)
+        tokenizer = original
+        if tokens:
+            tokenizer = copy.deepcopy(original)
+            tokenizer.add_tokens([word for _, token in tokens for word in token.words])
+            setattr(tokenizer, _ORIGINAL, original)
+            tokenizer.save_pretrained = original.save_pretrained  # what is saved is the base model
+        if tokenizer is not current:
+            setattr(pipe, slot, tokenizer)
+        rows = {
+            adapter: (tokenizer.convert_tokens_to_ids(token.words), token.vectors[name]) for adapter, token in tokens
+        }
+        clip.set_extra_rows(_embedding(encoder), rows)
+        _set_pooling(encoder, original.eos_token_id if tokens else None)
+
+
+def _embedding(encoder: Any) -> nn.Embedding:
+    table = encoder.get_input_embeddings()
+    assert isinstance(table, nn.Embedding)
+    return table
+
+
+def _set_pooling(encoder: Any, eos: int | None) -> None:
+    """Older CLIP configurations pool at the largest token id, which a new token would be."""
+    model = getattr(encoder, "text_model", encoder)
+    if eos is not None and model.eos_token_id == 2:
+        model._comcat_eos_token_id = model.eos_token_id
+        model.eos_token_id = eos
+    elif eos is None and hasattr(model, "_comcat_eos_token_id"):
+        model.eos_token_id = model._comcat_eos_token_id
+        del model._comcat_eos_token_id
