@@ -179,7 +179,7 @@ def add_adapter(
         sites, refused = find_sites(key, module)
         plans[key] = (sites, choose(key, sites, refused, patterns, ranks))
     if token is not None:
-        handle.token = new_token(pipe, token, token_vectors, token_init, generator)
+        handle.token = new_token(pipe, token, token_vectors, token_init, generator, dtype)
     for key, (sites, chosen) in plans.items():
         for site_name, r in chosen.items():
             layer = sites[site_name].new_layer(r, handle.strength, dtype=dtype)

@@ -68,7 +68,9 @@ def choose(
     unused = [p for p in (patterns or []) if not any(matches(p, n, s.kind) for n, s in sites.items())]
     unused += [p for p in table if p != "*" and not any(matches(p, n, s.kind) for n, s in sites.items())]
     if unused:
-        raise ModelError(f"no attention layer of the {component} is named by {unused[0]!r}; layers are {known_names(sites)}")
+        raise ModelError(
+            f"no attention layer of the {component} is named by {unused[0]!r}; layers are {known_names(sites)}"
+        )
     return chosen
 
 

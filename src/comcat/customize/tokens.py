@@ -42,7 +42,9 @@ class Token:
         return [self.text, *(f"{self.text}_{i}" for i in range(1, self.count))]
 
 
-def new_token(pipe: Any, text: str, count: int, init: str | None, generator: torch.Generator) -> Token:
+def new_token(
+    pipe: Any, text: str, count: int, init: str | None, generator: torch.Generator, dtype: torch.dtype | None = None
+) -> Token:
     """A token whose vectors start at those of the words ``init``, or at random ones of the table's size.
 
     Raises:
@@ -70,7 +72,7 @@ def new_token(pipe: Any, text: str, count: int, init: str | None, generator: tor
                     "token more vectors"
                 )
             rows = table[[ids[min(i, len(ids) - 1)] for i in range(count)]].float()
-        vectors[name] = nn.Parameter(rows.to(table.device, table.dtype))
+        vectors[name] = nn.Parameter(rows.to(table.device, dtype or table.dtype))
     return Token(text, vectors)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import CheckpointError
 from ..files import atomic_file
 
@@ -51,6 +53,11 @@ class Log:
         if self._board is not None:
             for name, value in _flat(values):
                 self._board.add_scalar(name, value, step)
+
+    def image(self, name: str, image: Any, step: int) -> None:
+        """A picture (PIL) for TensorBoard; elsewhere it is a file already."""
+        if self._board is not None:
+            self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
 
     def sync(self) -> None:
         """Everything so far reaches the disk: a checkpoint must not be ahead of the log."""

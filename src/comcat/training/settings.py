@@ -77,12 +77,18 @@ def _typed(name: str, value: Any, hint: Any, ranges: Mapping[str, tuple[float, f
         return None
     if options and options[-1] is Ellipsis:
         if not isinstance(value, (list, tuple)):
-            raise TrainingError(f"{name} is {value!r}, but must be a list of numbers")
-        return tuple(_number(name, item, options[0], ranges) for item in value)
-    return _number(name, value, options[0] if options else hint, ranges)
+            raise TrainingError(
+                f"{name} is {value!r}, but must be a list of {'texts' if options[0] is str else 'numbers'}"
+            )
+        return tuple(_plain(name, item, options[0], ranges) for item in value)
+    return _plain(name, value, options[0] if options else hint, ranges)
 
 
-def _number(name: str, value: Any, kind: type, ranges: Mapping[str, tuple[float, float]]) -> Any:
+def _plain(name: str, value: Any, kind: type, ranges: Mapping[str, tuple[float, float]]) -> Any:
+    if kind is str:
+        if not isinstance(value, str):
+            raise TrainingError(f"{name} is {value!r}, but must be a text")
+        return value
     if kind is bool:
         if not isinstance(value, bool):
             raise TrainingError(f"{name} is {value!r}, but must be true or false")

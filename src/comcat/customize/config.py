@@ -1,0 +1,142 @@
+"""Everything that steers a customization run, as plain data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ..errors import TrainingError
+from ..training.settings import Settings
+from .targets import Ranks
+
+Precision = Literal["no", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class CustomizeConfig(Settings):
+    """How :func:`comcat.customize.train` teaches a concept. A step is one update of the adapter.
+
+    Attributes:
+        rank: of every head's products; layer_ranks: exceptions, "pattern=rank", the first that matches.
+        targets: which attention layers, as for ``add_adapter``; none given: all.
+        text_encoder_rank: rank in the CLIP text encoders; 0 leaves them alone.
+        token: the new word to learn; token_vectors: how many vectors it has; token_init: words that they start from.
+        scale: strength at which the adapter is trained and stored.
+        steps: updates. lr: of the products; token_lr: of the token, in units of the table's spread per step.
+        schedule: of both after warmup_steps; weight_decay: of AdamW, on the products alone.
+        optimizer: ``adamw8bit`` needs bitsandbytes.
+        batch_size: photos per batch and process; accumulate: batches per step.
+        resolution: pixels a side of the square bucket; None: the model's own.
+        buckets: keep aspect ratios up to this; 1 crops everything to a square.
+        flip: probability of mirroring a photo (off: text and asymmetric things must not be mirrored).
+        random_crop: another crop every time, which rules out cached latents.
+        cache_latents: encode every photo once.
+        caption_dropout: share of examples that learn without their caption.
+        prior_weight: of the loss on class images; 0 is off. num_class_images: how many to generate where none are given.
+        snr_gamma: min-SNR weighting (Hang et al., 2023), usually 5; None: off. Not for flow matching.
+        precision: autocast; the products stay float32.
+        grad_checkpointing: recompute activations (less memory, a third more time).
+        validate_every: steps between validation images, 0: none; validation_images: per prompt;
+            validation_steps: of their sampler.
+        seed: of the products, the order of the photos, noise and time steps.
+    """
+
+    ranges: ClassVar = {
+        "rank": (1, math.inf),
+        "text_encoder_rank": (0, math.inf),
+        "token_vectors": (1, 64),
+        "scale": (-math.inf, math.inf),
+        "steps": (1, math.inf),
+        "lr": (1e-12, math.inf),
+        "token_lr": (0, math.inf),
+        "warmup_steps": (0, math.inf),
+        "weight_decay": (0, math.inf),
+        "betas": (0, 1 - 1e-12),
+        "clip_grad": (1e-12, math.inf),
+        "batch_size": (1, math.inf),
+        "accumulate": (1, math.inf),
+        "resolution": (8, math.inf),
+        "buckets": (1, 8),
+        "flip": (0, 1),
+        "caption_dropout": (0, 1),
+        "prior_weight": (0, math.inf),
+        "num_class_images": (1, math.inf),
+        "snr_gamma": (1e-6, math.inf),
+        "validate_every": (0, math.inf),
+        "validation_images": (1, 64),
+        "validation_steps": (1, 1000),
+        "checkpoint_every": (1, math.inf),
+        "keep_checkpoints": (1, math.inf),
+        "log_every": (1, math.inf),
+        "seed": (0, 2**63 - 1),
+    }
+    free: ClassVar = (
+        "validate_every",
+        "validation_images",
+        "validation_steps",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+    )
+
+    rank: int = 2
+    layer_ranks: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    text_encoder_rank: int = 0
+    token: str | None = None
+    token_vectors: int = 1
+    token_init: str | None = None
+    scale: float = 1.0
+    steps: int = 500
+    lr: float = 3e-4
+    token_lr: float = 0.02
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    betas: tuple[float, ...] = (0.9, 0.999)
+    clip_grad: float | None = 1.0
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    batch_size: int = 1
+    accumulate: int = 1
+    resolution: int | None = None
+    buckets: float = 2.0
+    flip: float = 0.0
+    random_crop: bool = False
+    cache_latents: bool = True
+    caption_dropout: float = 0.0
+    prior_weight: float = 1.0
+    num_class_images: int = 100
+    snr_gamma: float | None = None
+    precision: Precision = "no"
+    grad_checkpointing: bool = False
+    validate_every: int = 0
+    validation_images: int = 4
+    validation_steps: int = 25
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.check()
+        if len(self.betas) != 2:
+            raise TrainingError(f"betas has {len(self.betas)} values; give two, e.g. [0.9, 0.999]")
+        if self.random_crop and self.cache_latents:
+            raise TrainingError(
+                "random_crop needs another encoding every time; set cache_latents to false, or crop alike"
+            )
+        _ = self.ranks  # a malformed layer rank is refused here
+
+    @property
+    def ranks(self) -> Ranks:
+        """``rank`` and ``layer_ranks`` as ``add_adapter`` takes them."""
+        if not self.layer_ranks:
+            return self.rank
+        table: dict[str, int] = {}
+        for item in self.layer_ranks:
+            pattern, equals, rank = item.rpartition("=")
+            if not equals or not pattern or not rank.isdecimal() or int(rank) < 1:
+                raise TrainingError(f"{item!r} is no rank of layers; write it like attn2=4")
+            table[pattern] = int(rank)
+        return {**table, "*": self.rank}

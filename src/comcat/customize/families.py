@@ -1,0 +1,197 @@
+"""How each family of text-to-image pipelines is trained: text, latents, and the call of its denoiser.
+
+| family | pipelines | text | prediction |
+|---|---|---|---|
+| stable diffusion | SD 1.x, 2.x | CLIP | epsilon or v |
+| sdxl | SDXL | two CLIPs, pooled, micro-conditioning | epsilon or v |
+| sd3 | SD3, SD3.5 | two CLIPs and T5, pooled | flow |
+| flux | FLUX.1 | T5, pooled CLIP | flow |
+| pixart | PixArt-alpha, -sigma | T5 with mask | epsilon, learned variance left alone |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from .components import denoiser
+
+Text = dict[str, Tensor]
+
+
+class Family:
+    """Stable Diffusion 1.x and 2.x, and what the others share.
+
+    Args:
+        pipe: the pipeline.
+    """
+
+    #: Names of pipeline classes, without "Pipeline" and what follows it.
+    names: ClassVar[tuple[str, ...]] = ("StableDiffusion",)
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.model: Any = denoiser(pipe)[1]
+        self.vae: Any = pipe.vae
+
+    @property
+    def multiple(self) -> int:
+        """Height and width in pixels must be multiples of this."""
+        levels = len(getattr(self.model.config, "block_out_channels", (0,)))
+        return int(self.pipe.vae_scale_factor) * 2 ** (levels - 1)
+
+    @property
+    def resolution(self) -> int:
+        """The model's own resolution in pixels."""
+        size = self.model.config.sample_size
+        return int(size if isinstance(size, int) else max(size)) * int(self.pipe.vae_scale_factor)
+
+    def encode_text(self, captions: Sequence[str]) -> Text:
+        """Everything the denoiser needs of each caption, first dimension (batch)."""
+        embeds, _ = self.pipe.encode_prompt(list(captions), self.model.device, 1, False)
+        return {"embeds": embeds}
+
+    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, h, w) in [-1, 1] to mean and standard deviation of their latents, scaled as the model expects them."""
+        config = self.vae.config
+        distribution = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist
+        shift = getattr(config, "shift_factor", None) or 0.0
+        mean = (distribution.mean.float() - shift) * config.scaling_factor
+        return mean, distribution.std.float() * config.scaling_factor
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: Text, time_ids: Tensor) -> Tensor:
+        """The denoiser's output for (B, C, h, w) at time steps (B,); ``time_ids`` (B, 6) say how photos were framed."""
+        return self.model(noisy, timesteps, encoder_hidden_states=text["embeds"], return_dict=False)[0]
+
+
+class StableDiffusionXL(Family):
+    """SDXL."""
+
+    names = ("StableDiffusionXL",)
+
+    def encode_text(self, captions: Sequence[str]) -> Text:
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            list(captions), device=self.model.device, do_classifier_free_guidance=False
+        )
+        return {"embeds": embeds, "pooled": pooled}
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: Text, time_ids: Tensor) -> Tensor:
+        added = {"text_embeds": text["pooled"], "time_ids": time_ids.to(text["pooled"].dtype)}
+        return self.model(
+            noisy, timesteps, encoder_hidden_states=text["embeds"], added_cond_kwargs=added, return_dict=False
+        )[0]
+
+
+class StableDiffusion3(Family):
+    """SD3 and SD3.5."""
+
+    names = ("StableDiffusion3",)
+
+    @property
+    def multiple(self) -> int:
+        return int(self.pipe.vae_scale_factor) * int(self.model.config.patch_size)
+
+    def encode_text(self, captions: Sequence[str]) -> Text:
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            list(captions), None, None, device=self.model.device, do_classifier_free_guidance=False
+        )
+        return {"embeds": embeds, "pooled": pooled}
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: Text, time_ids: Tensor) -> Tensor:
+        return self.model(
+            hidden_states=noisy,
+            timestep=timesteps,
+            encoder_hidden_states=text["embeds"],
+            pooled_projections=text["pooled"],
+            return_dict=False,
+        )[0]
+
+
+class Flux(Family):
+    """FLUX.1: latents in patches of 2 x 2, guidance as an input where it was distilled."""
+
+    names = ("Flux",)
+
+    @property
+    def multiple(self) -> int:
+        return int(self.pipe.vae_scale_factor) * 2
+
+    @property
+    def resolution(self) -> int:
+        return int(self.pipe.default_sample_size) * int(self.pipe.vae_scale_factor)
+
+    def encode_text(self, captions: Sequence[str]) -> Text:
+        embeds, pooled, _ = self.pipe.encode_prompt(list(captions), None, device=self.model.device)
+        return {"embeds": embeds, "pooled": pooled}
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: Text, time_ids: Tensor) -> Tensor:
+        batch, channels, height, width = noisy.shape
+        ids = self.pipe._prepare_latent_image_ids(batch, height // 2, width // 2, noisy.device, noisy.dtype)
+        guided = self.model.config.guidance_embeds
+        packed = self.model(
+            hidden_states=self.pipe._pack_latents(noisy, batch, channels, height, width),
+            timestep=timesteps / 1000,
+            # As for a model that was never distilled: the guidance that leaves its output alone.
+            guidance=torch.ones(batch, device=noisy.device) if guided else None,
+            pooled_projections=text["pooled"],
+            encoder_hidden_states=text["embeds"],
+            txt_ids=torch.zeros(text["embeds"].shape[1], 3, device=noisy.device, dtype=noisy.dtype),
+            img_ids=ids,
+            return_dict=False,
+        )[0]
+        patches = packed.view(batch, height // 2, width // 2, channels, 2, 2)
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(noisy.shape)
+
+
+class PixArt(Family):
+    """PixArt-alpha and -sigma: T5 with a mask, and a variance beside the prediction."""
+
+    names = ("PixArtAlpha", "PixArtSigma")
+
+    @property
+    def multiple(self) -> int:
+        return int(self.pipe.vae_scale_factor) * int(self.model.config.patch_size)
+
+    def encode_text(self, captions: Sequence[str]) -> Text:
+        embeds, mask, _, _ = self.pipe.encode_prompt(
+            list(captions), do_classifier_free_guidance=False, device=self.model.device
+        )
+        return {"embeds": embeds, "mask": mask}
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: Text, time_ids: Tensor) -> Tensor:
+        extra: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+        if self.model.use_additional_conditions:
+            size = time_ids[:, 4:6].to(noisy.dtype)
+            extra = {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]}
+        out = self.model(
+            noisy,
+            encoder_hidden_states=text["embeds"],
+            encoder_attention_mask=text["mask"],
+            timestep=timesteps,
+            added_cond_kwargs=extra,
+            return_dict=False,
+        )[0]
+        return out[:, : noisy.shape[1]]
+
+
+FAMILIES: tuple[type[Family], ...] = (Family, StableDiffusionXL, StableDiffusion3, Flux, PixArt)
+
+
+def family_of(pipe: Any) -> Family:
+    """How this pipeline is trained.
+
+    Raises:
+        ModelError: it is of a kind that is not known, or a bare model without its text encoder and VAE.
+    """
+    if isinstance(pipe, nn.Module):
+        raise ModelError("training needs the whole pipeline with its text encoder and VAE, not the model alone")
+    name = type(pipe).__name__.partition("Pipeline")[0]
+    for family in FAMILIES:
+        if name in family.names:
+            return family(pipe)
+    known = ", ".join(f"{n}Pipeline" for family in FAMILIES for n in family.names)
+    raise ModelError(f"{type(pipe).__name__} cannot be trained; known are {known}. Its adapters can still be used")

@@ -1,0 +1,111 @@
+"""Images from prompts: every image has a seed of its own, so that it does not depend on what else is in its batch."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..errors import DataError
+from ..progress import Progress
+from .adapter import Adapter, adapters
+
+
+@torch.no_grad()
+def generate(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int] = (0,),
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 4,
+    progress: Progress | None = None,
+    stage: str = "generate",
+) -> list[list[Image.Image]]:
+    """One image for every prompt and seed.
+
+    Args:
+        steps, guidance_scale, negative_prompt, height, width: as the pipeline takes them; its own by default.
+
+    Returns:
+        Per prompt, the images of all seeds.
+
+    Raises:
+        DataError: the pipeline does not take one of these, such as a negative prompt.
+    """
+    wanted = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+        "height": height,
+        "width": width,
+    }
+    given = {key: value for key, value in wanted.items() if value is not None}
+    unknown = [key for key in given if key not in inspect.signature(pipe.__call__).parameters]
+    if unknown:
+        raise DataError(f"{type(pipe).__name__} takes no {unknown[0]}; leave it out")
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    images: list[Image.Image] = []
+    with quiet(pipe):
+        for start in range(0, len(jobs), batch_size):
+            batch = jobs[start : start + batch_size]
+            options = dict(given)
+            if negative_prompt is not None:
+                options["negative_prompt"] = [negative_prompt] * len(batch)
+            images += pipe(
+                prompt=[prompt for prompt, _ in batch],
+                generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
+                output_type="pil",
+                **options,
+            ).images
+            if progress:
+                progress(stage, len(images), len(jobs))
+    count = len(seeds)
+    return [images[i * count : (i + 1) * count] for i in range(len(prompts))]
+
+
+@contextlib.contextmanager
+def quiet(pipe: Any) -> Iterator[None]:
+    """Without the pipeline's own progress bar, which is set to what it was afterwards."""
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipe._progress_bar_config = before
+
+
+def check_prompts(pipe: Any, prompts: Sequence[str], *, without_token: bool = False) -> None:
+    """Refuse prompts that do not say what the adapters have learned.
+
+    Raises:
+        DataError: there is no prompt, an empty one, or one without the token of an adapter that is on.
+    """
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise DataError("a prompt is empty; say what to draw")
+    for handle in adapters(pipe).values():
+        if handle.token is None or not handle.enabled or without_token:
+            continue
+        lacking = [prompt for prompt in prompts if not has_token(prompt, handle.token.text)]
+        if lacking:
+            raise DataError(
+                f"the prompt {lacking[0]!r} does not have {handle.token.text!r}, the word that {handle.name!r} has "
+                f"learned{_example(handle)}; write it in, or pass --without-token"
+            )
+
+
+def has_token(prompt: str, token: str) -> bool:
+    return token in prompt
+
+
+def _example(handle: Adapter) -> str:
+    prompt = handle.info.get("prompt")
+    return f" (it was taught with {prompt!r})" if prompt else ""

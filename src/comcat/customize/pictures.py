@@ -1,0 +1,35 @@
+"""Images as grids and files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from ..files import atomic_file
+
+_GAP = 4  # pixels between the images of a grid
+
+
+def grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """One image of all, row by row, on white; cells as large as the largest."""
+    images = [image for row in rows for image in row]
+    width, height = max(i.width for i in images), max(i.height for i in images)
+    columns = max(len(row) for row in rows)
+    gap = max(1, min(_GAP, width // 8))
+    size = (columns * (width + gap) - gap, len(rows) * (height + gap) - gap)
+    sheet = Image.new("RGB", size, "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            sheet.paste(image, (x * (width + gap), y * (height + gap)))
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    with atomic_file(path) as file:
+        file.write(content.getvalue())

@@ -1,0 +1,347 @@
+"""Teach a pipeline a concept from a few photos: DreamBooth's objective on added products."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._version import __version__
+from ..errors import TrainingError
+from ..progress import Progress
+from ..training import checks, state
+from ..training.log import Log
+from ..training.process import accelerated, on_main
+from .adapter import Adapter, add_adapter, remove_adapter
+from .components import denoiser, find_sites, fingerprint, text_encoders
+from .config import CustomizeConfig
+from .examples import Photos
+from .families import Family, family_of
+from .generate import generate
+from .material import Note, check_token, class_photos, concept_photos, find_token, identity, shapes_for
+from .pictures import grid, save_png
+from .trainer import Trainer
+
+SAMPLES = "samples"
+CLASS_IMAGES = "class-images"
+
+
+@dataclass(frozen=True)
+class Material:
+    """What to learn, beside the photos.
+
+    Attributes:
+        prompt: caption of every photo that has none of its own.
+        class_prompt: what the concept is one of, for prior preservation; class_images: a folder of them, otherwise
+            the model draws its own.
+        validation_prompts: of the images that are drawn on the way; the prompt by default.
+    """
+
+    prompt: str | None = None
+    class_prompt: str | None = None
+    class_images: Path | None = None
+    validation_prompts: tuple[str, ...] = ()
+
+
+def train(
+    pipe: Any,
+    images: str | Path,
+    prompt: str | None = None,
+    config: CustomizeConfig | None = None,
+    *,
+    name: str = "default",
+    class_prompt: str | None = None,
+    class_images: str | Path | None = None,
+    validation_prompts: Sequence[str] = (),
+    out: str | Path | None = None,
+    resume: bool = False,
+    allow_upscale: bool = False,
+    skip_bad_images: bool = False,
+    cpu: bool = False,
+    progress: Progress | None = None,
+    note: Note | None = None,
+) -> Adapter:
+    """Learn a concept; the adapter stays on the pipeline, whose own weights are not touched.
+
+    Args:
+        pipe: a text-to-image pipeline of diffusers (SD 1.x, 2.x, XL, 3, FLUX.1, PixArt).
+        images: folder of photos; captions beside them (``.txt``, ``metadata.jsonl``) go before ``prompt``.
+        prompt: e.g. "a photo of V* dog"; a word such as ``V*`` or ``<dog>`` is learned as a new token.
+        class_prompt: e.g. "a photo of a dog": prior preservation, with ``class_images`` or images that are generated.
+        out: directory of the run: checkpoints, metrics.jsonl, TensorBoard, sample grids, generated class images.
+        resume: continue the run in ``out``, bit by bit.
+        note: told of remarks, e.g. a damaged checkpoint that is passed over.
+
+    Raises:
+        DataError: photos or captions that cannot be used. ModelError: a pipeline that cannot be trained.
+        TrainingError: another run is in ``out``; the loss is not finite; no memory is left.
+    """
+    config, note = config or CustomizeConfig(), note or (lambda _: None)
+    family = family_of(pipe)
+    folder = Path(out) if out is not None else None
+    photos = concept_photos(
+        Path(images), prompt, family, config, allow_upscale=allow_upscale, skip_bad=skip_bad_images, note=note
+    )
+    token = config.token or find_token([photo.caption for photo in photos])
+    if token is not None:
+        check_token(photos, token)
+        config = replace(config, token=token)
+    saved = _open(folder, resume, note)
+    material = Material(
+        prompt or photos[0].caption,
+        class_prompt,
+        Path(class_images) if class_images is not None else None,
+        tuple(validation_prompts),
+    )
+    with contextlib.ExitStack() as stack:
+        accelerator = stack.enter_context(accelerated(config.precision, config.seed, cpu))
+        main = accelerator.is_main_process
+        if not main:
+            progress = None
+        pipe.to(accelerator.device)
+        stack.enter_context(frozen(pipe))
+        priors = on_main(
+            accelerator,
+            lambda: class_photos(
+                family,
+                config,
+                class_prompt if config.prior_weight else None,
+                material.class_images if config.prior_weight else None,
+                folder / CLASS_IMAGES if folder is not None else None,
+                allow_upscale=allow_upscale,
+                note=note,
+                progress=progress,
+            ),
+        )
+        fixed = {
+            "photos": identity(photos),
+            "class_images": identity(priors),
+            "base": _base_identity(pipe),
+            "processes": accelerator.num_processes,
+        }
+        if saved is not None:
+            checks.check_same(saved.plain, config, fixed)
+        handle = add_adapter(
+            pipe,
+            rank=config.ranks,
+            targets=config.targets or None,
+            name=name,
+            text_encoder_rank=config.text_encoder_rank,
+            token=config.token,
+            token_vectors=config.token_vectors,
+            token_init=config.token_init,
+            scale=config.scale,
+            dtype=torch.float32,
+            seed=config.seed,
+        )
+        try:
+            with explained():
+                run = _Run(accelerator, family, handle, config, material, folder, fixed, progress)
+                run.prepare(photos, priors)
+                run.go(saved, note)
+            handle.info = {"prompt": material.prompt, "training": run.summary(len(photos), len(priors))}
+        except BaseException:
+            remove_adapter(pipe, name)
+            raise
+    handle.requires_grad_(False)
+    return handle
+
+
+class _Run:
+    """The steps of a run, its log, samples and checkpoints."""
+
+    def __init__(
+        self,
+        accelerator: Any,
+        family: Family,
+        handle: Adapter,
+        config: CustomizeConfig,
+        material: Material,
+        folder: Path | None,
+        fixed: dict[str, Any],
+        progress: Progress | None,
+    ) -> None:
+        self.accelerator, self.family, self.handle, self.config = accelerator, family, handle, config
+        self.material, self.folder, self.fixed, self.progress = material, folder, fixed, progress
+        self.trainer: Trainer
+        self.saved_step: int | None = None
+
+    def prepare(self, photos: Sequence[Any], priors: Sequence[Any]) -> None:
+        """Encode what can be encoded once."""
+        config = self.config
+        _, shapes = shapes_for(self.family, config)
+        sources = [
+            Photos(
+                self.family,
+                found,
+                shapes,
+                flip=config.flip if not stream else 0.0,
+                random_crop=config.random_crop,
+                cache=config.cache_latents,
+                seed=config.seed,
+                stream=stream,
+            )
+            for stream, found in enumerate((photos, priors))
+            if found
+        ]
+        for source, stage in zip(sources, ("encode photos", "encode class images"), strict=False):
+            source.encode_all(self.progress, stage)
+        class_source = sources[1] if len(sources) > 1 else None
+        self.trainer = Trainer(self.accelerator, self.family, self.handle, sources[0], class_source, config)
+        self.trainer.encode_captions()
+        if config.grad_checkpointing:
+            self.family.model.enable_gradient_checkpointing()
+
+    def go(self, saved: state.Saved | None, note: Note) -> None:
+        config, trainer = self.config, self.trainer
+        step = 0
+        if saved is not None:
+            trainer.restore(saved)
+            step = self.saved_step = saved.step
+        log = Log(self.folder if self.accelerator.is_main_process else None, step, note)
+        try:
+            while step < config.steps:
+                value = trainer.step(step)
+                step += 1
+                trainer.losses.append(value)
+                self._check(value, step)
+                last = step == config.steps
+                if last or step % config.log_every == 0:
+                    recent = trainer.losses[-config.log_every :]
+                    rate = trainer.optimizer.param_groups[0]["lr"]
+                    log.write(step, step / config.steps, {"loss": sum(recent) / len(recent), "lr": rate})
+                if config.validate_every and (last or step % config.validate_every == 0):
+                    self._validate(step, log)
+                if self.folder is not None and (last or step % config.checkpoint_every == 0):
+                    log.sync()
+                    self._save(step)
+                if self.progress:
+                    self.progress("train", step, config.steps)
+        finally:
+            log.close()
+
+    def _check(self, value: float, step: int) -> None:
+        bad = self.trainer.bad_parameter() if step % self.config.log_every == 0 or step == self.config.steps else None
+        finite = value == value and abs(value) != float("inf")
+        if (finite or self.accelerator.scaler is not None) and bad is None:
+            return
+        kept = f"; the checkpoint of step {self.saved_step} is good and kept" if self.saved_step else ""
+        raise TrainingError(
+            f"the loss or {bad or 'its gradient'} is NaN or infinite at step {step}{kept}. Try a lower lr, or precision "
+            "bf16 or no"
+        )
+
+    def _save(self, step: int) -> None:
+        folder = self.folder
+        assert folder is not None
+        saved = self.trainer.take(step, {"config": self.config.to_dict(), "run": self.fixed})
+        on_main(self.accelerator, lambda: str(state.write(folder, saved, self.config.keep_checkpoints)))
+        self.saved_step = step
+
+    def _validate(self, step: int, log: Log) -> None:
+        if self.folder is None or not self.accelerator.is_main_process:
+            return
+        config = self.config
+        prompts = self.material.validation_prompts or (self.material.prompt or "",)
+        resolution, _ = shapes_for(self.family, config)
+        with self.accelerator.autocast():
+            rows = generate(
+                self.family.pipe,
+                prompts,
+                seeds=range(config.validation_images),
+                steps=config.validation_steps,
+                height=resolution,
+                width=resolution,
+            )
+        sheet = grid(rows)
+        save_png(sheet, self.folder / SAMPLES / f"step-{step:06d}.png")
+        log.image("samples", sheet, step)
+
+    def summary(self, photos: int, priors: int) -> dict[str, Any]:
+        """What the file says of its training. No times: the same run gives the same file."""
+        config, losses = self.config, self.trainer.losses
+        tail = losses[-max(1, len(losses) // 10) :]
+        return {
+            "steps": config.steps,
+            "batch_size": config.batch_size * config.accumulate * self.accelerator.num_processes,
+            "lr": config.lr,
+            "seed": config.seed,
+            "resolution": shapes_for(self.family, config)[0],
+            "photos": photos,
+            "class_images": priors,
+            "final_loss": round(sum(tail) / len(tail), 6),
+            "comcat": __version__,
+            "torch": torch.__version__,
+        }
+
+
+def _open(folder: Path | None, resume: bool, note: Note) -> state.Saved | None:
+    if folder is None:
+        if resume:
+            raise TrainingError("there is nothing to resume without the directory of the run; give out")
+        return None
+    if resume:
+        state.clean(folder)
+        return checks.newest(folder, note)
+    checks.check_new(folder)
+    return None
+
+
+def finish(folder: Path) -> None:
+    """Drop the checkpoints of a run that has ended well."""
+    shutil.rmtree(folder / state.FOLDER, ignore_errors=True)
+
+
+def _base_identity(pipe: Any) -> str:
+    """Architecture and a sample of the weights: another base model is noticed without reading all of it."""
+    component, model = denoiser(pipe)
+    sites, _ = find_sites(component, model)
+    sha = hashlib.sha256(fingerprint(sites).encode())
+    for site in (list(sites.values())[0], list(sites.values())[-1]):
+        weight = site.linear(site.streams[0].query).weight
+        sha.update(weight.detach().float().cpu().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def frozen(pipe: Any) -> Iterator[None]:
+    """No weight of the base wants a gradient inside; modes, flags and gradient checkpointing come back as they were."""
+    modules: list[Any] = [denoiser(pipe)[1], pipe.vae, *text_encoders(pipe).values()]
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    checkpointing = bool(getattr(modules[0], "is_gradient_checkpointing", False))
+    for module in modules:
+        module.requires_grad_(False).eval()
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for part, training in modes:
+            part.training = training
+        if not checkpointing and getattr(modules[0], "is_gradient_checkpointing", False):
+            modules[0].disable_gradient_checkpointing()
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Say what helps where memory runs out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if (
+            not isinstance(error, MemoryError)
+            and "out of memory" not in str(error)
+            and "can't allocate" not in str(error)
+        ):
+            raise
+        raise TrainingError(
+            "out of memory. Turn on --grad-checkpointing and --precision bf16, lower --resolution, or use a smaller "
+            "--batch-size with --accumulate"
+        ) from error
