@@ -45,7 +45,8 @@ class AddedProduct(nn.Module):
     Args:
         dim_query, dim_key: widths of what queries, and keys and values, are computed from.
         dim_output: width of the layer's output, or None where this stream has none.
-        query_bias, value_bias: a constant beside A_q, A_v; only an imported LoRA of a layer with biases needs it.
+        query_bias, key_bias, value_bias: a constant beside A_q, A_k, A_v; only an imported LoRA of a layer with biases
+            needs it.
     """
 
     output: nn.Linear | None
@@ -58,6 +59,7 @@ class AddedProduct(nn.Module):
         num_heads: int,
         rank: int,
         query_bias: bool = False,
+        key_bias: bool = False,
         value_bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -67,7 +69,7 @@ class AddedProduct(nn.Module):
         width = num_heads * rank
         # skip_init: values come from reset_parameters alone, which draws the same on every device.
         self.query = nn.utils.skip_init(nn.Linear, dim_query, width, query_bias, device=device, dtype=dtype)
-        self.key = nn.utils.skip_init(nn.Linear, dim_key, width, False, device=device, dtype=dtype)
+        self.key = nn.utils.skip_init(nn.Linear, dim_key, width, key_bias, device=device, dtype=dtype)
         self.value = nn.utils.skip_init(nn.Linear, dim_key, width, value_bias, device=device, dtype=dtype)
         self.output = None
         if dim_output is not None:
@@ -75,7 +77,7 @@ class AddedProduct(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Random A_q and A_v of variance 1 / D, so that q' and v' of normalized inputs are of unit size; the rest zero."""
+        """Random A_q, A_v of variance 1 / D, so that q', v' of normalized inputs are of unit size; the rest zero."""
         for linear in (self.query, self.value):
             weight = linear.weight
             if not weight.is_meta:
@@ -83,13 +85,15 @@ class AddedProduct(nn.Module):
             if linear.bias is not None:
                 linear.bias.zero_()
         self.key.weight.zero_()
+        if self.key.bias is not None:
+            self.key.bias.zero_()
         if self.output is not None:
             self.output.weight.zero_()
 
     def is_zero(self) -> bool:
         """Whether A_k and A_o are zero, so that nothing is added. Waits for the device."""
-        zero = not bool(self.key.weight.any())
-        return zero and (self.output is None or not bool(self.output.weight.any()))
+        linears = (self.key,) if self.output is None else (self.key, self.output)
+        return not any(bool(held(linear, "weight").any()) for linear in linears)
 
     def project(self, x_q: Tensor, x_kv: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, D) to s q', k', s v' of (B, N, H, r)."""
@@ -125,6 +129,17 @@ class AddedLayer(nn.Module):
         return False
 
 
+def held(module: nn.Module, name: str) -> Tensor:
+    """A parameter of a module, also while Accelerate keeps its values elsewhere and a meta tensor in its place."""
+    parameter = cast(Tensor, module.get_parameter(name))
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", [hook]):
+        values = getattr(one, "weights_map", None)
+        if parameter.is_meta and values is not None:
+            return cast(Tensor, values[name])
+    return parameter
+
+
 def call(linear: nn.Linear, x: Tensor) -> Tensor:
     """``linear(x)`` for a float32 factor in a half-precision model, with the dtype of ``x``."""
     if x.dtype == linear.weight.dtype or torch.is_autocast_enabled(x.device.type):
@@ -148,7 +163,7 @@ def widen(
     for layer in layers:
         parts = [layer[name].project(*x, layer.strength.value) for name, x in inputs.items()]
         for column, pieces in zip(columns, zip(*parts, strict=True), strict=True):
-            column.append((pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)).to(q.dtype))
+            column.append((pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)).to(column[0].dtype))
     width = q.shape[-1] + sum(layer.rank for layer in layers)
     padding = -width % WIDTH_MULTIPLE
     for column in columns:

@@ -6,9 +6,7 @@ weight of a model is ever written to.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
+import copy
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -17,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..added import AddedLayer, Strength
+from ..added import AddedLayer, Strength, held
 from ..errors import ModelError
-from .components import denoiser, find_sites, host, text_encoders
+from .components import components, denoiser, find_sites, host, text_encoders
+from .saving import keep_out_of_files
 from .targets import Ranks, Targets, choose
 from .tokens import Token, install, new_token
 
@@ -71,11 +70,17 @@ class Adapter:
             found.setdefault(component, {})[name] = layer.rank
         return found
 
+    def _factors(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """(name as in a file, module, name in the module) of every tensor of the products."""
+        for (component, name), layer in self.layers.items():
+            for path, module in layer.streams.named_modules():
+                for leaf, _ in module.named_parameters(recurse=False):
+                    yield f"{component}.{name}.{path}.{leaf}", module, leaf
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name as in a file, parameter), e.g. ``unet.mid_block...attn1.sample.query.weight``."""
-        for (component, name), layer in self.layers.items():
-            for key, parameter in layer.streams.named_parameters():
-                yield f"{component}.{name}.{key}", parameter
+        for name, module, leaf in self._factors():
+            yield name, module.get_parameter(leaf)
         if self.token is not None:
             for encoder, vectors in self.token.vectors.items():
                 yield f"token.{encoder}", vectors
@@ -94,11 +99,24 @@ class Adapter:
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+        tensors = {name: held(module, leaf).detach() for name, module, leaf in self._factors()}
+        return {**{name: parameter.detach() for name, parameter in self.named_parameters()}, **tensors}
 
     def remove(self) -> None:
         """Take it off: :func:`remove_adapter`."""
         remove_adapter(self.pipe, self.name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
+        """Part of a copy of its pipeline; a copy of the model alone has the products of this model alone."""
+        whole = id(self.pipe) in memo
+        component, model = denoiser(self.pipe)
+        new = Adapter(self.pipe, self.name, copy.deepcopy(self.strength, memo))
+        memo[id(self)] = new
+        new.pipe = copy.deepcopy(self.pipe if whole else model, memo)
+        new.layers = {k: copy.deepcopy(v, memo) for k, v in self.layers.items() if whole or k[0] == component}
+        new.token = copy.deepcopy(self.token, memo) if whole else None
+        new.info = copy.deepcopy(self.info, memo)
+        return new
 
     def __repr__(self) -> str:
         on = "" if self.enabled else ", off"
@@ -110,9 +128,12 @@ class Adapter:
 
 def check_scale(scale: float) -> float:
     """``scale`` as a float, or ModelError."""
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ModelError(f"a strength must be a finite number, not {scale!r}")
-    return float(scale)
+    try:
+        if not isinstance(scale, bool) and isinstance(scale, (int, float)) and math.isfinite(scale):
+            return float(scale)
+    except OverflowError:  # an int beyond every float
+        pass
+    raise ModelError(f"a strength must be a finite number, not {scale!r}")
 
 
 def adapters(pipe: Any) -> dict[str, Adapter]:
@@ -192,8 +213,12 @@ def add_adapter(
 
 def new_adapter(pipe: Any, name: str, scale: float) -> Adapter:
     """An empty adapter, not yet on its pipeline; raises ModelError for a name that is taken or a strength that is none."""
-    if not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ModelError(f"an adapter's name is letters, digits, '_' and '-', not {name!r}")
+    if hasattr(nn.ModuleDict(), name):  # it holds the products under this name
+        raise ModelError(
+            f"an adapter cannot be called {name!r}, which means something else in torch; choose another name"
+        )
     if name in adapters(pipe):
         raise ModelError(f"there is an adapter {name!r} on this pipeline already; remove it or choose another name")
     return Adapter(pipe, name, Strength(check_scale(scale)))
@@ -201,19 +226,19 @@ def new_adapter(pipe: Any, name: str, scale: float) -> Adapter:
 
 def attach(handle: Adapter) -> None:
     """Put a finished adapter on its pipeline; every check has been made before."""
-    for key, module in _components(handle.pipe).items():
+    parts = components(handle.pipe)
+    for key, module in parts.items():
         mine = {name: layer for (component, name), layer in handle.layers.items() if component == key}
-        if not mine:
-            continue
-        sites, _ = find_sites(key, module)
+        sites, _ = find_sites(key, module) if mine else ({}, {})
         for name, layer in mine.items():
             host(key).attach(sites[name], handle.name, layer)
-        _keep_out_of_files(module)
     model = denoiser(handle.pipe)[1]
     found = {**getattr(model, _ATTRIBUTE, {}), handle.name: handle}
     setattr(model, _ATTRIBUTE, found)
     if handle.token is not None:
         _install_tokens(handle.pipe, found)
+    for module in parts.values():
+        keep_out_of_files(module)
 
 
 def remove_adapter(pipe: Any, name: str) -> None:
@@ -223,7 +248,7 @@ def remove_adapter(pipe: Any, name: str) -> None:
         ModelError: there is no adapter of this name.
     """
     handle = get_adapter(pipe, name)
-    parts = _components(pipe)
+    parts = {**components(handle.pipe), **components(pipe)}  # the text encoders too where only the model is given
     by_component: dict[str, list[str]] = {}
     for key, site_name in handle.layers:
         by_component.setdefault(key, []).append(site_name)
@@ -231,8 +256,6 @@ def remove_adapter(pipe: Any, name: str) -> None:
         sites, _ = find_sites(key, parts[key])
         for site_name in names:
             host(key).detach(sites[site_name].module, name)
-        if not any(_holds(site.module) for site in sites.values()):
-            parts[key].__dict__.pop("save_pretrained", None)
     model = denoiser(pipe)[1]
     found = {key: value for key, value in adapters(pipe).items() if key != name}
     if found:
@@ -240,7 +263,10 @@ def remove_adapter(pipe: Any, name: str) -> None:
     else:
         delattr(model, _ATTRIBUTE)
     if handle.token is not None:
-        _install_tokens(pipe, found)
+        for owner in {id(owner): owner for owner in (handle.pipe, pipe)}.values():
+            _install_tokens(owner, found)
+    for module in parts.values():
+        keep_out_of_files(module)
 
 
 def set_adapters(pipe: Any, scales: Mapping[str, float]) -> None:
@@ -257,42 +283,6 @@ def set_adapters(pipe: Any, scales: Mapping[str, float]) -> None:
             handle.scale = checked[name]
 
 
-def _components(pipe: Any) -> dict[str, nn.Module]:
-    name, model = denoiser(pipe)
-    return {name: model, **({} if isinstance(pipe, nn.Module) else text_encoders(pipe))}
-
-
 def _install_tokens(pipe: Any, found: Mapping[str, Adapter]) -> None:
     if not isinstance(pipe, nn.Module):
         install(pipe, [(name, handle.token) for name, handle in found.items() if handle.token is not None])
-
-
-def _holds(module: Any) -> bool:
-    processor = getattr(module, "processor", None)
-    return bool(getattr(module, "adapters", None) or getattr(processor, "adapters", None))
-
-
-def _keep_out_of_files(module: Any) -> None:
-    """While adapters are on, ``save_pretrained`` writes the base model alone, as it was loaded."""
-    if "save_pretrained" in module.__dict__:
-        return
-    save: Any = functools.partial(_save_base, module)
-    save.__signature__ = inspect.signature(module.save_pretrained)  # pipelines look at it
-    module.save_pretrained = save
-
-
-def _save_base(module: Any, *args: Any, **kwargs: Any) -> Any:
-    with without_products(module):
-        return type(module).save_pretrained(module, *args, **kwargs)
-
-
-@contextlib.contextmanager
-def without_products(module: nn.Module) -> Iterator[None]:
-    """``module`` as it was before any adapter, token vectors included, for as long as the context lasts."""
-    held = [(owner, key) for owner in module.modules() for key in ("adapters", "extra") if key in owner._modules]
-    taken = [(owner, key, owner._modules.pop(key)) for owner, key in held]
-    try:
-        yield
-    finally:
-        for owner, key, value in taken:
-            owner._modules[key] = value

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ModelError
-from ..hosts.seam import Site
+from ..hosts.seam import Refusal, Site
 
 DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -36,10 +36,13 @@ def denoiser(pipe: Any) -> tuple[str, nn.Module]:
 
 
 def text_encoders(pipe: Any) -> dict[str, nn.Module]:
-    """The CLIP text encoders of a pipeline: name -> module."""
+    """The CLIP text encoders of a pipeline: name -> module; none of a bare model."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    found = {name: getattr(pipe, name, None) for name in TEXT_ENCODERS}
+    if isinstance(pipe, nn.Module):
+        return {}
+    found: dict[str, Any] = {name: getattr(pipe, name, None) for name in TEXT_ENCODERS}
+    found = {name: getattr(module, "_orig_mod", module) for name, module in found.items()}
     kinds = (CLIPTextModel, CLIPTextModelWithProjection)
     return {name: module for name, module in found.items() if isinstance(module, kinds)}
 
@@ -49,19 +52,25 @@ def tokenizer_name(encoder: str) -> str:
     return encoder.replace("text_encoder", "tokenizer")
 
 
-def find_sites(component: str, module: nn.Module) -> tuple[dict[str, Site], dict[str, str]]:
+def find_sites(component: str, module: nn.Module) -> tuple[dict[str, Site], dict[str, Refusal]]:
     """(sites, name -> why an attention layer is none) of one component, in the order of the model."""
     from ..hosts import clip, diffusers
 
     finder = diffusers.find_sites if component in DENOISERS else clip.find_sites
     sites: dict[str, Site] = {}
-    refused: dict[str, str] = {}
+    refused: dict[str, Refusal] = {}
     for name, site in finder(module):
         if isinstance(site, Site):
             sites[name] = site
         else:
             refused[name] = site
     return sites, refused
+
+
+def components(pipe: Any) -> dict[str, nn.Module]:
+    """Everything that an adapter can change: the denoiser, and the CLIP text encoders of a pipeline."""
+    name, model = denoiser(pipe)
+    return {name: model, **text_encoders(pipe)}
 
 
 def fingerprint(sites: Mapping[str, Site]) -> str:

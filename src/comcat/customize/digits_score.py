@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -106,7 +106,7 @@ def score(
     The concept's noise does not depend on ``count_other``, nor the others' on the concept.
     """
     others = [digit for digit in range(len(WORDS)) if digit != left_out]
-    options = {"steps": steps, "guidance_scale": guidance_scale}
+    options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale}
     images: dict[int | None, Tensor] = {}
     concept = float("nan")
     if concept_prompt is not None:

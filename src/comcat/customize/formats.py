@@ -9,101 +9,26 @@ strength, token, prompt, training. Stored as float32, float16, bfloat16, or int8
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .._version import __version__
-from ..added import AddedLayer
+from ..added import AddedLayer, held
 from ..errors import CheckpointError, ModelError
 from ..files import atomic_file, tensor_bytes
 from ..hosts.seam import Site
 from . import adapter as adapters_
 from .adapter import Adapter
-from .components import DENOISERS, denoiser, find_sites, fingerprint, text_encoders
+from .components import DENOISERS, components, denoiser, find_sites, fingerprint, text_encoders
+from .header import KEY, STORAGES, Entry, Header, Part, Storage
 from .tokens import Token, check_new
 
-FORMAT = 1
-KEY = "comcat"
-Storage = Literal["float32", "float16", "bfloat16", "int8"]
-STORAGES: tuple[Storage, ...] = ("float32", "float16", "bfloat16", "int8")
 _SCALE = ".scale"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a file holds for one attention layer.
-
-    Attributes:
-        signature: of the layer that it was made for: its name, kind, heads and widths.
-        biases: constants that it has, e.g. "sample.query".
-    """
-
-    rank: int
-    signature: str
-    biases: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a file holds for one component.
-
-    Attributes:
-        model: class of the component; fingerprint: of all of its attention layers.
-    """
-
-    model: str
-    fingerprint: str
-    layers: dict[str, Entry]
-
-
-@dataclass(frozen=True)
-class Header:
-    """The metadata of an adapter file."""
-
-    name: str
-    scale: float
-    storage: Storage
-    base: dict[str, str]
-    components: dict[str, Part]
-    token: dict[str, Any] | None = None
-    prompt: str | None = None
-    training: dict[str, Any] | None = None
-    format: int = FORMAT
-    comcat: str = __version__
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str, path: Path) -> Header:
-        try:
-            data = json.loads(text)
-            version = data["format"]
-            if not isinstance(version, int) or version > FORMAT:
-                raise CheckpointError(
-                    f"'{path}' has format {version} (written by comcat {data.get('comcat')}), this version reads up to "
-                    f"{FORMAT}; upgrade comcat"
-                )
-            unknown = sorted(set(data) - {f.name for f in fields(cls)})
-            if unknown:
-                raise CheckpointError(f"the metadata of '{path}' has unknown fields {', '.join(unknown)}")
-            parts = {
-                name: Part(**{**part, "layers": {key: Entry(**entry) for key, entry in part["layers"].items()}})
-                for name, part in data["components"].items()
-            }
-            header = cls(**{**data, "components": parts})
-            if header.storage not in STORAGES:
-                raise CheckpointError(f"'{path}' is stored as {header.storage!r}, which is not known; upgrade comcat")
-            return header
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"the metadata of '{path}' is damaged: {error!r}") from error
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def save_adapter(pipe: Any, path: str | Path, *, name: str | None = None, storage: Storage = "float32") -> Path:
@@ -137,7 +62,14 @@ def write_adapter(handle: Adapter, path: Path, storage: Storage = "float32") -> 
     """:func:`save_adapter` for a handle."""
     if storage not in STORAGES:
         raise CheckpointError(f"storage is {storage!r}; choose one of {', '.join(STORAGES)}")
-    content = tensor_bytes(encode(handle.state_dict(), storage), {KEY: header(handle, storage).to_json()})
+    stored = encode(handle.state_dict(), storage)
+    bad = _not_finite(stored)
+    if bad:
+        raise CheckpointError(
+            f"adapter {handle.name!r} has NaN or infinite values in {_some(bad)}, or values too large for {storage}; "
+            "nothing was written"
+        )
+    content = tensor_bytes(stored, {KEY: header(handle, storage).to_json()})
     with atomic_file(path) as file:
         file.write(content)
     return path
@@ -146,9 +78,7 @@ def write_adapter(handle: Adapter, path: Path, storage: Storage = "float32") -> 
 def header(handle: Adapter, storage: Storage = "float32") -> Header:
     """The metadata of an adapter as it is now."""
     pipe = handle.pipe
-    models = {denoiser(pipe)[0]: denoiser(pipe)[1]}
-    if not isinstance(pipe, nn.Module):
-        models.update(text_encoders(pipe))
+    models = components(pipe)
     parts = {}
     for component, layers in handle.ranks.items():
         sites, _ = find_sites(component, models[component])
@@ -183,9 +113,7 @@ def encode(tensors: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]
     for name, tensor in tensors.items():
         tensor = tensor.to("cpu", torch.float32)
         if name.endswith(".weight"):
-            # A rank component is a row of A_q, A_k, A_v and a column of A_o.
-            axis = 0 if name.endswith("output.weight") else 1
-            scale = tensor.abs().amax(axis, keepdim=True) / 127
+            scale = tensor.abs().amax(0 if name.endswith("output.weight") else 1, keepdim=True) / 127
             stored[name + _SCALE] = scale
             tensor = (tensor / scale.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8)
         stored[name] = tensor
@@ -223,13 +151,37 @@ def read_adapter(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
             else f"'{path}' is no adapter of comcat: its metadata lack the entry '{KEY}'"
         )
     found = Header.from_json(metadata[KEY], path)
-    bad = [name for name, t in tensors.items() if not (t.float().isfinite().all() if t.is_floating_point() else True)]
+    _check_stored(tensors, path)
+    bad = _not_finite(tensors)
     if bad:
         raise CheckpointError(f"'{path}' holds NaN or infinite values in {_some(bad)}; use an intact file")
-    lonely = [n for n, t in tensors.items() if t.dtype == torch.int8 and n + _SCALE not in tensors]
+    return found, decode(tensors)
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+
+
+def _check_stored(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError where :func:`decode` would meet what :func:`encode` never makes."""
+    scales = {name: _scale_shape(name, t) for name, t in tensors.items() if t.dtype == torch.int8}
+    lonely = [name for name in scales if name + _SCALE not in tensors]
     if lonely:
         raise CheckpointError(f"{len(lonely)} int8 tensors in '{path}' lack their scales ({_some(lonely)})")
-    return found, decode(tensors)
+    wrong = [
+        name
+        for name, t in tensors.items()
+        if name not in scales
+        and (t.dtype not in _FLOATS or (name.endswith(_SCALE) and t.shape != scales.get(name.removesuffix(_SCALE))))
+    ]
+    if wrong:
+        raise CheckpointError(f"'{path}' has tensors of a kind that comcat does not write ({_some(wrong)})")
+
+
+def _scale_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
+    """One scale per rank component: a row of A_q, A_k, A_v and a column of A_o."""
+    axis = 0 if name.endswith("output.weight") else 1
+    return tuple(1 if i == axis else n for i, n in enumerate(tensor.shape))
 
 
 def check_is_safetensors(path: Path) -> None:
@@ -275,7 +227,7 @@ def load_adapter(
         _add_layers(handle, component, part, path, dtype)
     expected = dict(handle.named_parameters())
     if found.token is not None and not isinstance(pipe, nn.Module):
-        handle.token = _read_token(pipe, found, tensors, path)
+        handle.token = _read_token(pipe, found, tensors, path, dtype)
         expected.update({f"token.{encoder}": v for encoder, v in handle.token.vectors.items()})
     elif found.token is not None:  # a bare model has no prompt
         tensors = {key: value for key, value in tensors.items() if not key.startswith("token.")}
@@ -290,9 +242,7 @@ def load_adapter(
 
 
 def _add_layers(handle: Adapter, component: str, part: Part, path: Path, dtype: torch.dtype | None) -> None:
-    pipe = handle.pipe
-    name, model = denoiser(pipe)
-    models = {name: model, **({} if isinstance(pipe, nn.Module) else text_encoders(pipe))}
+    models = components(handle.pipe)
     if component not in models:
         kind = "denoiser" if component in DENOISERS else "text encoder"
         raise CheckpointError(
@@ -302,7 +252,7 @@ def _add_layers(handle: Adapter, component: str, part: Part, path: Path, dtype: 
     sites, refused = find_sites(component, models[component])
     missing = [layer for layer in part.layers if layer not in sites]
     if missing:
-        reasons = [f"{layer} (it is {refused[layer]})" if layer in refused else layer for layer in missing]
+        reasons = [f"{layer} (it is {refused[layer].what})" if layer in refused else layer for layer in missing]
         raise CheckpointError(
             f"'{path}' does not fit this {component}: {len(missing)} of its {len(part.layers)} layers are not there "
             f"({_some(reasons)}). It was made for {part.model} of '{_base(handle)}'"
@@ -315,7 +265,7 @@ def _add_layers(handle: Adapter, component: str, part: Part, path: Path, dtype: 
         )
     for layer, entry in part.layers.items():
         width = sites[layer].head_dim
-        if isinstance(entry.rank, bool) or not isinstance(entry.rank, int) or not 1 <= entry.rank <= width:
+        if not 1 <= entry.rank <= width:
             raise CheckpointError(f"'{path}' has rank {entry.rank!r} for '{layer}'; it must be 1 to {width}")
         handle.layers[component, layer] = sites[layer].new_layer(entry.rank, handle.strength, entry.biases, dtype)
 
@@ -328,20 +278,24 @@ def _base(handle: Adapter) -> str:
     return str(handle.info.get("base") or "an unnamed base")
 
 
-def _read_token(pipe: Any, found: Header, tensors: Mapping[str, Tensor], path: Path) -> Token:
-    text = str((found.token or {}).get("text"))
+def _read_token(
+    pipe: Any, found: Header, tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None
+) -> Token:
+    token = found.token or {}
+    text, count = token["text"], token["vectors"]
+    check_new(pipe, text, count)
     vectors = {}
     for encoder, module in text_encoders(pipe).items():
         stored = tensors.get(f"token.{encoder}")
         table: Any = module.get_input_embeddings()  # type: ignore[operator]
-        if stored is None or stored.ndim != 2 or stored.shape[1] != table.weight.shape[1]:
+        if stored is None or stored.shape != (count, table.weight.shape[1]):
             shape = "missing" if stored is None else f"of shape {tuple(stored.shape)}"
             raise CheckpointError(
-                f"the vectors of the token {text!r} for {encoder} are {shape} in '{path}'; this model's are "
-                f"{table.weight.shape[1]} wide"
+                f"the vectors of the token {text!r} for {encoder} are {shape} in '{path}', not "
+                f"{(count, table.weight.shape[1])}"
             )
-        check_new(pipe, encoder, text)
-        vectors[encoder] = nn.Parameter(stored.to(table.weight.device, table.weight.dtype))
+        device = held(table, "weight").device
+        vectors[encoder] = nn.Parameter(stored.to(device, dtype or table.weight.dtype))
     return Token(text, vectors)
 
 

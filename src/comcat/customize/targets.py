@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import get_args
 
 from ..errors import ModelError
-from ..hosts.seam import Kind, Site
+from ..hosts.seam import Kind, Refusal, Site
 
 Targets = str | Sequence[str] | None
 Ranks = int | Mapping[str, int]
@@ -27,7 +27,7 @@ def matches(pattern: str, name: str, kind: str) -> bool:
 
 
 def choose(
-    component: str, sites: Mapping[str, Site], refused: Mapping[str, str], targets: Targets, ranks: Ranks
+    component: str, sites: Mapping[str, Site], refused: Mapping[str, Refusal], targets: Targets, ranks: Ranks
 ) -> dict[str, int]:
     """Layer name -> rank for what ``targets`` and ``ranks`` name together.
 
@@ -35,10 +35,14 @@ def choose(
         ModelError: nothing is meant, a rank is out of range, or a layer that is meant cannot take products.
     """
     patterns = [targets] if isinstance(targets, str) else targets
-    table = {"*": ranks} if isinstance(ranks, int) else ranks
+    if patterns is not None and not (isinstance(patterns, Sequence) and all(isinstance(p, str) for p in patterns)):
+        raise ModelError(f"targets are names or kinds of attention layers or a list of these, not {targets!r}")
+    table = ranks if isinstance(ranks, Mapping) else {"*": ranks}
     for pattern, rank in table.items():
+        if not isinstance(pattern, str):
+            raise ModelError(f"ranks are for names or kinds of attention layers, not for {pattern!r}")
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            where = "" if isinstance(ranks, int) else f" of {pattern!r}"
+            where = f" of {pattern!r}" if isinstance(ranks, Mapping) else ""
             raise ModelError(f"the rank{where} is {rank!r}, but must be a whole number from 1 to the head width")
 
     def rank_of(name: str, kind: str) -> int | None:
@@ -46,9 +50,9 @@ def choose(
             return None
         return next((rank for p, rank in table.items() if p == "*" or matches(p, name, kind)), None)
 
-    bad = {name: why for name, why in refused.items() if rank_of(name, "") is not None}
+    bad = {name: why for name, why in refused.items() if rank_of(name, why.kind) is not None}
     if bad:
-        listed = "; ".join(f"'{name}' is {why}" for name, why in list(bad.items())[:3])
+        listed = "; ".join(f"'{name}' is {why.what}" for name, why in list(bad.items())[:3])
         raise ModelError(
             f"{len(bad)} attention layers of the {component} cannot take products: {listed}. Choose others with targets, "
             "or set the model's own attention processor again"
@@ -56,7 +60,7 @@ def choose(
     chosen = {name: rank for name, site in sites.items() if (rank := rank_of(name, site.kind)) is not None}
     if not chosen:
         known = ", ".join(list(sites)[:3]) or "none"
-        wanted = targets if isinstance(ranks, int) else f"{targets}, ranks for {', '.join(table)}"
+        wanted = f"{targets}, ranks for {', '.join(table)}" if isinstance(ranks, Mapping) else targets
         raise ModelError(
             f"no attention layer of the {component} is named by {wanted!r}; layers are {known}, ...; kinds are "
             f"{', '.join(dict.fromkeys(s.kind for s in sites.values()))}"

@@ -1,7 +1,8 @@
 """Learned tokens: new words of the prompt with vectors of their own, beside the frozen embedding table.
 
 A token of several vectors is written once in the prompt; diffusers replaces ``V*`` by ``V* V*_1 ...`` where the tokenizer
-knows these names, as for textual inversion. The pipeline gets a copy of its tokenizer; the original comes back.
+knows these names, as for textual inversion. A token is a whole word, in exactly this spelling. The pipeline gets a copy of
+its tokenizer; the original comes back.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AddedToken
 
+from ..added import held
 from ..errors import ModelError
 from ..hosts import clip
 from .components import text_encoders, tokenizer_name
@@ -53,14 +56,13 @@ def new_token(
     encoders = text_encoders(pipe)
     if not encoders:
         raise ModelError("a learned token needs a CLIP text encoder, and this pipeline has none")
-    if not text or text != text.strip() or " " in text:
-        raise ModelError(f"a token must be one word without spaces, not {text!r}, e.g. 'V*'")
-    if count < 1:
-        raise ModelError(f"a token needs at least 1 vector, not {count}")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ModelError(f"a token needs at least 1 vector, not {count!r}")
+    check_new(pipe, text, count)
     vectors = {}
     for name, encoder in encoders.items():
-        tokenizer = check_new(pipe, name, text)
-        table: Tensor = _embedding(encoder).weight.detach()
+        tokenizer = getattr(pipe, tokenizer_name(name))
+        table = held(_embedding(encoder), "weight").detach()
         if init is None:
             spread, mean = table.float().std(0), table.float().mean(0)
             rows = mean.cpu() + spread.cpu() * torch.randn(count, table.shape[1], generator=generator)
@@ -71,18 +73,35 @@ def new_token(
                     f"{init!r} is {len(ids)} tokens and {text!r} has {count} vectors; start from fewer words, or give the "
                     "token more vectors"
                 )
+            if max(ids) >= len(table):
+                raise ModelError(f"{init!r} is a learned token itself; start {text!r} from words of the tokenizer")
             rows = table[[ids[min(i, len(ids) - 1)] for i in range(count)]].float()
         vectors[name] = nn.Parameter(rows.to(table.device, dtype or table.dtype))
     return Token(text, vectors)
 
 
-def check_new(pipe: Any, encoder: str, text: str) -> Any:
-    """The tokenizer of ``encoder``; ModelError if it knows ``text`` already, whose meaning would change."""
-    tokenizer = getattr(pipe, tokenizer_name(encoder))
-    vocabulary = tokenizer.get_vocab()
-    if text in vocabulary or f"{text}</w>" in vocabulary:
-        raise ModelError(f"the tokenizer knows {text!r} already; choose another word for the new token, e.g. 'V*'")
-    return tokenizer
+def check_new(pipe: Any, text: str, count: int) -> None:
+    """Whether ``text`` can become a token of ``count`` vectors without changing what any other prompt means.
+
+    Raises:
+        ModelError: it is no word; a tokenizer knows it; it and another new token contain each other; or this pipeline
+            cannot spread a token over several vectors.
+    """
+    if not isinstance(text, str) or not text or text != "".join(text.split()):
+        raise ModelError(f"a token must be one word without spaces, not {text!r}, e.g. 'V*'")
+    if count > 1 and not hasattr(pipe, "maybe_convert_prompt"):
+        raise ModelError(f"{type(pipe).__name__} reads one vector per word; give the token {text!r} 1 vector")
+    for encoder in text_encoders(pipe):
+        tokenizer = getattr(pipe, tokenizer_name(encoder))
+        vocabulary = tokenizer.get_vocab()
+        if {text, f"{text}</w>", text.lower(), f"{text.lower()}</w>"} & vocabulary.keys():
+            raise ModelError(f"the tokenizer knows {text!r} already; choose another word for the new token, e.g. 'V*'")
+        new = tokenizer.get_added_vocab().keys() - set(tokenizer.all_special_tokens)
+        alike = [other for other in new if text in other or other in text]
+        if alike:
+            raise ModelError(
+                f"the new token {text!r} and the token {alike[0]!r} contain each other; choose another word"
+            )
 
 
 def install(pipe: Any, tokens: Sequence[tuple[str, Token]]) -> None:
@@ -94,7 +113,9 @@ def install(pipe: Any, tokens: Sequence[tuple[str, Token]]) -> None:
         tokenizer = original
         if tokens:
             tokenizer = copy.deepcopy(original)
-            tokenizer.add_tokens([word for _, token in tokens for word in token.words])
+            words = [word for _, token in tokens for word in token.words]
+            # Neither inside other words nor in other spellings, which would change what other prompts mean.
+            tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in words])
             setattr(tokenizer, _ORIGINAL, original)
             tokenizer.save_pretrained = original.save_pretrained  # what is saved is the base model
         if tokenizer is not current:

@@ -176,7 +176,8 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             flat = torch.cat([p.grad.flatten() for p in self.parameters.values() if p.grad is not None])
             shared: Any = self.accelerator.reduce(flat, "mean")
-            for p, part in zip(self.parameters.values(), shared.split([p.numel() for p in self.parameters.values()])):
+            parts = shared.split([p.numel() for p in self.parameters.values()])
+            for p, part in zip(self.parameters.values(), parts, strict=True):
                 p.grad = part.view_as(p).clone()
 
     def bad_parameter(self) -> str | None:

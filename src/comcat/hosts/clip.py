@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import CLIPAttention, eager_attention_forward
 
 from ..added import AddedLayer, add_output, narrow, widen
-from .seam import Site, Stream, derived, original_class, run_layers
+from .seam import Refusal, Site, Stream, change_class, derived, original_class, run_layers
 
 STREAM = Stream("sample", "q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -52,7 +52,7 @@ def _run(
     return add_output(attn.out_proj(z), parts, layers, "sample"), weights
 
 
-def find_sites(model: nn.Module) -> Iterator[tuple[str, Site | str]]:
+def find_sites(model: nn.Module) -> Iterator[tuple[str, Site | Refusal]]:
     """(name, Site) of every attention layer; names leave out ``text_model.``, which some versions have."""
     for name, module in model.named_modules():
         if isinstance(module, CLIPAttention):
@@ -65,7 +65,7 @@ def attach(site: Site, name: str, layer: AddedLayer) -> None:
     attn: Any = site.module
     if not isinstance(attn, AddedAttention):
         attn.adapters = nn.ModuleDict()
-        attn.__class__ = derived(type(attn), AddedAttention)
+        change_class(attn, derived(type(attn), AddedAttention))
     layer.train(attn.training)
     attn.adapters[name] = layer
 
@@ -75,8 +75,22 @@ def detach(module: nn.Module, name: str) -> None:
     attn: Any = module
     del attn.adapters[name]
     if not len(attn.adapters):
-        attn.__class__ = original_class(attn, AddedAttention)
+        change_class(attn, original_class(attn, AddedAttention))
         del attn.adapters
+
+
+class NewRows(nn.Module):
+    """The vectors (n, D) of one adapter's new tokens, and their n ids."""
+
+    def __init__(self, ids: Sequence[int], vectors: nn.Parameter) -> None:
+        super().__init__()
+        self.ids = list(ids)
+        self.vectors = vectors
+
+    def forward(self, input: Tensor, rows: Tensor) -> Tensor:
+        for token_id, vector in zip(self.ids, self.vectors, strict=True):
+            rows = torch.where((input == token_id).unsqueeze(-1), vector.to(rows.device, rows.dtype), rows)
+        return rows
 
 
 class ExtraRows:
@@ -85,9 +99,8 @@ class ExtraRows:
     def forward(self, input: Tensor) -> Tensor:
         own = cast(Any, self)
         rows = super().forward(input.clamp(max=own.num_embeddings - 1))  # type: ignore[misc]
-        for name, vectors in own.extra.items():
-            for token_id, vector in zip(own.extra_ids[name], vectors, strict=True):
-                rows = torch.where((input == token_id).unsqueeze(-1), vector.to(rows.dtype), rows)
+        for new in own.extra.values():
+            rows = new(input, rows)
         return cast(Tensor, rows)
 
 
@@ -95,9 +108,8 @@ def set_extra_rows(embedding: nn.Embedding, rows: dict[str, tuple[Sequence[int],
     """Let an embedding answer to new tokens: name -> (ids, vectors (n, D)); none: it is what it was."""
     module: Any = embedding
     if isinstance(embedding, ExtraRows):
-        del module.extra, module.extra_ids
-        module.__class__ = original_class(embedding, ExtraRows)
+        del module.extra
+        change_class(embedding, original_class(embedding, ExtraRows))
     if rows:
-        module.__class__ = derived(type(embedding), ExtraRows)
-        module.extra = nn.ParameterDict({name: vectors for name, (_, vectors) in rows.items()})
-        module.extra_ids = {name: list(ids) for name, (ids, _) in rows.items()}
+        change_class(embedding, derived(type(embedding), ExtraRows))
+        module.extra = nn.ModuleDict({name: NewRows(ids, vectors) for name, (ids, vectors) in rows.items()})

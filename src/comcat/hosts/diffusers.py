@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..added import AddedLayer, add_output, narrow, widen
 from ..errors import ModelError
-from .seam import Kind, Site, Stream, derived, original_class, run_layers
+from .seam import Kind, Refusal, Site, Stream, change_class, derived, original_class, run_layers
 
 SAMPLE = Stream("sample", "to_q", "to_k", "to_v", "to_out.0")
 CONTEXT = Stream("context", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -118,10 +118,9 @@ class ClassicProcessor(AddedProcessor):
 
         q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in (attn.to_q(x), attn.to_k(context), attn.to_v(context)))
         head_dim = q.shape[-1]
-        if attn.norm_q is not None:
-            q = attn.norm_q(q)
-        if attn.norm_k is not None:
-            k = attn.norm_k(k)
+        if isinstance(self.base, ap.AttnProcessor2_0):  # the others have no such norms
+            q = q if attn.norm_q is None else attn.norm_q(q)
+            k = k if attn.norm_k is None else attn.norm_k(k)
         q, k, v = widen(q, k, v, layers, {"sample": (x, context)})
         z = self.attend(attn, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
         z, added = narrow(z.to(q.dtype), head_dim, layers)
@@ -138,7 +137,9 @@ class ClassicProcessor(AddedProcessor):
         if isinstance(self.base, (ap.AttnProcessor2_0, ap.XFormersAttnProcessor)):
             if mask is not None:
                 mask = mask.view(q.shape[0], attn.heads, -1, mask.shape[-1])
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attn.scale)
+            own = isinstance(self.base, ap.XFormersAttnProcessor)
+            scale = attn.scale if own else (attn.inner_dim // attn.heads) ** -0.5
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         shape = q.shape
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # (B H, N, w)
         size = getattr(self.base, "slice_size", None) or len(q)
@@ -283,24 +284,32 @@ class KeepsProducts:
                 "them; remove these adapters first, or do without it"
             )
 
+    def fuse_projections(self, *args: Any, **kwargs: Any) -> None:
+        held = cast(Any, self).processor
+        raise ModelError(
+            f"the projections of a layer with the products of {', '.join(held.adapters)} cannot be fused; remove these "
+            "adapters first, or do without fused projections"
+        )
 
-def find_sites(model: nn.Module) -> Iterator[tuple[str, Site | str]]:
+
+def find_sites(model: nn.Module) -> Iterator[tuple[str, Site | Refusal]]:
     """(name, Site, or why none can be made of it) of every attention layer."""
     for name, module in model.named_modules():
         if isinstance(module, (ap.Attention, AttentionModuleMixin)) and hasattr(module, "processor"):
             yield name, _site(name, module)
 
 
-def _site(name: str, attn: Any) -> Site | str:
+def _site(name: str, attn: Any) -> Site | Refusal:
     processor = attn.processor
     family = type(processor) if isinstance(processor, AddedProcessor) else _family(attn, processor)
+    kind: Kind = "cross" if getattr(attn, "is_cross_attention", False) else "self"
     if family is None:
-        return f"{type(attn).__name__} with {type(processor).__name__}"
+        joint = getattr(attn, "added_kv_proj_dim", None) is not None or getattr(attn, "pre_only", False)
+        return Refusal("joint" if joint else kind, f"{type(attn).__name__} with {type(processor).__name__}")
     heads = attn.heads
     if attn.to_k is None or attn.to_q.out_features != attn.to_k.out_features:
-        return f"{type(attn).__name__} with fewer key heads than query heads"
+        return Refusal(kind, f"{type(attn).__name__} with fewer key heads than query heads")
     streams = [SAMPLE]
-    kind: Kind = "cross" if getattr(attn, "is_cross_attention", False) else "self"
     if family is FluxProcessor and attn.pre_only:
         streams = [Stream("sample", "to_q", "to_k", "to_v", None, inner=True)]
         kind = "joint"  # text and image tokens in one stream
@@ -329,7 +338,7 @@ def attach(site: Site, name: str, layer: AddedLayer) -> None:
         processor = family(attn.processor)
         processor.train(attn.training)
         attn.processor = processor
-        attn.__class__ = derived(type(attn), KeepsProducts)
+        change_class(attn, derived(type(attn), KeepsProducts))
     layer.train(attn.training)
     attn.processor.adapters[name] = layer
 
@@ -340,6 +349,6 @@ def detach(module: nn.Module, name: str) -> None:
     processor = attn.processor
     del processor.adapters[name]
     if not len(processor.adapters):
-        attn.__class__ = original_class(attn, KeepsProducts)
+        change_class(attn, original_class(attn, KeepsProducts))
         del attn.processor  # a module in the place of a plain object
         attn.processor = processor.base

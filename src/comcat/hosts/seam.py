@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -79,6 +80,7 @@ class Site:
                 self.num_heads,
                 rank,
                 f"{stream.name}.query" in biases,
+                f"{stream.name}.key" in biases,
                 f"{stream.name}.value" in biases,
                 device=hook.execution_device if offloaded else weight.device,
                 dtype=dtype or weight.dtype,
@@ -86,6 +88,14 @@ class Site:
             for stream in self.streams
         }
         return AddedLayer(streams, rank, strength)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An attention layer that products cannot be added to, and what it is."""
+
+    kind: Kind
+    what: str
 
 
 Run = Callable[[Sequence[AddedLayer]], Any]
@@ -114,6 +124,15 @@ def run_layers(layers: Sequence[AddedLayer], run: Run, plain: Callable[[], Any])
 def derived(base: type, mixin: type) -> type:
     """``base`` with methods of ``mixin`` before its own, under its own name: what a host looks up stays true."""
     return type(base.__name__, (mixin, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
+
+
+def change_class(module: nn.Module, cls: type) -> None:
+    """Give a module another class; a ``forward`` that Accelerate's hooks have bound to it follows."""
+    old, own = type(module), module.__dict__
+    module.__class__ = cls
+    for key in ("forward", "_old_forward"):
+        if getattr(own.get(key), "__func__", None) is old.forward:  # type: ignore[attr-defined]
+            own[key] = types.MethodType(cls.forward, module)  # type: ignore[attr-defined]
 
 
 def original_class(module: nn.Module, mixin: type) -> type:
