@@ -1,5 +1,6 @@
 """The embedded digits pipeline: complete, offline, without the digit left out, and the same for the same seed."""
 
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ pytest.importorskip("sklearn")
 from diffusers import StableDiffusionPipeline
 
 from comcat.customize import digits, digits_score
-from comcat.errors import CheckpointError
+from comcat.errors import CheckpointError, ComcatError
 
 STEPS: dict[str, Any] = {"vae_steps": 2, "steps": 2}
 
@@ -272,6 +273,18 @@ def test_the_cache_is_where_the_system_wants_it(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("HOME", "/home/someone")
     assert digits._cache_home(None) == Path("/home/someone/.cache/comcat")
     assert digits._cache_home("here") == Path("here")
+
+
+@pytest.mark.parametrize(("package", "command"), [("diffusers", "diffusers transformers"), ("sklearn", "scikit-learn")])
+def test_a_missing_package_is_named_with_its_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str, command: str
+) -> None:
+    for name in [package, *(n for n in sys.modules if n.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    digits._digits.cache_clear()
+    with pytest.raises(ComcatError, match=f"pip install {command}"):
+        digits.load_or_train(tmp_path, 3, **STEPS)
+    assert list(tmp_path.iterdir()) == []
 
 
 # Scores

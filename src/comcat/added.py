@@ -1,13 +1,13 @@
 """Products that are added to the heads of a frozen attention layer.
 
-    scores_h + s (x_q A_q,h)(x_k A_k,h)^T            out + sum_h softmax(scores_h)(s x_v A_v,h) A_o,h
+    scores_h + d^-1/2 s (x_q A_q,h)(x_k A_k,h)^T            out + sum_h softmax(scores_h)(s x_v A_v,h) A_o,h
 
 in ONE fused attention call: the queries, keys and values of a head are r columns wider,
 
     q_cat = [q, s q'],  k_cat = [k, k'],  v_cat = [v, s v'],  W_o,cat = [W_o; A_o]
 
-filled with zeros to a multiple of 8. The softmax scale stays that of the original head width. ``A_k`` and ``A_o`` start
-at zero, so the model starts where it was. Source: COMCAT (arXiv 2305.17235), Eq. 8.
+filled with zeros to a multiple of 8. The softmax scale stays that of the original head width d. ``A_k`` and ``A_o``
+start at zero, so the model starts where it was. Source: COMCAT (arXiv 2305.17235), Eq. 8.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class AddedProduct(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         width = num_heads * rank
+        device = torch.get_default_device() if device is None else device  # None would leave skip_init on meta
         # skip_init: values come from reset_parameters alone, which draws the same on every device.
         self.query = nn.utils.skip_init(nn.Linear, dim_query, width, query_bias, device=device, dtype=dtype)
         self.key = nn.utils.skip_init(nn.Linear, dim_key, width, key_bias, device=device, dtype=dtype)

@@ -7,16 +7,20 @@ from typing import Annotated
 
 import typer
 
+from .adapter import app as adapter
 from .compress import compress
+from .customize import customize
 from .demo import demo
+from .demo_customize import demo_customize
 from .evaluate import evaluate
 from .finetune import finetune
+from .generate import generate
 from .inspect import inspect
 from .run import run
 
 app = typer.Typer(
     name="comcat",
-    help="Make attention-based vision models small.",
+    help="Make attention-based vision models small, and make them yours.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -28,7 +32,13 @@ app.command()(finetune)
 app.command()(run)
 app.command()(evaluate)
 app.command()(inspect)
-app.command()(demo)
+app.command()(customize)
+app.command()(generate)
+app.add_typer(adapter, name="adapter")
+demos = typer.Typer(invoke_without_command=True)
+demos.callback()(demo)
+demos.command("customize")(demo_customize)
+app.add_typer(demos, name="demo")
 
 
 def _version(wanted: bool) -> None:
@@ -45,7 +55,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Make attention-based vision models small: per-head low-rank compression of vision transformers."""
+    """Make attention-based vision models small (compress, finetune) and make them yours (customize, generate)."""
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from . import options as opt
 from .console import Screen, command
 
@@ -30,6 +32,7 @@ DIGITS_SHOWN = 14
 
 @command
 def demo(
+    ctx: typer.Context,
     out: Annotated[Path, opt.Option(metavar="DIR", help="Directory for everything that is made.")] = Path(
         "comcat-demo"
     ),
@@ -42,8 +45,11 @@ def demo(
 ) -> None:
     """Train a small vision transformer on handwritten digits, compress it, fine-tune it, and show all of them.
 
-    Needs no network, no GPU and no data: the digits come with scikit-learn.
+    Needs no network, no GPU and no data: the digits come with scikit-learn. [bold]comcat demo customize[/bold] shows
+    the other half: a tiny diffusion model learns a new concept.
     """
+    if ctx.invoked_subcommand is not None:
+        return
     screen = Screen(json_output)
     start = time.perf_counter()
     with screen, one_thread():

@@ -212,13 +212,11 @@ def add_adapter(
 
 
 def new_adapter(pipe: Any, name: str, scale: float) -> Adapter:
-    """An empty adapter, not yet on its pipeline; raises ModelError for a name that is taken or a strength that is none."""
+    """An empty adapter, not yet on its pipeline; ModelError for a name that is taken or a strength that is none."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ModelError(f"an adapter's name is letters, digits, '_' and '-', not {name!r}")
     if hasattr(nn.ModuleDict(), name):  # it holds the products under this name
-        raise ModelError(
-            f"an adapter cannot be called {name!r}, which means something else in torch; choose another name"
-        )
+        raise ModelError(f"an adapter cannot be called {name!r}, a word of torch's own; choose another name")
     if name in adapters(pipe):
         raise ModelError(f"there is an adapter {name!r} on this pipeline already; remove it or choose another name")
     return Adapter(pipe, name, Strength(check_scale(scale)))

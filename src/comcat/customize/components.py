@@ -30,8 +30,8 @@ def denoiser(pipe: Any) -> tuple[str, nn.Module]:
         if isinstance(found, nn.Module):
             return name, getattr(found, "_orig_mod", found)
     raise ModelError(
-        f"{type(pipe).__name__} has neither a unet nor a transformer; give a text-to-image pipeline of diffusers or its "
-        "model"
+        f"{type(pipe).__name__} has neither a unet nor a transformer; give a text-to-image pipeline of diffusers or "
+        "its model"
     )
 
 

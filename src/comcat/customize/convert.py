@@ -181,9 +181,21 @@ def export_lora(
         raise CheckpointError(f"layout is {layout!r}; choose one of {', '.join(LAYOUTS)}")
     handle = the_adapter(pipe, name)
     factors, conversion = as_lora(handle, rank=rank, roots=roots, progress=progress)
+    write_lora(handle, factors, Path(path), layout, dtype)
+    return conversion
+
+
+def write_lora(
+    handle: Adapter,
+    factors: Mapping[str, Mapping[str, LoraWeights]],
+    path: Path,
+    layout: Layout,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write what :func:`as_lora` returned, and the vectors of a learned token beside it."""
+    pipe = handle.pipe
     sdxl = "text_encoder_2" in text_encoders(pipe) if not isinstance(pipe, nn.Module) else False
     tensors = to_diffusers(factors) if layout == "diffusers" else to_kohya(factors, sdxl)
-    path = Path(path)
     with atomic_file(path) as file:
         file.write(tensor_bytes({key: t.to("cpu", dtype) for key, t in tensors.items()}, {"format": "pt"}))
     if handle.token is not None:
@@ -194,7 +206,6 @@ def export_lora(
         content = {keys.get(e, handle.token.text): v.detach().to("cpu", dtype) for e, v in vectors.items()}
         with atomic_file(path.with_suffix(".embedding.safetensors")) as file:
             file.write(tensor_bytes(content, {"format": "pt"}))
-    return conversion
 
 
 def import_lora(

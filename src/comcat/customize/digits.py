@@ -120,7 +120,7 @@ def build(seed: int = 0) -> StableDiffusionPipeline:
         from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel
     except ImportError as e:
-        raise ComcatError("the digits need other packages. Install them: pip install diffusers transformers") from e
+        raise _missing() from e
 
     tokenizer = _tokenizer()
     text_config = CLIPTextConfig(
@@ -138,7 +138,7 @@ def build(seed: int = 0) -> StableDiffusionPipeline:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         text_encoder = CLIPTextModel(text_config)
-        # CLIP begins with words so alike (0.02) that their difference needs thousands of steps to be heard.
+        # CLIP begins with words so alike (0.02) that a short training hardly hears their difference.
         text_encoder.get_input_embeddings().weight.data.mul_(25)
         vae = AutoencoderKL(
             sample_size=SIZE,
@@ -173,6 +173,10 @@ def build(seed: int = 0) -> StableDiffusionPipeline:
         part.eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _missing() -> ComcatError:
+    return ComcatError("the digits need other packages. Install them: pip install diffusers transformers")
 
 
 def _tokenizer() -> CLIPTokenizer:
@@ -376,8 +380,11 @@ def _is_intact(folder: Path) -> bool:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars of diffusers and transformers over the loading of files of a few megabytes."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+    try:
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+    except ImportError as e:
+        raise _missing() from e
 
     enabled: list[Any] = [m for m in (diffusers_logging, transformers_logging) if m.is_progress_bar_enabled()]
     for module in enabled:

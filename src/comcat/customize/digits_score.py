@@ -66,7 +66,7 @@ def generate(
     prompts: list[str],
     *,
     seed: int = 0,
-    steps: int = 15,
+    steps: int = 10,
     guidance_scale: float = 4.0,
     batch_size: int = 64,
 ) -> Tensor:
@@ -98,7 +98,7 @@ def score(
     count_concept: int = 64,
     count_other: int = 16,
     seed: int = 0,
-    steps: int = 15,
+    steps: int = 10,
     guidance_scale: float = 4.0,
 ) -> Scores:
     """Generate and classify: ``count_concept`` images of the concept and ``count_other`` of every other digit.

@@ -260,8 +260,8 @@ def _add_layers(handle: Adapter, component: str, part: Part, path: Path, dtype: 
     other = [name for name, entry in part.layers.items() if _signature(sites[name]) != entry.signature]
     if other:
         raise CheckpointError(
-            f"'{path}' does not fit this {component}: {len(other)} of its {len(part.layers)} layers have other heads or "
-            f"widths ({_some(other)}). It was made for {part.model} of '{_base(handle)}'"
+            f"'{path}' does not fit this {component}: {len(other)} of its {len(part.layers)} layers have other heads "
+            f"or widths ({_some(other)}). It was made for {part.model} of '{_base(handle)}'"
         )
     for layer, entry in part.layers.items():
         width = sites[layer].head_dim

@@ -18,7 +18,7 @@ def keep_out_of_files(module: Any) -> None:
     """While adapters are on, ``save_pretrained`` writes the model as it was loaded; without any it is its own again."""
     if not _held(module):
         module.__dict__.pop("save_pretrained", None)
-    elif "save_pretrained" not in module.__dict__:
+    elif hasattr(module, "save_pretrained") and "save_pretrained" not in module.__dict__:
         save: Any = functools.partial(_save_base, module)
         save.__signature__ = inspect.signature(module.save_pretrained)  # pipelines look at it
         module.save_pretrained = save

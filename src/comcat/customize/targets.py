@@ -54,10 +54,11 @@ def choose(
     if bad:
         listed = "; ".join(f"'{name}' is {why.what}" for name, why in list(bad.items())[:3])
         raise ModelError(
-            f"{len(bad)} attention layers of the {component} cannot take products: {listed}. Choose others with targets, "
-            "or set the model's own attention processor again"
+            f"{len(bad)} attention layers of the {component} cannot take products: {listed}. Choose others with "
+            "targets, or set the model's own attention processor again"
         )
-    chosen = {name: rank for name, site in sites.items() if (rank := rank_of(name, site.kind)) is not None}
+    wanted_ranks = {name: rank_of(name, site.kind) for name, site in sites.items()}
+    chosen = {name: rank for name, rank in wanted_ranks.items() if rank is not None}
     if not chosen:
         known = ", ".join(list(sites)[:3]) or "none"
         wanted = f"{targets}, ranks for {', '.join(table)}" if isinstance(ranks, Mapping) else targets

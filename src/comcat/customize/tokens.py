@@ -1,8 +1,8 @@
 """Learned tokens: new words of the prompt with vectors of their own, beside the frozen embedding table.
 
-A token of several vectors is written once in the prompt; diffusers replaces ``V*`` by ``V* V*_1 ...`` where the tokenizer
-knows these names, as for textual inversion. A token is a whole word, in exactly this spelling. The pipeline gets a copy of
-its tokenizer; the original comes back.
+A token is a whole word, in exactly this spelling. One of several vectors is written once in the prompt; diffusers
+replaces ``V*`` by ``V* V*_1 ...`` where the tokenizer knows these names, as for textual inversion. The pipeline gets a
+copy of its tokenizer; the original comes back.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AddedToken
 
 from ..added import held
@@ -70,8 +70,8 @@ def new_token(
             ids = tokenizer(init, add_special_tokens=False).input_ids
             if not 1 <= len(ids) <= count:
                 raise ModelError(
-                    f"{init!r} is {len(ids)} tokens and {text!r} has {count} vectors; start from fewer words, or give the "
-                    "token more vectors"
+                    f"{init!r} is {len(ids)} tokens and {text!r} has {count} vectors; start from fewer words, or give "
+                    "the token more vectors"
                 )
             if max(ids) >= len(table):
                 raise ModelError(f"{init!r} is a learned token itself; start {text!r} from words of the tokenizer")
@@ -99,9 +99,7 @@ def check_new(pipe: Any, text: str, count: int) -> None:
         new = tokenizer.get_added_vocab().keys() - set(tokenizer.all_special_tokens)
         alike = [other for other in new if text in other or other in text]
         if alike:
-            raise ModelError(
-                f"the new token {text!r} and the token {alike[0]!r} contain each other; choose another word"
-            )
+            raise ModelError(f"one of the tokens {text!r} and {alike[0]!r} contains the other; choose another word")
 
 
 def install(pipe: Any, tokens: Sequence[tuple[str, Token]]) -> None:

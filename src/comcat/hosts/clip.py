@@ -1,6 +1,7 @@
 """CLIP text encoders of transformers: attention with added products, and rows for new tokens.
 
-There is no processor to set here, so the module gets a subclass of its own class whose ``forward`` looks at the products.
+There is no processor to set here, so the module gets a subclass of its own class, whose ``forward`` looks at the
+products.
 """
 
 from __future__ import annotations
@@ -111,5 +112,5 @@ def set_extra_rows(embedding: nn.Embedding, rows: dict[str, tuple[Sequence[int],
         del module.extra
         change_class(embedding, original_class(embedding, ExtraRows))
     if rows:
-        change_class(embedding, derived(type(embedding), ExtraRows))
+        change_class(embedding, derived(type(module), ExtraRows))
         module.extra = nn.ModuleDict({name: NewRows(ids, vectors) for name, (ids, vectors) in rows.items()})

@@ -6,7 +6,7 @@ import functools
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class Site:
     def new_layer(self, rank: int, strength: Strength, biases: Sequence[str] = (), dtype: Any = None) -> AddedLayer:
         """Products of ``rank`` for every stream, on this layer's device; ``biases``: e.g. "sample.query"."""
         weight = self.linear(self.streams[0].query).weight
-        hook = getattr(self.linear(self.streams[0].query), "_hf_hook", None)
+        hook: Any = getattr(self.linear(self.streams[0].query), "_hf_hook", None)
         offloaded = weight.is_meta and hook is not None  # Accelerate brings the weights when they are needed
         streams = {
             stream.name: AddedProduct(
@@ -120,9 +120,13 @@ def run_layers(layers: Sequence[AddedLayer], run: Run, plain: Callable[[], Any])
     return tuple(v + (o - o.detach()) for v, o in zip(values, outputs, strict=True))
 
 
-@functools.cache
-def derived(base: type, mixin: type) -> type:
+def derived(base: Any, mixin: type) -> type:
     """``base`` with methods of ``mixin`` before its own, under its own name: what a host looks up stays true."""
+    return _derived(base, mixin)
+
+
+@functools.cache
+def _derived(base: type, mixin: type) -> type:
     return type(base.__name__, (mixin, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
 
 
@@ -131,8 +135,8 @@ def change_class(module: nn.Module, cls: type) -> None:
     old, own = type(module), module.__dict__
     module.__class__ = cls
     for key in ("forward", "_old_forward"):
-        if getattr(own.get(key), "__func__", None) is old.forward:  # type: ignore[attr-defined]
-            own[key] = types.MethodType(cls.forward, module)  # type: ignore[attr-defined]
+        if getattr(own.get(key), "__func__", None) is cast(Any, old).forward:
+            own[key] = types.MethodType(cast(Any, cls).forward, module)
 
 
 def original_class(module: nn.Module, mixin: type) -> type:

@@ -1,0 +1,231 @@
+"""``comcat adapter``: look into an adapter file, convert it, and see what a conversion costs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import options as opt
+from .console import Screen, command
+from .customize import Device, Variant
+from .inputs import parse_device
+
+app = typer.Typer(help="Look into adapter files and convert them.", no_args_is_help=True)
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="An adapter or a LoRA (.safetensors).")]
+BaseOption = Annotated[
+    str | None, opt.Option("--base", metavar="BASE", help="The pipeline it is for: a directory or a name on the Hub.")
+]
+Prompts = Annotated[
+    list[str] | None,
+    opt.Option(
+        "--prompt", metavar="TEXT", help="What to draw to see the layers' inputs; the prompt it was taught with."
+    ),
+]
+DataFree = Annotated[bool, opt.Option("--data-free", help="Do not draw anything: weigh all inputs alike.")]
+LoraRank = Annotated[int | None, opt.Option("--lora-rank", min=1, help="Cut the LoRA to this rank; heads times rank.")]
+
+
+@app.command()
+@command
+def info(file: File, json_output: opt.Json = False) -> None:
+    """What an adapter file holds, without its base model."""
+    from ..customize.formats import read_adapter
+    from ..report.format import count, size
+
+    screen = Screen(json_output)
+    header, tensors = read_adapter(file)
+    parameters = sum(t.numel() for t in tensors.values())
+    document = {**asdict(header), "bytes": file.stat().st_size, "parameters": parameters}
+    for line in _lines(header, f"{size(file.stat().st_size)}, {count(parameters)} parameters"):
+        screen.out.print(line, soft_wrap=True)
+    screen.result(document)
+
+
+def _lines(header: Any, amount: str) -> list[str]:
+    lines = [
+        f"[bold]{header.name}[/bold]  {amount}, stored as {header.storage}",
+        f"  base       {header.base.get('name') or 'unnamed'} ({header.base.get('class', '?')})",
+        f"  strength   {header.scale:g}",
+    ]
+    if header.token:
+        lines.append(f"  token      {header.token['text']} ({header.token['vectors']} vectors)")
+    if header.prompt:
+        lines.append(f"  prompt     {header.prompt}")
+    for component, part in header.components.items():
+        ranks = sorted({entry.rank for entry in part.layers.values()})
+        shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        lines.append(f"  {component:<10} {len(part.layers)} attention layers of {part.model}, {shown}")
+    if header.training:
+        known = ("steps", "batch_size", "lr", "photos", "class_images", "final_loss")
+        lines.append("  training   " + ", ".join(f"{k} {header.training[k]}" for k in known if k in header.training))
+    return lines
+
+
+@app.command()
+@command
+def convert(
+    file: File,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write (.safetensors).")],
+    to: Annotated[str, opt.Option(metavar="FORMAT", help="diffusers or kohya (a LoRA), or comcat (an adapter).")],
+    base: BaseOption = None,
+    rank: Annotated[int | None, opt.Option(min=1, help="Of the adapter's products, to comcat from a LoRA.")] = None,
+    lora_rank: LoraRank = None,
+    scale: Annotated[float | None, opt.Option(help="Strength at which to convert; the file's own.")] = None,
+    storage: Annotated[
+        str, opt.Option(metavar="TYPE", help="float32, float16, bfloat16 or int8 (to comcat).")
+    ] = "float16",
+    prompt: Prompts = None,
+    data_free: DataFree = False,
+    partial: Annotated[
+        bool, opt.Option("--partial", help="Leave out of a LoRA what products cannot express, and name it.")
+    ] = False,
+    variant: Variant = None,
+    device: Device = "auto",
+    overwrite: Annotated[bool, opt.Option("--overwrite", help="Replace OUT.")] = False,
+    json_output: opt.Json = False,
+) -> None:
+    """Turn an adapter into an ordinary LoRA, a LoRA into an adapter, or an adapter into another storage.
+
+    A conversion to or from LoRA is the nearest in that format, not exact; the error is printed.
+    """
+    screen = Screen(json_output)
+    with screen:
+        from ..customize.header import STORAGES
+        from ..errors import CheckpointError
+
+        if to not in ("diffusers", "kohya", "comcat"):
+            raise typer.BadParameter(f"{to!r} is not diffusers, kohya or comcat", param_hint="--to")
+        if storage not in STORAGES:
+            raise typer.BadParameter(f"{storage!r} is not one of {', '.join(STORAGES)}", param_hint="--storage")
+        if out.suffix != ".safetensors":
+            raise CheckpointError(f"'{out}' does not end in .safetensors")
+        if out.exists() and not overwrite:
+            raise CheckpointError(f"'{out}' exists already; choose another name or give --overwrite")
+        if to == "comcat":
+            document = _to_comcat(screen, file, out, base, rank, storage, scale, partial, variant, device)
+        else:
+            document = _to_lora(screen, file, out, to, base, lora_rank, scale, prompt, data_free, variant, device)
+    screen.result({"out": str(out), "bytes": out.stat().st_size, **document})
+
+
+def _to_comcat(
+    screen: Screen,
+    file: Path,
+    out: Path,
+    base: str | None,
+    rank: int | None,
+    storage: Any,
+    scale: float | None,
+    partial: bool,
+    variant: str | None,
+    device: str,
+) -> dict[str, Any]:
+    from ..customize.formats import write_adapter
+    from ..customize.restoring import is_adapter, restore_adapter
+
+    if is_adapter(file):
+        restore_adapter(file, out, storage, scale)
+        screen.out.print(f"[green]✓[/green] [bold]{out}[/bold]: the same adapter, stored as {storage}")
+        return {"storage": storage}
+    from ..customize.convert import import_lora
+    from ..report.customize import conversion as table
+
+    if rank is None:
+        raise typer.BadParameter("say which rank the adapter's products are to have, e.g. 4", param_hint="--rank")
+    pipe = _open(base, variant, device)
+    handle, conversion = import_lora(
+        pipe, file, rank=rank, name="".join(c if c.isalnum() or c in "_-" else "_" for c in out.stem), partial=partial
+    )
+    if scale is not None:
+        handle.scale = scale
+    handle.info["base"] = base
+    write_adapter(handle, out, storage)
+    screen.out.print(table(conversion, "from a LoRA"))
+    return conversion.to_dict()
+
+
+def _to_lora(
+    screen: Screen,
+    file: Path,
+    out: Path,
+    layout: Any,
+    base: str | None,
+    rank: int | None,
+    scale: float | None,
+    prompts: list[str] | None,
+    data_free: bool,
+    variant: str | None,
+    device: str,
+) -> dict[str, Any]:
+    from ..customize.convert import write_lora
+    from ..report.customize import conversion as table
+
+    handle, factors, result, output = _converted(screen, file, base, rank, scale, prompts, data_free, variant, device)
+    write_lora(handle, factors, out, layout)
+    screen.out.print(table(result, f"as a LoRA ({layout})", output))
+    if handle.token is not None:
+        screen.out.print(f"the token's vectors: [bold]{out.with_suffix('.embedding.safetensors')}[/bold]")
+    return {**result.to_dict(), "output_error": output}
+
+
+@app.command("merge-report")
+@command
+def merge_report(
+    file: File,
+    base: BaseOption = None,
+    lora_rank: LoraRank = None,
+    scale: Annotated[float | None, opt.Option(help="Strength; the file's own.")] = None,
+    prompt: Prompts = None,
+    data_free: DataFree = False,
+    variant: Variant = None,
+    device: Device = "auto",
+    json_output: opt.Json = False,
+) -> None:
+    """What would be lost if the adapter became a LoRA, or were merged into the weights: layer by layer."""
+    screen = Screen(json_output)
+    with screen:
+        from ..report.customize import conversion as table
+
+        _, _, result, output = _converted(screen, file, base, lora_rank, scale, prompt, data_free, variant, device)
+    screen.out.print(table(result, "as a LoRA", output))
+    screen.result({**result.to_dict(), "output_error": output})
+
+
+def _converted(
+    screen: Screen,
+    file: Path,
+    base: str | None,
+    rank: int | None,
+    scale: float | None,
+    prompts: list[str] | None,
+    data_free: bool,
+    variant: str | None,
+    device: str,
+) -> Any:
+    from ..customize.convert import as_lora
+    from ..customize.formats import load_adapter, read_adapter
+    from ..customize.moments import no_roots, record
+    from ..customize.probe import output_error
+    from ..errors import DataError
+
+    read_adapter(file)
+    pipe = _open(base, variant, device)
+    handle = load_adapter(pipe, file, scale=scale)
+    texts = prompts or ([handle.info["prompt"]] if handle.info.get("prompt") else [])
+    if not texts and not data_free:
+        raise DataError("the file does not say what it was taught with; give --prompt, or --data-free")
+    roots = no_roots if data_free else record(handle, texts, progress=screen.progress).roots
+    factors, result = as_lora(handle, rank=rank, roots=roots, progress=screen.progress)
+    return handle, factors, result, output_error(handle, factors, texts[0] if texts else "")
+
+
+def _open(base: str | None, variant: str | None, device: str) -> Any:
+    from ..customize.opening import open_pipeline
+
+    if base is None:
+        raise typer.BadParameter("the conversion needs the base model's weights", param_hint="--base")
+    return open_pipeline(base, "no", parse_device(device), variant)

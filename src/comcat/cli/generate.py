@@ -1,0 +1,199 @@
+"""``comcat generate``: images from a pipeline with adapters."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import options as opt
+from .console import Screen, command
+from .customize import Base, Device, Variant
+from .inputs import parse_device
+
+IMAGES = "Images"
+
+
+@command
+def generate(
+    base: Base,
+    out: Annotated[Path, opt.Option(metavar="DIR", help="Directory for the images.")],
+    prompt: Annotated[list[str] | None, opt.Option(metavar="TEXT", help="What to draw; repeatable.")] = None,
+    prompts: Annotated[Path | None, opt.Option(metavar="FILE", help="A text file with a prompt on each line.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        opt.Option(metavar="FILE[:S]", help="Adapter, and its strength if not its own; repeatable."),
+    ] = None,
+    seeds: Annotated[
+        str, opt.Option(metavar="N,N-N", help="One image per prompt for each, e.g. 0-3,7.", rich_help_panel=IMAGES)
+    ] = "0-3",
+    steps: Annotated[
+        int | None, opt.Option(min=1, help="Sampling steps; the pipeline's own.", rich_help_panel=IMAGES)
+    ] = None,
+    guidance: Annotated[
+        float | None, opt.Option(help="Guidance scale; the pipeline's own.", rich_help_panel=IMAGES)
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, opt.Option(metavar="TEXT", help="What not to draw.", rich_help_panel=IMAGES)
+    ] = None,
+    height: Annotated[int | None, opt.Option(min=8, help="Pixels; the model's own.", rich_help_panel=IMAGES)] = None,
+    width: Annotated[int | None, opt.Option(min=8, help="Pixels; the model's own.", rich_help_panel=IMAGES)] = None,
+    without_token: Annotated[
+        bool,
+        opt.Option("--without-token", help="Allow prompts without the word that an adapter learned."),
+    ] = False,
+    batch_size: opt.BatchSize = 4,
+    precision: Annotated[
+        str | None,
+        opt.Option(metavar="no|bf16|fp16", help="fp16 on a GPU, no elsewhere, unless given.", rich_help_panel=opt.RUN),
+    ] = None,
+    variant: Variant = None,
+    device: Device = "auto",
+    overwrite: Annotated[
+        bool, opt.Option("--overwrite", help="Replace images of the same names.", rich_help_panel=opt.RUN)
+    ] = False,
+    json_output: opt.Json = False,
+) -> None:
+    """Draw prompts with BASE and any number of adapters: one PNG per prompt and seed, and a grid of all.
+
+    [dim]comcat generate BASE --adapter dog.safetensors:0.8 --prompt "a photo of V* dog on the beach" --out images[/dim]
+    """
+    screen = Screen(json_output)
+    numbers = parse_seeds(seeds)
+    files = [parse_adapter(text) for text in adapter or []]
+    with screen:
+        from ..customize.formats import read_adapter
+        from ..customize.generate import check_prompts
+        from ..customize.generate import generate as draw
+        from ..customize.opening import DTYPES, open_pipeline
+        from ..customize.pictures import grid, save_png
+
+        texts = read_prompts(prompt, prompts)
+        for path, _ in files:
+            read_adapter(path)  # what is wrong with a file is said before the base is read
+        place = parse_device(device)
+        precision = precision or ("fp16" if place.type == "cuda" else "no")
+        if precision not in DTYPES:
+            raise typer.BadParameter(f"{precision!r} is not one of {', '.join(DTYPES)}", param_hint="--precision")
+        names = [f"{i:03d}-{slug(text)}" for i, text in enumerate(texts)]
+        paths = [[out / f"{name}-seed{seed}.png" for seed in numbers] for name in names]
+        check_outputs([p for row in paths for p in row] + [out / "grid.png", out / "images.json"], overwrite)
+        pipe = open_pipeline(base, precision, place, variant)
+        handles = load_all(pipe, files)
+        check_prompts(pipe, texts, without_token=without_token)
+        rows = draw(
+            pipe,
+            texts,
+            seeds=numbers,
+            steps=steps,
+            guidance_scale=guidance,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            batch_size=batch_size,
+            progress=screen.progress,
+        )
+        for row, images in zip(paths, rows, strict=True):
+            for path, image in zip(row, images, strict=True):
+                save_png(image, path)
+        save_png(grid(rows), out / "grid.png")
+        document = {
+            "base": base,
+            "adapters": [
+                {"file": str(p), "name": h.name, "scale": h.scale} for (p, _), h in zip(files, handles, strict=True)
+            ],
+            "images": [
+                {"file": p.name, "prompt": text, "seed": seed}
+                for text, row in zip(texts, paths, strict=True)
+                for p, seed in zip(row, numbers, strict=True)
+            ],
+            "settings": {
+                "steps": steps,
+                "guidance": guidance,
+                "negative_prompt": negative_prompt,
+                "precision": precision,
+            },
+        }
+        from ..files import atomic_file
+
+        with atomic_file(out / "images.json") as file:
+            file.write((json.dumps(document, indent=1) + "\n").encode())
+    screen.out.print(
+        f"[green]✓[/green] {sum(map(len, rows))} images in [bold]{out}[/bold]; see [bold]{out / 'grid.png'}[/bold]"
+    )
+    screen.result(document)
+
+
+def parse_adapter(text: str) -> tuple[Path, float | None]:
+    """``dog.safetensors:0.8`` -> (path, strength or None)."""
+    head, colon, tail = text.rpartition(":")
+    if colon and not Path(text).exists():
+        try:
+            return Path(head), float(tail)
+        except ValueError:
+            pass
+    return Path(text), None
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``0-3,7`` -> [0, 1, 2, 3, 7]."""
+    found: list[int] = []
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
+        if match is None or (match[2] and int(match[2]) < int(match[1])):
+            raise typer.BadParameter(f"{item!r} is no seed; write them like 0-3,7", param_hint="--seeds")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return list(dict.fromkeys(found))
+
+
+def read_prompts(given: Sequence[str] | None, file: Path | None) -> list[str]:
+    """Prompts of the options and of the file, in this order.
+
+    Raises:
+        DataError: there is none, or the file cannot be read.
+    """
+    from ..errors import DataError
+
+    texts = list(given or [])
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"the prompts in '{file}' cannot be read: {getattr(error, 'strerror', 'not UTF-8')}"
+            ) from error
+        texts += [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise DataError("there is no prompt; give --prompt or --prompts")
+    return texts
+
+
+def check_outputs(paths: Sequence[Path], overwrite: bool) -> None:
+    from ..errors import CheckpointError
+
+    there = [path for path in paths if path.exists()]
+    if there and not overwrite:
+        raise CheckpointError(f"'{there[0]}' exists already; choose another --out or give --overwrite")
+
+
+def load_all(pipe: Any, files: Sequence[tuple[Path, float | None]]) -> list[Any]:
+    """Load adapters; of two with the same name the later one is called by a number."""
+    from ..customize.adapter import adapters
+    from ..customize.formats import load_adapter, read_adapter
+
+    handles = []
+    for path, scale in files:
+        name = read_adapter(path)[0].name
+        taken = adapters(pipe)
+        unique = next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+        handles.append(load_adapter(pipe, path, scale=scale, name=unique))
+    return handles
+
+
+def slug(text: str) -> str:
+    """A prompt as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48] or "prompt"

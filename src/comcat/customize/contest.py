@@ -1,0 +1,262 @@
+"""The demo's comparison: the same photos, steps and seeds for comcat, LoRA (PEFT) and full fine-tuning (DreamBooth).
+
+All of them learn a token too, by the same rule; what differs is what else may change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import gc
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..files import tensor_bytes
+from ..progress import Progress
+from ..training.process import accelerated
+from . import digits
+from .adapter import Adapter, add_adapter, attach, new_adapter, remove_adapter
+from .config import CustomizeConfig
+from .digits_score import Classifier, Scores, score
+from .examples import Photos
+from .families import family_of
+from .formats import encode, write_adapter
+from .material import shapes_for
+from .photos import METADATA, find_photos
+from .pictures import save_png
+from .tokens import new_token
+from .train import frozen
+from .trainer import Trainer
+
+Kind = Literal["base", "comcat", "lora", "full"]
+PROMPT = "a photo of V*"
+TOKEN = "V*"
+_LORA = "lora"
+_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to teach a concept; the learning rate is the best of a sweep for this method (benchmarks/)."""
+
+    name: str
+    kind: Kind
+    rank: int = 0
+    lr: float = 0.0
+
+
+METHODS = (
+    Method("base", "base"),
+    Method("comcat, rank 1", "comcat", 1, 3e-3),
+    Method("comcat, rank 2", "comcat", 2, 3e-3),
+    Method("comcat, rank 4", "comcat", 4, 3e-3),
+    # With 4 heads a LoRA of rank 2 r has as many parameters as products of rank r.
+    Method("LoRA, rank 2", "lora", 2, 3e-3),
+    Method("LoRA, rank 4", "lora", 4, 3e-3),
+    Method("LoRA, rank 8", "lora", 8, 3e-3),
+    Method("full fine-tuning", "full", 0, 3e-4),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method reached.
+
+    Attributes:
+        concept, retention: percent of images of V*, and of the other prompts, that show the right digit.
+        seconds: of the training loop; bytes: of what has to be stored (float16); parameters: trained ones.
+        peak: resident memory in bytes that training added at most; noisy, since it is that of the process.
+    """
+
+    method: Method
+    concept: float
+    retention: float
+    seconds: float
+    bytes: int
+    parameters: int
+    peak: int
+    scores: Scores
+
+    def to_dict(self) -> dict[str, Any]:
+        kept = ("concept", "retention", "seconds", "bytes", "parameters", "peak")
+        return {
+            **asdict(self.method),
+            **{name: getattr(self, name) for name in kept},
+            "per_digit": self.scores.per_digit,
+        }
+
+
+class Contest:
+    """One base, one digit that it does not know, and what the methods make of five photos of it.
+
+    Args:
+        pipe: of :mod:`comcat.customize.digits`; folder: for photos and class images.
+    """
+
+    def __init__(self, pipe: Any, folder: Path, left_out: int, seed: int = 0, steps: int = 250) -> None:
+        self.pipe, self.folder, self.left_out, self.seed = pipe, folder, left_out, seed
+        self.classifier = Classifier()
+        self.config = CustomizeConfig(
+            steps=steps,
+            batch_size=5,
+            token=TOKEN,
+            token_init="digit",
+            token_lr=0.05,
+            weight_decay=0.0,
+            warmup_steps=10,
+            schedule="cosine",
+            seed=seed,
+        )
+
+    def prepare(self, class_images: int = 8) -> None:
+        """Five photos of the digit, and images that the base draws of the others, with their prompts."""
+        for i, image in enumerate(digits.concept_images(self.left_out, 5, seed=self.seed)):
+            save_png(image, self.folder / "photos" / f"{i}.png")
+        prompts = [digits.prompt(d) for d in range(10) if d != self.left_out for _ in range(class_images)]
+        from .digits_score import generate
+
+        folder = self.folder / "class-images"
+        drawn = generate(self.pipe, prompts, seed=1000 + self.seed)
+        lines = []
+        for i, (image, text) in enumerate(zip(drawn, prompts, strict=True)):
+            save_png(_picture(image), folder / f"{i:03d}.png")
+            lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": text}))
+        (folder / METADATA).write_text("\n".join(lines) + "\n")
+
+    def run(self, method: Method, save: Path | None = None, progress: Progress | None = None) -> Outcome:
+        """Train with one method, measure, and leave the pipeline as it was.
+
+        Args:
+            save: where to write comcat's adapter.
+        """
+        if method.kind == "base":
+            scores = self._score(None)
+            return Outcome(method, float("nan"), scores.retention, 0.0, 0, 0, 0, scores)
+        original = self.pipe.unet
+        if method.kind == "full":
+            self.pipe.unet = copy.deepcopy(original)  # the base stays for the others
+        config = replace(self.config, lr=method.lr)
+        try:
+            with accelerated("no", self.seed, cpu=True) as accelerator, frozen(self.pipe):
+                material = self._material(config)
+                with peak_memory() as peak:
+                    handle = self._adapter(method, config)
+                    learner: Any = _Learner(handle, self._others(method))
+                    trainer = Trainer(accelerator, family_of(self.pipe), learner, *material, config)
+                    start = time.perf_counter()
+                    for step in range(config.steps):
+                        trainer.step(step)
+                        if progress:
+                            progress(method.name, step + 1, config.steps)
+                seconds = time.perf_counter() - start
+            scores = self._score(PROMPT)
+            tensors = {name: p.detach() for name, p in learner.named_parameters()}
+            if save is not None:
+                handle.requires_grad_(False)
+                handle.info = {"prompt": PROMPT, "training": {"steps": config.steps, "lr": config.lr, "photos": 5}}
+                write_adapter(handle, save)
+            size = len(tensor_bytes(encode(tensors, "float16")))
+            count = sum(t.numel() for t in tensors.values())
+            return Outcome(method, scores.concept, scores.retention, seconds, size, count, peak[0], scores)
+        finally:
+            if "concept" in [*_names(self.pipe)]:
+                remove_adapter(self.pipe, "concept")
+            if method.kind == "lora":
+                original.delete_adapters(_LORA)
+            self.pipe.unet = original
+
+    def score_saved(self) -> Scores:
+        """Measure whatever adapter is on the pipeline now."""
+        return self._score(PROMPT)
+
+    def _score(self, prompt: str | None) -> Scores:
+        return score(
+            self.pipe, self.classifier, prompt, self.left_out, count_concept=64, count_other=16, seed=self.seed
+        )
+
+    def _adapter(self, method: Method, config: CustomizeConfig) -> Adapter:
+        if method.kind == "comcat":
+            return add_adapter(
+                self.pipe, rank=method.rank, name="concept", token=TOKEN, token_init=config.token_init, seed=self.seed
+            )
+        handle = new_adapter(self.pipe, "concept", 1.0)
+        generator = torch.Generator().manual_seed(self.seed)
+        handle.token = new_token(self.pipe, TOKEN, 1, config.token_init, generator)
+        attach(handle)
+        return handle
+
+    def _others(self, method: Method) -> dict[str, nn.Parameter]:
+        unet = self.pipe.unet
+        if method.kind == "lora":
+            from peft import LoraConfig
+
+            torch.manual_seed(self.seed)
+            unet.add_adapter(LoraConfig(r=method.rank, lora_alpha=method.rank, target_modules=_TARGETS), _LORA)
+        elif method.kind == "full":
+            unet.requires_grad_(True)
+        return {name: p for name, p in unet.named_parameters() if p.requires_grad and "processor" not in name}
+
+    def _material(self, config: CustomizeConfig) -> tuple[Photos, Photos]:
+        family = family_of(self.pipe)
+        _, shapes = shapes_for(family, config)
+        found = [find_photos(self.folder / "photos", PROMPT), find_photos(self.folder / "class-images", None)]
+        sources = [Photos(family, photos, shapes, seed=self.seed, stream=i) for i, photos in enumerate(found)]
+        for source in sources:
+            source.encode_all()
+        return sources[0], sources[1]
+
+
+class _Learner:
+    """What :class:`Trainer` needs of an adapter, for methods that train other parameters beside a token."""
+
+    def __init__(self, handle: Adapter, others: dict[str, nn.Parameter]) -> None:
+        self.token = handle.token
+        self._parameters = {**dict(handle.named_parameters()), **others}
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self._parameters.items()
+
+
+def _names(pipe: Any) -> list[str]:
+    from .adapter import adapters
+
+    return list(adapters(pipe))
+
+
+def _picture(image: Tensor) -> Any:
+    from PIL import Image
+
+    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+@contextlib.contextmanager
+def peak_memory(every: float = 0.005) -> Iterator[list[int]]:
+    """How far resident memory rises above where it was, in bytes, looked at every few milliseconds."""
+    import psutil
+
+    process, peak, done = psutil.Process(), [0], threading.Event()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone can give freed memory back
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    start = process.memory_info().rss
+
+    def watch() -> None:
+        while not done.wait(every):
+            peak[0] = max(peak[0], process.memory_info().rss - start)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,32 @@
+"""An adapter file in another storage, without its base model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from ..files import atomic_file, tensor_bytes
+from .adapter import check_scale
+from .formats import check_is_safetensors, encode, read_adapter
+from .header import KEY, Storage
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a file is an adapter of comcat; raises CheckpointError where it is missing or a pickle."""
+    check_is_safetensors(Path(path))
+    try:
+        with safe_open(path, "pt") as file:
+            return KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def restore_adapter(path: str | Path, out: str | Path, storage: Storage, scale: float | None = None) -> None:
+    """Write the same adapter with other numbers: float32, float16, bfloat16 or int8, perhaps at another strength."""
+    header, tensors = read_adapter(path)
+    header = replace(header, storage=storage, scale=header.scale if scale is None else check_scale(scale))
+    content = tensor_bytes(encode(tensors, storage), {KEY: header.to_json()})
+    with atomic_file(out) as file:
+        file.write(content)
