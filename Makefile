@@ -4,10 +4,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test setup lint types clean
+.PHONY: demo demo-customize test setup lint types clean
 
 demo: setup
 	$(BIN)/comcat demo --out comcat-demo --overwrite
+
+demo-customize: setup
+	$(BIN)/comcat demo customize --out comcat-demo-customize --overwrite
 
 test: setup
 	$(BIN)/python -m pytest
@@ -28,4 +31,4 @@ types: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) comcat-demo
+	rm -rf $(VENV) comcat-demo comcat-demo-customize

@@ -66,7 +66,7 @@ def test_training_starts_at_once(name: str) -> None:
         assert bool(gradient.any()) == starts_at_zero, key
     assert found.keys() == dict(adapter.named_parameters()).keys()
     assert all(p.grad is None for key, p in m.named_parameters() if ".adapters." not in key)
-    torch.optim.SGD(adapter.parameters(), lr=1.0).step()
+    torch.optim.SGD(adapter.parameters(), lr=1e-3).step()
     after = output(m, x)
     assert not torch.equal(after, base)
     assert loss(m, x) < base.square().mean()
@@ -341,15 +341,15 @@ REAL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         functools.partial(UNet2DConditionModel, sample_size=64, cross_attention_dim=768),
         (795_648, 1_591_296),
     ),
-    "SDXL": (functools.partial(UNet2DConditionModel, **UNET_XL), (0, 14_924_800)),
+    "SDXL": (functools.partial(UNet2DConditionModel, **UNET_XL), (14_924_800,)),
     "SD3 medium": (
         functools.partial(
             SD3Transformer2DModel, sample_size=128, in_channels=16, out_channels=16, num_layers=24,
             attention_head_dim=64, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192,
         ),
-        (0, 7_041_024),
+        (7_041_024,),
     ),
-    "FLUX.1": (functools.partial(FluxTransformer2DModel, guidance_embeds=True), (0, 22_413_312)),
+    "FLUX.1": (functools.partial(FluxTransformer2DModel, guidance_embeds=True), (22_413_312,)),
 }  # fmt: skip
 
 
@@ -359,7 +359,6 @@ def test_parameter_counts_of_the_published_models(name: str) -> None:
     with init_empty_weights():
         m = build()
         for rank, count in enumerate(counts, 1):
-            if count:
-                adapter = customize.add_adapter(m, rank=rank)
-                assert adapter.num_parameters == count
-                adapter.remove()
+            adapter = customize.add_adapter(m, rank=rank)
+            assert adapter.num_parameters == count
+            adapter.remove()

@@ -1,19 +1,32 @@
 """Customize a text-to-image diffusion model: per-head products of low rank, added to a frozen model.
 
-``add_adapter`` -> train -> ``save_adapter``; later ``load_adapter`` -> generate. Source: COMCAT (arXiv 2305.17235), Eq. 8.
+``add_adapter`` -> train -> ``save_adapter``; later ``load_adapter`` -> ``generate``. Source: COMCAT (arXiv 2305.17235),
+Eq. 8.
 """
 
 from .adapter import Adapter, adapters, add_adapter, get_adapter, remove_adapter, set_adapters
+from .config import CustomizeConfig
+from .convert import Conversion, export_lora, import_lora
 from .formats import load_adapter, read_adapter, save_adapter
+from .generate import generate
+from .opening import open_pipeline
+from .train import train
 
 __all__ = [
     "Adapter",
+    "Conversion",
+    "CustomizeConfig",
     "adapters",
     "add_adapter",
+    "export_lora",
+    "generate",
     "get_adapter",
+    "import_lora",
     "load_adapter",
+    "open_pipeline",
     "read_adapter",
     "remove_adapter",
     "save_adapter",
     "set_adapters",
+    "train",
 ]
