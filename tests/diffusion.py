@@ -259,9 +259,7 @@ def pipeline(name: str = "sd1", **encoder: Any) -> Any:
         pipe = StableDiffusionPipeline(**shared, unet=frozen(sd1(15)), scheduler=_ddim(), **extra)
     elif name == "sdxl":
         unet = frozen(sdxl(29, 11))
-        pipe = StableDiffusionXLPipeline(
-            **shared, **second, unet=unet, scheduler=_ddim(), add_watermarker=False
-        )
+        pipe = StableDiffusionXLPipeline(**shared, **second, unet=unet, scheduler=_ddim(), add_watermarker=False)
     else:
         pipe = StableDiffusion3Pipeline(
             **shared,
@@ -282,8 +280,6 @@ def frozen(module: nn.Module) -> Any:
 def picture(pipe: Any, prompt: str = "a photo of a dog", **args: Any) -> Tensor:
     """Latents after two steps."""
     generator = torch.Generator().manual_seed(5)
-    found = pipe(
-        prompt, height=8, width=8, num_inference_steps=2, generator=generator, output_type="latent", **args
-    )
+    found = pipe(prompt, height=8, width=8, num_inference_steps=2, generator=generator, output_type="latent", **args)
     latents: Tensor = found.images
     return latents

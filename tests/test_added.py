@@ -271,9 +271,7 @@ def test_clip(implementation: str) -> None:
 def test_widths_are_multiples_of_eight_and_come_apart_again(width: int, ranks: tuple[int, ...]) -> None:
     q, k, v = (noise(2, 5, 3, width, seed=i) for i in range(3))
     x = noise(2, 5, 11)
-    layers = [
-        AddedLayer({"sample": AddedProduct(11, 11, 13, 3, rank, dtype=F64)}, rank, Strength()) for rank in ranks
-    ]
+    layers = [AddedLayer({"sample": AddedProduct(11, 11, 13, 3, rank, dtype=F64)}, rank, Strength()) for rank in ranks]
     for layer in layers:
         layer["sample"].reset_parameters(torch.Generator().manual_seed(0))
     wide = widen(q, k, v, layers, {"sample": (x, x)})

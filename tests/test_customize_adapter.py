@@ -86,7 +86,9 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
     for step in range(2):
         plain = gradients(m, x, adapter)
         m.enable_gradient_checkpointing(_reentrant) if reentrant else m.enable_gradient_checkpointing()
-        y = {k: v.clone().requires_grad_() if v is not None and k.endswith("hidden_states") else v for k, v in x.items()}
+        y = {
+            k: v.clone().requires_grad_() if v is not None and k.endswith("hidden_states") else v for k, v in x.items()
+        }
         if "sample" in y:
             y["sample"] = y["sample"].clone().requires_grad_()
         again = gradients(m, y, adapter)

@@ -16,7 +16,7 @@ pytest.importorskip("sklearn")
 
 from diffusers import StableDiffusionPipeline
 
-from comcat.customize import digits, digits_score
+from comcat.customize import digits, digits_cache, digits_score
 from comcat.errors import CheckpointError, ComcatError
 
 STEPS: dict[str, Any] = {"vae_steps": 2, "steps": 2}
@@ -35,7 +35,7 @@ def classifier() -> digits_score.Classifier:
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StableDiffusionPipeline]:
     cache = tmp_path_factory.mktemp("cache")
-    return cache, digits.load_or_train(cache, 3, seed=1, **STEPS)
+    return cache, digits_cache.load_or_train(cache, 3, seed=1, **STEPS)
 
 
 def weights(pipe: StableDiffusionPipeline) -> dict[str, Tensor]:
@@ -203,7 +203,7 @@ def test_a_cached_pipeline_is_read_and_not_trained(
     cache, pipe = cached
     with monkeypatch.context() as patch:
         patch.delattr(digits, "train")
-        loaded = digits.load_or_train(cache, 3, seed=1, **STEPS)
+        loaded = digits_cache.load_or_train(cache, 3, seed=1, **STEPS)
     assert same(loaded, pipe)
     assert loaded.vae.config.scaling_factor == pipe.vae.config.scaling_factor
     assert torch.equal(draw(loaded), draw(pipe))
@@ -213,7 +213,7 @@ def test_a_cached_pipeline_is_read_and_not_trained(
 def test_progress_bars_come_back(cached: tuple[Path, StableDiffusionPipeline]) -> None:
     from diffusers.utils import logging
 
-    digits.load_or_train(cached[0], 3, seed=1, **STEPS)
+    digits_cache.load_or_train(cached[0], 3, seed=1, **STEPS)
     assert logging.is_progress_bar_enabled()
 
 
@@ -233,7 +233,7 @@ def test_a_damaged_cache_is_trained_anew(cached: tuple[Path, StableDiffusionPipe
         file.write_bytes(content)
         (folder / "digits.json").unlink()
     reports: list[tuple[str, int, int | None]] = []
-    again = digits.load_or_train(cache, 3, seed=1, progress=lambda *report: reports.append(report), **STEPS)
+    again = digits_cache.load_or_train(cache, 3, seed=1, progress=lambda *report: reports.append(report), **STEPS)
     assert len(reports) == 4
     assert same(again, pipe)
     assert [f.name for f in cache.iterdir()] == [folder.name]
@@ -252,7 +252,7 @@ def test_recipes_do_not_share_a_cache(
     monkeypatch.setattr(digits, "train", stop)
     for options in ({}, {"seed": 1}, {"left_out": 1}, {"steps": 7}, {"vae_steps": 7}):
         with pytest.raises(KeyboardInterrupt):
-            digits.load_or_train(tmp_path, **options)
+            digits_cache.load_or_train(tmp_path, **options)
         assert list(tmp_path.iterdir()) == []
     assert len(names) == 5
 
@@ -263,16 +263,16 @@ def test_a_cache_that_cannot_be_written_is_refused_before_training(
     monkeypatch.delattr(digits, "train")
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot write"):
-        digits.load_or_train(tmp_path / "file", 3, **STEPS)
+        digits_cache.load_or_train(tmp_path / "file", 3, **STEPS)
 
 
 def test_the_cache_is_where_the_system_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert digits._cache_home(None) == Path("/somewhere/comcat")
+    assert digits_cache._cache_home(None) == Path("/somewhere/comcat")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert digits._cache_home(None) == Path("/home/someone/.cache/comcat")
-    assert digits._cache_home("here") == Path("here")
+    assert digits_cache._cache_home(None) == Path("/home/someone/.cache/comcat")
+    assert digits_cache._cache_home("here") == Path("here")
 
 
 @pytest.mark.parametrize(("package", "command"), [("diffusers", "diffusers transformers"), ("sklearn", "scikit-learn")])
@@ -283,7 +283,7 @@ def test_a_missing_package_is_named_with_its_command(
         monkeypatch.setitem(sys.modules, name, None)
     digits._digits.cache_clear()
     with pytest.raises(ComcatError, match=f"pip install {command}"):
-        digits.load_or_train(tmp_path, 3, **STEPS)
+        digits_cache.load_or_train(tmp_path, 3, **STEPS)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -44,7 +44,7 @@ def demo_customize(
     screen = Screen(json_output)
     start = time.perf_counter()
     with screen, one_thread():
-        from ..customize import digits
+        from ..customize import digits, digits_cache
         from ..customize.contest import METHODS, Contest
         from ..errors import CheckpointError
 
@@ -53,7 +53,7 @@ def demo_customize(
                 raise CheckpointError(f"'{out}' already holds something; choose another --out, or --overwrite a demo")
             shutil.rmtree(out)
         options = {"steps": base_steps, "vae_steps": base_steps} if base_steps else {}
-        pipe = digits.load_or_train(cache, digit, progress=screen.progress, **options)
+        pipe = digits_cache.load_or_train(cache, digit, progress=screen.progress, **options)
         trained = time.perf_counter() - start
         pipe.save_pretrained(out / "base")
         contest = Contest(pipe, out, digit, seed, steps)

@@ -10,13 +10,9 @@ splits them; one digit is left out, and stays for customization to teach. The co
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ComcatError
-from ..files import atomic_directory
 from ..progress import Progress
 
 if TYPE_CHECKING:
@@ -43,8 +38,6 @@ LEFT_OUT = 0
 #: The prompt of every digit, whichever; what a concept's word stands beside, or its class for prior preservation.
 CLASS_PROMPT = "a photo of a digit"
 
-_RECIPE = 1  # part of the name in the cache: count up whenever the weights would come out differently
-_MANIFEST = "digits.json"
 _TEXT_WIDTH = 64
 _TOKENS = 16
 
@@ -120,7 +113,7 @@ def build(seed: int = 0) -> StableDiffusionPipeline:
         from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel
     except ImportError as e:
-        raise _missing() from e
+        raise missing_packages() from e
 
     tokenizer = _tokenizer()
     text_config = CLIPTextConfig(
@@ -175,7 +168,7 @@ def build(seed: int = 0) -> StableDiffusionPipeline:
     return pipe
 
 
-def _missing() -> ComcatError:
+def missing_packages() -> ComcatError:
     return ComcatError("the digits need other packages. Install them: pip install diffusers transformers")
 
 
@@ -318,79 +311,3 @@ def _step(loss: Tensor, optimizer: Any, schedule: Any) -> None:
     optimizer.step()
     optimizer.zero_grad()
     schedule.step()
-
-
-# Cache
-
-
-def load_or_train(
-    cache: str | Path | None = None,
-    left_out: int = LEFT_OUT,
-    seed: int = 0,
-    progress: Progress | None = None,
-    *,
-    vae_steps: int = 400,
-    steps: int = 1000,
-) -> StableDiffusionPipeline:
-    """The trained pipeline: read from ``cache``, or trained and written there.
-
-    Args:
-        cache: the folder of all recipes and seeds; by default ``comcat`` in $XDG_CACHE_HOME or ~/.cache.
-        progress: as :func:`train` calls it.
-
-    Raises:
-        ComcatError: a package is missing, or the cache cannot be written; the latter before the training.
-    """
-    folder = _cache_home(cache) / f"digits-{_RECIPE}-without-{left_out}-seed-{seed}-steps-{vae_steps}-{steps}"
-    with _quiet():
-        if not _is_intact(folder):
-            shutil.rmtree(folder, ignore_errors=True)  # another version's, or damaged
-            with atomic_directory(folder) as new:
-                pipe = build(seed)
-                train(pipe, left_out, vae_steps=vae_steps, steps=steps, seed=seed, progress=progress)
-                pipe.save_pretrained(new)
-                (new / _MANIFEST).write_text(json.dumps(_checksums(new), indent=1))
-        # Read back also what was just trained, so that the first run gives what all others do.
-        from diffusers import StableDiffusionPipeline
-
-        pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def _cache_home(cache: str | Path | None) -> Path:
-    if cache is not None:
-        return Path(cache)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "comcat"
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    """Relative path -> SHA-256 of every file but the manifest."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != _MANIFEST)
-    return {f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-
-
-def _is_intact(folder: Path) -> bool:
-    try:
-        return bool(json.loads((folder / _MANIFEST).read_text()) == _checksums(folder))
-    except (OSError, ValueError):
-        return False
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of diffusers and transformers over the loading of files of a few megabytes."""
-    try:
-        from diffusers.utils import logging as diffusers_logging
-        from transformers.utils import logging as transformers_logging
-    except ImportError as e:
-        raise _missing() from e
-
-    enabled: list[Any] = [m for m in (diffusers_logging, transformers_logging) if m.is_progress_bar_enabled()]
-    for module in enabled:
-        module.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for module in enabled:
-            module.enable_progress_bar()

@@ -1,0 +1,95 @@
+"""The digits pipeline, trained once and kept: read from a cache whose every byte is checked, or made anew."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import atomic_directory
+from ..progress import Progress
+from . import digits
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+_RECIPE = 1  # part of the name in the cache: count up whenever the weights would come out differently
+_MANIFEST = "digits.json"
+
+
+def load_or_train(
+    cache: str | Path | None = None,
+    left_out: int = digits.LEFT_OUT,
+    seed: int = 0,
+    progress: Progress | None = None,
+    *,
+    vae_steps: int = 400,
+    steps: int = 1000,
+) -> StableDiffusionPipeline:
+    """The trained pipeline: read from ``cache``, or trained and written there.
+
+    Args:
+        cache: the folder of all recipes and seeds; by default ``comcat`` in $XDG_CACHE_HOME or ~/.cache.
+        progress: as :func:`train` calls it.
+
+    Raises:
+        ComcatError: a package is missing, or the cache cannot be written; the latter before the training.
+    """
+    folder = _cache_home(cache) / f"digits-{_RECIPE}-without-{left_out}-seed-{seed}-steps-{vae_steps}-{steps}"
+    with _quiet():
+        if not _is_intact(folder):
+            shutil.rmtree(folder, ignore_errors=True)  # another version's, or damaged
+            with atomic_directory(folder) as new:
+                pipe = digits.build(seed)
+                digits.train(pipe, left_out, vae_steps=vae_steps, steps=steps, seed=seed, progress=progress)
+                pipe.save_pretrained(new)
+                (new / _MANIFEST).write_text(json.dumps(_checksums(new), indent=1))
+        # Read back also what was just trained, so that the first run gives what all others do.
+        from diffusers import StableDiffusionPipeline
+
+        pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _cache_home(cache: str | Path | None) -> Path:
+    if cache is not None:
+        return Path(cache)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "comcat"
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Relative path -> SHA-256 of every file but the manifest."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != _MANIFEST)
+    return {f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / _MANIFEST).read_text()) == _checksums(folder))
+    except (OSError, ValueError):
+        return False
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of diffusers and transformers over the loading of files of a few megabytes."""
+    try:
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+    except ImportError as e:
+        raise digits.missing_packages() from e
+
+    enabled: list[Any] = [m for m in (diffusers_logging, transformers_logging) if m.is_progress_bar_enabled()]
+    for module in enabled:
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module in enabled:
+            module.enable_progress_bar()
