@@ -19,8 +19,8 @@ from comcat.customize import digits, digits_cache
 from comcat.customize.contest import METHODS, Contest, Method
 
 RATES = {
-    "comcat": (1e-3, 3e-3, 6e-3, 1e-2),
-    "lora": (1e-3, 3e-3, 6e-3, 1e-2),
+    "comcat": (3e-3, 1e-2, 2e-2, 4e-2),
+    "lora": (3e-3, 1e-2, 2e-2, 4e-2),
     "full": (1e-4, 3e-4, 1e-3),
 }
 SWEEP_SEED = 100
@@ -43,7 +43,7 @@ def sweep(pipe: object, steps: int, digit: int) -> list[dict]:
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--digit", type=int, default=digits.LEFT_OUT)
     parser.add_argument("--cache", type=Path, help="where the trained base is kept")
     parser.add_argument("--sweep", action="store_true", help="also compare learning rates, on another seed")

@@ -33,7 +33,7 @@ WORDS = ("a", "photo", "of", "dog", "cat")
 TOKENS = 17
 
 
-def sd1(cross: int = 7) -> nn.Module:
+def sd1(cross: int = 7, heads: int = 2) -> nn.Module:
     return UNet2DConditionModel(
         sample_size=4,
         block_out_channels=(10, 20),
@@ -42,7 +42,7 @@ def sd1(cross: int = 7) -> nn.Module:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=cross,
-        attention_head_dim=2,
+        attention_head_dim=heads,
     )
 
 

@@ -5,18 +5,19 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import randomize
 from torch import Tensor, nn
+
+from conftest import randomize
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from diffusers.models import attention_processor as ap
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
-from diffusion import fill, text_encoder
 
 from comcat import customize
 from comcat.added import AddedLayer, AddedProduct, Strength, narrow, widen
+from diffusion import fill, text_encoder
 
 F64 = torch.float64
 SCALES = {"one": 0.7, "two": -1.3}
@@ -289,7 +290,9 @@ def test_start_is_the_same_for_the_same_seed_and_of_unit_size() -> None:
         product.reset_parameters(torch.Generator().manual_seed(seed))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not torch.equal(first.query.weight, other.query.weight)
-    assert first.is_zero() and first.output is not None and not first.output.weight.any()
+    assert first.is_zero()
+    assert first.output is not None
+    assert not first.output.weight.any()
     x = torch.randn(50, 101, generator=torch.Generator().manual_seed(2))
     assert 0.9 < first.query(x).std() < 1.1
     first.output.weight.data[0, 0] = 1

@@ -1,4 +1,4 @@
-"""Adapters: bitwise the base model at the start and whenever they are off; what they are put on; how strong they are."""
+"""Adapters: bitwise the base model at the start and when they are off; what they are put on; how strong they are."""
 
 import functools
 import math
@@ -15,10 +15,10 @@ pytest.importorskip("transformers")
 
 from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
-from diffusion import MODELS, fill, inputs, model, output, picture, pipeline
 
 from comcat import customize
 from comcat.errors import ModelError
+from diffusion import MODELS, fill, inputs, model, output, picture, pipeline
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -164,7 +164,8 @@ def test_a_strength_is_a_finite_number(scale: Any) -> None:
         adapter.scale = scale
     with pytest.raises(ModelError, match="strength must be a finite number"):
         customize.set_adapters(m, {"default": scale})
-    assert adapter.scale == 1.0 and adapter.enabled
+    assert adapter.scale == 1.0
+    assert adapter.enabled
 
 
 # Names
@@ -186,14 +187,15 @@ def test_adapters_are_known_by_their_names() -> None:
     with pytest.raises(ModelError, match="already"):
         customize.add_adapter(m, name="one")
     for call in (lambda: customize.get_adapter(m, "x"), lambda: customize.remove_adapter(m, "x")):
-        with pytest.raises(ModelError, match="no adapter 'x'.*one, two-2"):
+        with pytest.raises(ModelError, match=r"no adapter 'x'.*one, two-2"):
             call()
     with pytest.raises(ModelError, match="no adapter 'x'"):
         customize.set_adapters(m, {"one": 0.5, "x": 1.0})
     assert one.scale == 1.0
     one.remove()
     assert list(customize.adapters(m)) == ["two-2"]
-    assert "two-2" in repr(two) and f"{two.num_parameters:,}" in repr(two)
+    assert "two-2" in repr(two)
+    assert f"{two.num_parameters:,}" in repr(two)
 
 
 def test_no_denoiser() -> None:
@@ -298,7 +300,8 @@ def test_refusals_name_what_is_wrong(args: dict[str, Any], message: str) -> None
     m = model("sdxl", torch.float32)
     with pytest.raises(ModelError, match=message):
         customize.add_adapter(m, **args)
-    assert customize.adapters(m) == {} and not any("adapters" in key for key in m.state_dict())
+    assert customize.adapters(m) == {}
+    assert not any("adapters" in key for key in m.state_dict())
 
 
 @pytest.mark.parametrize(("name", "layers"), [("sd1", 2), ("sdxl", 4), ("sd3", 4)])

@@ -11,10 +11,10 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import accelerate
-from diffusion import fill, picture, pipeline, tokenizer
 
 from comcat import customize
 from comcat.errors import ModelError
+from diffusion import fill, picture, pipeline, tokenizer
 
 OTHER = ("a photo of a dog", "a v* cat", "aV* V*s", "masks", "SKS", "V*_1", "")
 
@@ -33,7 +33,9 @@ def embedded(pipe: Any, prompt: str, encoder: str = "text_encoder") -> Tensor:
 
 
 def encoded(pipe: Any, prompt: str) -> Tensor:
-    found: Tensor = pipe.encode_prompt(prompt, "cpu", 1, False)[0]
+    found: Tensor = pipe.encode_prompt(
+        prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )[0]
     return found
 
 
@@ -80,14 +82,16 @@ def test_other_prompts_are_bitwise_unchanged(name: str) -> None:
     before = {prompt: (ids(pipe, prompt), encoded(pipe, prompt)) for prompt in OTHER}
     base = picture(pipe)
     adapters = [customize.add_adapter(pipe, name=n, token=t) for n, t in (("one", "V*"), ("two", "sks"))]
-    assert pipe.tokenizer is not original and type(pipe.tokenizer) is type(original)
+    assert pipe.tokenizer is not original
+    assert type(pipe.tokenizer) is type(original)
     for prompt, (pieces, hidden) in before.items():
         assert ids(pipe, prompt) == pieces
         assert torch.equal(encoded(pipe, prompt), hidden)
     assert torch.equal(picture(pipe), base)
     for adapter in adapters:
         adapter.remove()
-    assert pipe.tokenizer is original and "V*" not in original.get_vocab()
+    assert pipe.tokenizer is original
+    assert "V*" not in original.get_vocab()
     assert type(pipe.text_encoder.get_input_embeddings()) is torch.nn.Embedding
     assert torch.equal(picture(pipe), base)
 
@@ -154,7 +158,8 @@ def test_random_vectors_are_of_the_size_of_the_table_and_of_the_seed() -> None:
         assert handle.token is not None
         found.append(handle.token.vectors["text_encoder"].detach())
     table = pipe.text_encoder.get_input_embeddings().weight
-    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
     assert 0.8 < found[0].std() / table.std() < 1.2
 
 
@@ -180,7 +185,8 @@ def test_refusals(args: dict[str, Any], message: str) -> None:
     original = pipe.tokenizer
     with pytest.raises(ModelError, match=message):
         customize.add_adapter(pipe, **args)
-    assert pipe.tokenizer is original and customize.adapters(pipe) == {}
+    assert pipe.tokenizer is original
+    assert customize.adapters(pipe) == {}
 
 
 @pytest.mark.parametrize("other", ["V*", "V*_1", "V*_2", "V*2", "*", "xV*"])
@@ -188,7 +194,7 @@ def test_tokens_do_not_contain_each_other(other: str) -> None:
     """diffusers puts the further vectors in by replacing text, wherever it stands."""
     pipe = pipeline()
     customize.add_adapter(pipe, token="V*", token_vectors=2, name="one")
-    with pytest.raises(ModelError, match="already|contains the other"):
+    with pytest.raises(ModelError, match=r"already|contains the other"):
         customize.add_adapter(pipe, token=other, name="two")
     assert list(customize.adapters(pipe)) == ["one"]
 
@@ -230,9 +236,11 @@ def test_gradient_reaches_the_new_rows_alone() -> None:
     two = customize.add_adapter(pipe, name="two", token="<x>")
     encoded_prompt = pipe.text_encoder(torch.tensor([ids(pipe, "a photo of V*")]))[0]
     encoded_prompt.square().sum().backward()
-    assert one.token is not None and two.token is not None
+    assert one.token is not None
+    assert two.token is not None
     gradient = one.token.vectors["text_encoder"].grad
-    assert gradient is not None and gradient.any(1).all()
+    assert gradient is not None
+    assert gradient.any(1).all()
     assert two.token.vectors["text_encoder"].grad is None or not two.token.vectors["text_encoder"].grad.any()
     assert all(p.grad is None for name, p in pipe.text_encoder.named_parameters() if ".extra." not in name)
     assert any(p is one.token.vectors["text_encoder"] for p in pipe.text_encoder.parameters())
@@ -276,7 +284,8 @@ def test_half_precision() -> None:
     pipe.text_encoder.to(torch.bfloat16)
     base = encoded(pipe, "a photo of a dog")
     handle = customize.add_adapter(pipe, token="V*", token_init="dog", dtype=torch.float32)
-    assert handle.token is not None and handle.token.vectors["text_encoder"].dtype == torch.float32
+    assert handle.token is not None
+    assert handle.token.vectors["text_encoder"].dtype == torch.float32
     assert torch.equal(encoded(pipe, "a photo of a V*"), base)
 
 

@@ -10,8 +10,8 @@ import typer
 
 from . import options as opt
 from .console import Screen, command
-from .customize import Device, Variant
-from .inputs import parse_device
+from .customize import Device, Variant, adapter_name
+from .inputs import check_output_file, parse_device
 
 app = typer.Typer(help="Look into adapter files and convert them.", no_args_is_help=True)
 
@@ -52,7 +52,8 @@ def _lines(header: Any, amount: str) -> list[str]:
         f"  strength   {header.scale:g}",
     ]
     if header.token:
-        lines.append(f"  token      {header.token['text']} ({header.token['vectors']} vectors)")
+        vectors = header.token["vectors"]
+        lines.append(f"  token      {header.token['text']} ({vectors} vector{'s' if vectors > 1 else ''})")
     if header.prompt:
         lines.append(f"  prompt     {header.prompt}")
     for component, part in header.components.items():
@@ -94,17 +95,16 @@ def convert(
     """
     screen = Screen(json_output)
     with screen:
+        from ..customize.convert import embedding_path
         from ..customize.header import STORAGES
-        from ..errors import CheckpointError
 
         if to not in ("diffusers", "kohya", "comcat"):
             raise typer.BadParameter(f"{to!r} is not diffusers, kohya or comcat", param_hint="--to")
         if storage not in STORAGES:
             raise typer.BadParameter(f"{storage!r} is not one of {', '.join(STORAGES)}", param_hint="--storage")
-        if out.suffix != ".safetensors":
-            raise CheckpointError(f"'{out}' does not end in .safetensors")
-        if out.exists() and not overwrite:
-            raise CheckpointError(f"'{out}' exists already; choose another name or give --overwrite")
+        check_output_file(out, overwrite)
+        if to != "comcat":
+            check_output_file(embedding_path(out), overwrite)
         if to == "comcat":
             document = _to_comcat(screen, file, out, base, rank, storage, scale, partial, variant, device)
         else:
@@ -137,9 +137,7 @@ def _to_comcat(
     if rank is None:
         raise typer.BadParameter("say which rank the adapter's products are to have, e.g. 4", param_hint="--rank")
     pipe = _open(base, variant, device)
-    handle, conversion = import_lora(
-        pipe, file, rank=rank, name="".join(c if c.isalnum() or c in "_-" else "_" for c in out.stem), partial=partial
-    )
+    handle, conversion = import_lora(pipe, file, rank=rank, name=adapter_name(out), partial=partial)
     if scale is not None:
         handle.scale = scale
     handle.info["base"] = base
@@ -161,14 +159,14 @@ def _to_lora(
     variant: str | None,
     device: str,
 ) -> dict[str, Any]:
-    from ..customize.convert import write_lora
+    from ..customize.convert import embedding_path, write_lora
     from ..report.customize import conversion as table
 
     handle, factors, result, output = _converted(screen, file, base, rank, scale, prompts, data_free, variant, device)
     write_lora(handle, factors, out, layout)
     screen.out.print(table(result, f"as a LoRA ({layout})", output))
     if handle.token is not None:
-        screen.out.print(f"the token's vectors: [bold]{out.with_suffix('.embedding.safetensors')}[/bold]")
+        screen.out.print(f"the token's vectors: [bold]{embedding_path(out)}[/bold]")
     return {**result.to_dict(), "output_error": output}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +12,7 @@ from ..training.process import process_index
 from ..training.settings import check_fields, read_yaml
 from . import options as opt
 from .console import Screen, command, main_process_speaks
-from .inputs import check_input_file
+from .inputs import check_input_file, check_output_file, parse_device
 
 if TYPE_CHECKING:
     from ..customize.config import CustomizeConfig
@@ -148,6 +148,10 @@ def customize(
     --class-prompt "a photo of a dog" --out dog.safetensors[/dim]
     """
     given = dict(locals())
+    if device not in ("auto", "cpu"):
+        raise typer.BadParameter(
+            "takes auto or cpu; choose GPUs with CUDA_VISIBLE_DEVICES or accelerate launch", param_hint="--device"
+        )
     given.update(layer_ranks=layer_rank, targets=target)
     check_input_file(config, "--config")
     rank_ = process_index()
@@ -209,22 +213,19 @@ def _run(
     from ..customize.header import STORAGES
     from ..customize.opening import open_pipeline
     from ..customize.train import finish, train
-    from ..errors import CheckpointError, TrainingError
+    from ..errors import TrainingError
 
     if storage not in STORAGES:
         raise typer.BadParameter(f"{storage!r} is not one of {', '.join(STORAGES)}", param_hint="--storage")
-    if out.suffix != ".safetensors":
-        raise CheckpointError(f"'{out}' does not end in .safetensors; adapters are stored in that format only")
-    if out.exists() and not overwrite:
-        raise CheckpointError(f"'{out}' exists already; choose another --out or give --overwrite")
-    if settings.precision == "fp16" and cpu:
+    check_output_file(out, overwrite)
+    if settings.precision == "fp16" and (cpu or parse_device("auto").type == "cpu"):
         raise TrainingError("precision fp16 needs a GPU; use bf16 or no")
     pipe = open_pipeline(base, settings.precision, "cpu", variant)
     try:
         handle = train(
             pipe,
             config=settings,
-            name=_name(out),
+            name=adapter_name(out),
             out=folder,
             cpu=cpu,
             progress=screen.progress,
@@ -239,7 +240,7 @@ def _run(
         raise KeyboardInterrupt(kept) from interrupt
     handle.info["base"] = base
     if process_index() == 0:
-        write_adapter(handle, out, storage)  # type: ignore[arg-type]
+        write_adapter(handle, out, storage)
         if not keep_run:
             finish(folder)
     return {
@@ -251,14 +252,17 @@ def _run(
         "token": handle.token.text if handle.token else None,
         "prompt": handle.info["prompt"],
         "training": handle.info["training"],
-        "config": asdict(replace(settings)),
+        "config": asdict(settings),
         "base": base,
     }
 
 
-def _name(out: Path) -> str:
+def adapter_name(out: Path) -> str:
     """The adapter's name in the file: the file's own, as far as a name may hold it."""
-    return "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in out.stem) or "adapter"
+    from torch import nn
+
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in out.stem)
+    return f"{name}_" if hasattr(nn.ModuleDict(), name) else name
 
 
 def _show(screen: Screen, document: dict[str, Any]) -> None:

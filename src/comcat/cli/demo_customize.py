@@ -26,7 +26,7 @@ def demo_customize(
         "comcat-demo-customize"
     ),
     digit: Annotated[int, opt.Option(min=0, max=9, help="The digit that the base never sees and V* is to become.")] = 0,
-    steps: Annotated[int, opt.Option(min=1, metavar="N", help="Updates of every method.")] = 250,
+    steps: Annotated[int, opt.Option(min=1, metavar="N", help="Updates of every method.")] = 120,
     cache: Annotated[
         Path | None, opt.Option(metavar="DIR", help="Where the trained base is kept; ~/.cache/comcat.")
     ] = None,
@@ -93,7 +93,7 @@ def _storages(contest: Any, out: Path) -> list[dict[str, Any]]:
     for storage in ("float32", "float16", "int8"):
         path = out / (f"concept-{storage}.safetensors" if storage != "float32" else "concept.safetensors")
         if storage != "float32":
-            restore_adapter(out / "concept.safetensors", path, storage)  # type: ignore[arg-type]
+            restore_adapter(out / "concept.safetensors", path, storage)
         _, tensors = read_adapter(path)
         off = max(float((tensors[k].float() - t).norm() / t.norm()) for k, t in exact.items() if torch.any(t != 0))
         handle = load_adapter(contest.pipe, path)
@@ -120,16 +120,17 @@ def _show(screen: Screen, outcomes: list[Outcome], storage: list[dict[str, Any]]
     out.print(tables.contest(outcomes, f"{document['steps']} steps on 5 images of the digit {document['digit']}"))
     out.print(tables.storages(storage))
     out.print(
-        f"[green]✓[/green] all of it in {document['seconds']:.0f} s ({document['base_seconds']:.0f} s for the base, which is "
-        f"kept); see [bold]{folder / 'report.png'}[/bold]",
+        f"[green]✓[/green] all of it in {document['seconds']:.0f} s ({document['base_seconds']:.0f} s for the base, "
+        f"which is kept); see [bold]{folder / 'report.png'}[/bold]",
         soft_wrap=True,
     )
     base, name = shlex.quote(str(folder / "base")), shlex.quote(str(folder))
     out.print("\nYour turn:", style="bold")
+    prompt = shlex.quote(PROMPT)
     for line in (
-        f"comcat generate {base} --adapter {name}/concept.safetensors:0.8 --prompt {shlex.quote(PROMPT)} --out {name}/images",
-        f"comcat customize {base} --images {name}/photos --prompt {shlex.quote(PROMPT)} --class-images {name}/class-images "
-        "--batch-size 5 --lr 6e-3 --token-lr 0.05 --token-init digit --out mine.safetensors",
+        f"comcat generate {base} --adapter {name}/concept.safetensors:0.8 --prompt {prompt} --out {name}/images",
+        f"comcat customize {base} --images {name}/photos --prompt {prompt} --class-images {name}/class-images "
+        "--batch-size 5 --lr 2e-2 --token-lr 0.05 --token-init digit --out mine.safetensors",
         f"comcat adapter merge-report {name}/concept.safetensors --base {base}",
     ):
         out.print(f"  {line}", soft_wrap=True, markup=False)

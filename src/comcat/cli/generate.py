@@ -81,7 +81,7 @@ def generate(
             raise typer.BadParameter(f"{precision!r} is not one of {', '.join(DTYPES)}", param_hint="--precision")
         names = [f"{i:03d}-{slug(text)}" for i, text in enumerate(texts)]
         paths = [[out / f"{name}-seed{seed}.png" for seed in numbers] for name in names]
-        check_outputs([p for row in paths for p in row] + [out / "grid.png", out / "images.json"], overwrite)
+        check_outputs(out, [p for row in paths for p in row] + [out / "grid.png", out / "images.json"], overwrite)
         pipe = open_pipeline(base, precision, place, variant)
         handles = load_all(pipe, files)
         check_prompts(pipe, texts, without_token=without_token)
@@ -144,7 +144,7 @@ def parse_seeds(text: str) -> list[int]:
     found: list[int] = []
     for item in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
-        if match is None or (match[2] and int(match[2]) < int(match[1])):
+        if match is None or not int(match[1]) <= int(match[2] or match[1]) < 2**63:
             raise typer.BadParameter(f"{item!r} is no seed; write them like 0-3,7", param_hint="--seeds")
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     return list(dict.fromkeys(found))
@@ -161,7 +161,7 @@ def read_prompts(given: Sequence[str] | None, file: Path | None) -> list[str]:
     texts = list(given or [])
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"the prompts in '{file}' cannot be read: {getattr(error, 'strerror', 'not UTF-8')}"
@@ -172,9 +172,11 @@ def read_prompts(given: Sequence[str] | None, file: Path | None) -> list[str]:
     return texts
 
 
-def check_outputs(paths: Sequence[Path], overwrite: bool) -> None:
+def check_outputs(out: Path, paths: Sequence[Path], overwrite: bool) -> None:
     from ..errors import CheckpointError
 
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"'{out}' is a file; choose a directory with --out")
     there = [path for path in paths if path.exists()]
     if there and not overwrite:
         raise CheckpointError(f"'{there[0]}' exists already; choose another --out or give --overwrite")

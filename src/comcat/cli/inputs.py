@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..errors import DataError, ModelError
+from ..errors import CheckpointError, DataError, ModelError
 from .console import Screen
 
 if TYPE_CHECKING:
@@ -62,6 +63,20 @@ def parse_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ModelError(f"there is no device {name!r} on this machine. Use --device cpu or leave it out") from e
     return device
+
+
+def check_output_file(path: Path, overwrite: bool) -> None:
+    """Raise CheckpointError, before any work is done, where a .safetensors file cannot be written in the end."""
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"'{path}' does not end in .safetensors, the only format that is written")
+    if path.is_dir():
+        raise CheckpointError(f"'{path}' is a directory; choose another name")
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"'{path}' exists already; choose another name or give --overwrite")
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "may not be written to" if place.is_dir() else "is a file"
+        raise CheckpointError(f"'{path}' cannot be written: '{place}' {why}; choose another place")
 
 
 @dataclass(frozen=True)

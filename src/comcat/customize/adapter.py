@@ -23,7 +23,7 @@ from .targets import Ranks, Targets, choose
 from .tokens import Token, install, new_token
 
 _ATTRIBUTE = "_comcat_adapters"
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
+NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Adapter:
@@ -213,7 +213,7 @@ def add_adapter(
 
 def new_adapter(pipe: Any, name: str, scale: float) -> Adapter:
     """An empty adapter, not yet on its pipeline; ModelError for a name that is taken or a strength that is none."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ModelError(f"an adapter's name is letters, digits, '_' and '-', not {name!r}")
     if hasattr(nn.ModuleDict(), name):  # it holds the products under this name
         raise ModelError(f"an adapter cannot be called {name!r}, a word of torch's own; choose another name")

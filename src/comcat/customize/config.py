@@ -33,7 +33,8 @@ class CustomizeConfig(Settings):
         random_crop: another crop every time, which rules out cached latents.
         cache_latents: encode every photo once.
         caption_dropout: share of examples that learn without their caption.
-        prior_weight: of the loss on class images; 0 is off. num_class_images: how many to generate where none are given.
+        prior_weight: of the loss on class images; 0 is off.
+        num_class_images: how many to generate where none are given.
         snr_gamma: min-SNR weighting (Hang et al., 2023), usually 5; None: off. Not for flow matching.
         precision: autocast; the products stay float32.
         grad_checkpointing: recompute activations (less memory, a third more time).

@@ -56,13 +56,13 @@ class Method:
 
 METHODS = (
     Method("base", "base"),
-    Method("comcat, rank 1", "comcat", 1, 3e-3),
-    Method("comcat, rank 2", "comcat", 2, 3e-3),
-    Method("comcat, rank 4", "comcat", 4, 3e-3),
+    Method("comcat, rank 1", "comcat", 1, 2e-2),
+    Method("comcat, rank 2", "comcat", 2, 2e-2),
+    Method("comcat, rank 4", "comcat", 4, 2e-2),
     # With 4 heads a LoRA of rank 2 r has as many parameters as products of rank r.
-    Method("LoRA, rank 2", "lora", 2, 3e-3),
-    Method("LoRA, rank 4", "lora", 4, 3e-3),
-    Method("LoRA, rank 8", "lora", 8, 3e-3),
+    Method("LoRA, rank 2", "lora", 2, 2e-2),
+    Method("LoRA, rank 4", "lora", 4, 2e-2),
+    Method("LoRA, rank 8", "lora", 8, 2e-2),
     Method("full fine-tuning", "full", 0, 3e-4),
 )
 
@@ -88,9 +88,10 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         kept = ("concept", "retention", "seconds", "bytes", "parameters", "peak")
+        values = {name: getattr(self, name) for name in kept}
         return {
             **asdict(self.method),
-            **{name: getattr(self, name) for name in kept},
+            **{name: None if value != value else value for name, value in values.items()},  # JSON has no NaN
             "per_digit": self.scores.per_digit,
         }
 
@@ -102,7 +103,7 @@ class Contest:
         pipe: of :mod:`comcat.customize.digits`; folder: for photos and class images.
     """
 
-    def __init__(self, pipe: Any, folder: Path, left_out: int, seed: int = 0, steps: int = 250) -> None:
+    def __init__(self, pipe: Any, folder: Path, left_out: int, seed: int = 0, steps: int = 120) -> None:
         self.pipe, self.folder, self.left_out, self.seed = pipe, folder, left_out, seed
         self.classifier = Classifier()
         self.config = CustomizeConfig(

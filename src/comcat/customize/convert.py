@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ModelError
 from ..files import atomic_file, tensor_bytes
 from ..hosts.seam import Site
 from ..progress import Progress
@@ -122,16 +122,21 @@ def as_lora(
                 factors.setdefault(component, {})[path] = lora
         if progress:
             progress("convert layers", done, len(handle.layers))
-    # The closed form knows its error, but not of a smaller rank, nor of biases of keys that a LoRA cannot move.
+    # The closed form knows its error, but not of a smaller rank, nor of biases, which a LoRA cannot move.
     errors = [
         _measured(e, sites[e.component][e.layer], models, handle, factors, roots)
-        if e.kept and (rank is not None or (e.part == "qk" and has_key_biases(sites[e.component][e.layer])))
+        if e.kept and (rank is not None or _touches_biases(e, sites[e.component][e.layer], handle))
         else e
         for e in errors
     ]
     if handle.token is not None:
         dropped.append(f"the vectors of the token {handle.token.text!r}, which go into a file of their own")
     return factors, Conversion(errors, dropped)
+
+
+def _touches_biases(error: LayerError, site: Site, handle: Adapter) -> bool:
+    own = [name for name, _ in handle.layers[error.component, error.layer].named_parameters() if name.endswith("bias")]
+    return bool(own) or (error.part == "qk" and has_key_biases(site))
 
 
 def _measured(error: LayerError, site: Site, models: Any, handle: Adapter, factors: Any, roots: Roots) -> LayerError:
@@ -185,6 +190,11 @@ def export_lora(
     return conversion
 
 
+def embedding_path(path: Path) -> Path:
+    """Where the vectors of a learned token go, beside a LoRA."""
+    return path.with_suffix(".embedding.safetensors")
+
+
 def write_lora(
     handle: Adapter,
     factors: Mapping[str, Mapping[str, LoraWeights]],
@@ -204,7 +214,7 @@ def write_lora(
             {e: {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}[e] for e in vectors} if len(vectors) > 1 else {}
         )
         content = {keys.get(e, handle.token.text): v.detach().to("cpu", dtype) for e, v in vectors.items()}
-        with atomic_file(path.with_suffix(".embedding.safetensors")) as file:
+        with atomic_file(embedding_path(path)) as file:
             file.write(tensor_bytes(content, {"format": "pt"}))
 
 
@@ -219,8 +229,7 @@ def import_lora(
 ) -> tuple[Adapter, Conversion]:
     """Put an ordinary LoRA on a pipeline as added products of ``rank`` per head.
 
-    Exact where the rank reaches twice the LoRA's, or the head width; otherwise the nearest in the Frobenius norm of
-    each product. Strengths are then those of adapters: unlike a LoRA's, the scores are linear in them.
+    Exact where the rank reaches twice the LoRA's; otherwise the nearest in the Frobenius norm of each product. Strengths are then those of adapters: unlike a LoRA's, the scores are linear in them.
 
     Args:
         partial: leave out what added products cannot express (feed-forward layers, convolutions, queries and keys that
@@ -228,7 +237,10 @@ def import_lora(
 
     Raises:
         CheckpointError: no LoRA, one of another model, or, without ``partial``, parts that cannot be expressed.
+        ModelError: the rank is below 1 or above a head width; the name is taken.
     """
+    if rank < 1:
+        raise ModelError(f"the rank is {rank}, but must be a whole number from 1 to the head width")
     path = Path(path)
     check_is_safetensors(path)
     try:
@@ -246,13 +258,13 @@ def import_lora(
         model = models[component]
         found = {key.removeprefix("text_model."): LoraWeights(*pair) for key, pair in found.items()}
         used: set[str] = set()
-        for site_name, site in find_sites(component, model)[0].items():
+        for site in find_sites(component, model)[0].values():
             used |= _import_layer(handle, component, site, model, found, rank, errors, left_out)
         left_out += [f"{component}.{key}" for key in found if key not in used]
     if left_out and not partial:
         raise CheckpointError(
-            f"'{path}' changes what added products cannot express: {_some(left_out)} ({len(left_out)} in all); take the "
-            "rest alone with --partial"
+            f"'{path}' changes what added products cannot express: {_some(left_out)} ({len(left_out)} in all); take "
+            "the rest alone with --partial"
         )
     if not handle.layers:
         raise CheckpointError(f"'{path}' changes no attention layer of this model")
@@ -294,6 +306,10 @@ def _import_layer(
         errors.append(LayerError(component, site.name, part, error / effect if effect else 0.0, effect))
         results[part] = (form, product.left_added, product.right_added)
     if results:
+        if rank > site.head_dim:
+            raise ModelError(
+                f"rank {rank} is above the head width {site.head_dim} of '{site.name}'; use at most {site.head_dim}"
+            )
         biased = {b.path for form, _, _ in results.values() for b in form.left_blocks + form.right_blocks if b.bias}
         kinds = [(s, kind) for s in site.streams for kind in ("query", "key", "value")]
         biases = [f"{s.name}.{kind}" for s, kind in kinds if f"{site.name}.{getattr(s, kind)}" in biased]
@@ -301,8 +317,8 @@ def _import_layer(
         for stream in layer.streams.values():
             for parameter in stream.parameters():
                 nn.init.zeros_(parameter)
-        for part, (form, left, right) in results.items():
-            _fill(site, model, layer, part, form, left, right)
+        for part, (form, left_added, right_added) in results.items():
+            _fill(site, model, layer, part, form, left_added, right_added)
         handle.layers[component, site.name] = layer
     return used
 

@@ -6,14 +6,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..files import atomic_directory
 from ..progress import Progress
 from . import digits
+from .opening import quiet_loading
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -41,7 +40,11 @@ def load_or_train(
         ComcatError: a package is missing, or the cache cannot be written; the latter before the training.
     """
     folder = _cache_home(cache) / f"digits-{_RECIPE}-without-{left_out}-seed-{seed}-steps-{vae_steps}-{steps}"
-    with _quiet():
+    try:
+        from diffusers import StableDiffusionPipeline
+    except ImportError as e:
+        raise digits.missing_packages() from e
+    with quiet_loading():
         if not _is_intact(folder):
             shutil.rmtree(folder, ignore_errors=True)  # another version's, or damaged
             with atomic_directory(folder) as new:
@@ -50,8 +53,6 @@ def load_or_train(
                 pipe.save_pretrained(new)
                 (new / _MANIFEST).write_text(json.dumps(_checksums(new), indent=1))
         # Read back also what was just trained, so that the first run gives what all others do.
-        from diffusers import StableDiffusionPipeline
-
         pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -74,22 +75,3 @@ def _is_intact(folder: Path) -> bool:
         return bool(json.loads((folder / _MANIFEST).read_text()) == _checksums(folder))
     except (OSError, ValueError):
         return False
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of diffusers and transformers over the loading of files of a few megabytes."""
-    try:
-        from diffusers.utils import logging as diffusers_logging
-        from transformers.utils import logging as transformers_logging
-    except ImportError as e:
-        raise digits.missing_packages() from e
-
-    enabled: list[Any] = [m for m in (diffusers_logging, transformers_logging) if m.is_progress_bar_enabled()]
-    for module in enabled:
-        module.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for module in enabled:
-            module.enable_progress_bar()

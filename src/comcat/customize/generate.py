@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -48,10 +49,15 @@ def generate(
         "height": height,
         "width": width,
     }
-    given = {key: value for key, value in wanted.items() if value is not None}
-    unknown = [key for key in given if key not in inspect.signature(pipe.__call__).parameters]
+    given: dict[str, Any] = {key: value for key, value in wanted.items() if value is not None}
+    taken = inspect.signature(pipe.__call__).parameters
+    unknown = [key for key in given if key not in taken]
+    if "negative_prompt" in given and "true_cfg_scale" in taken:  # a distilled model: its pipeline would ignore it
+        unknown.append("negative_prompt")
     if unknown:
-        raise DataError(f"{type(pipe).__name__} takes no {unknown[0]}; leave it out")
+        raise DataError(f"{type(pipe).__name__} takes no {unknown[0].replace('_', ' ')}; leave it out")
+    if "clean_caption" in taken:  # captions are learned as they are written
+        given["clean_caption"] = False
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     images: list[Image.Image] = []
     with quiet(pipe):
@@ -60,12 +66,15 @@ def generate(
             options = dict(given)
             if negative_prompt is not None:
                 options["negative_prompt"] = [negative_prompt] * len(batch)
-            images += pipe(
-                prompt=[prompt for prompt, _ in batch],
-                generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
-                output_type="pil",
-                **options,
-            ).images
+            try:
+                images += pipe(
+                    prompt=[prompt for prompt, _ in batch],
+                    generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
+                    output_type="pil",
+                    **options,
+                ).images
+            except ValueError as error:  # its own checks, e.g. of the size
+                raise DataError(f"{type(pipe).__name__} cannot draw this: {error}") from error
             if progress:
                 progress(stage, len(images), len(jobs))
     count = len(seeds)
@@ -103,7 +112,8 @@ def check_prompts(pipe: Any, prompts: Sequence[str], *, without_token: bool = Fa
 
 
 def has_token(prompt: str, token: str) -> bool:
-    return token in prompt
+    """Whether the tokenizer will see the token: as a whole word, in this spelling."""
+    return re.search(rf"(?<!\w){re.escape(token)}(?!\w)", prompt) is not None
 
 
 def _example(handle: Adapter) -> str:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from .._version import __version__
 from ..errors import CheckpointError, ModelError
-from .adapter import check_scale
+from .adapter import NAME, check_scale
+from .tokens import is_word
 
 FORMAT = 1
 KEY = "comcat"
@@ -92,11 +93,11 @@ class Header:
         check_scale(self.scale)
         entries = [entry for part in self.components.values() for entry in part.layers.values()]
         parts = self.components.values()
-        token = {"text": "", "vectors": 1} if self.token is None else self.token
+        token = {"text": "V*", "vectors": 1} if self.token is None else self.token
         checks = {
-            "name": isinstance(self.name, str),
+            "name": isinstance(self.name, str) and NAME.fullmatch(self.name),
             "base": isinstance(self.base, dict) and all(isinstance(value, str) for value in self.base.values()),
-            "token": isinstance(token, dict) and isinstance(token["text"], str) and _is_int(token["vectors"]),
+            "token": isinstance(token, dict) and is_word(token["text"]) and _is_int(token["vectors"]),
             "prompt": self.prompt is None or isinstance(self.prompt, str),
             "training": self.training is None or isinstance(self.training, dict),
             "comcat": isinstance(self.comcat, str),
@@ -106,7 +107,7 @@ class Header:
         }
         wrong = [name for name, right in checks.items() if not right]
         if wrong:
-            raise ValueError(f"{', '.join(wrong)} of another type than a file of comcat has")
+            raise ValueError(f"{', '.join(wrong)} of another kind than a file of comcat has")
 
 
 def _is_int(value: Any) -> bool:

@@ -19,9 +19,10 @@ from .photos import METADATA, Bucket, Photo, buckets, check_sizes, find_photos
 from .pictures import save_png
 
 #: A word that stands for something new: V*, <dog>.
-_PLACEHOLDER = re.compile(r"(?<!\S)(?:[\w-]+\*|<[\w-]+>)")
+_PLACEHOLDER = re.compile(r"(?<!\S)(?:[\w-]+\*|<[\w-]+>)(?!\w)")
 
 _DRAWN = 4  # class images at a time
+_RECIPE = ".recipe.json"  # how they were drawn
 
 Note = Callable[[str], None]
 
@@ -40,13 +41,18 @@ def find_token(captions: Sequence[str]) -> str | None:
     return found[0] if found else None
 
 
-def check_token(photos: Sequence[Photo], token: str) -> None:
-    """Raise DataError for photos whose caption does not have the word that they are to teach."""
+def check_token(photos: Sequence[Photo], token: str, class_prompt: str | None = None) -> None:
+    """Raise DataError for photos whose caption does not have the word that they are to teach, or a class that has."""
     lacking = [photo for photo in photos if not has_token(photo.caption, token)]
     if lacking:
         raise DataError(
             f"the caption of '{lacking[0].path.name}', {lacking[0].caption!r}, does not have {token!r}, the word to be "
             f"learned ({len(lacking)} of {len(photos)} photos); write it into the caption, or into --prompt"
+        )
+    if class_prompt is not None and has_token(class_prompt, token):
+        raise DataError(
+            f"the class prompt {class_prompt!r} has {token!r}, the word to be learned; say what the concept is one of "
+            "without it"
         )
 
 
@@ -79,7 +85,9 @@ def class_photos(
     prompt: str | None,
     given: Path | None,
     folder: Path | None,
+    base: str = "",
     *,
+    keep: bool = False,
     allow_upscale: bool,
     note: Note,
     progress: Progress | None,
@@ -88,6 +96,7 @@ def class_photos(
 
     Args:
         given: folder with images; folder: where to keep generated ones, so that a resumed run has the same.
+        base: which model draws them; keep: those that are there belong to this run, whatever the settings are now.
 
     Raises:
         DataError: there is no place to keep generated images, or given ones cannot be used.
@@ -100,10 +109,26 @@ def class_photos(
             raise DataError(
                 "generated class images need a directory for the run; give out, or a folder of class images"
             )
+        if not keep:
+            recipe = [prompt, config.num_class_images, config.seed, config.validation_steps, resolution, base]
+            _drop_others(folder, recipe)
         _generate_class(family, config, prompt, folder, resolution, progress)
-    found = find_photos(given or folder, prompt, note=note)  # type: ignore[arg-type]
+    place = given if given is not None else folder
+    assert place is not None
+    found = find_photos(place, prompt, note=note)
     check_sizes(found, resolution, multiple=family.multiple, max_ratio=config.buckets, allow_upscale=allow_upscale)
     return found
+
+
+def _drop_others(folder: Path, recipe: list[Any]) -> None:
+    """Drop images that an earlier run has drawn in another way."""
+    text, path = json.dumps(recipe), folder / _RECIPE
+    if path.is_file() and path.read_text() == text:
+        return
+    for image in folder.glob("[0-9]*.png"):
+        image.unlink()
+    with atomic_file(path) as file:
+        file.write(text.encode())
 
 
 def _generate_class(
@@ -136,6 +161,6 @@ def _class_seed(seed: int, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"class {seed} {index}".encode()).digest()[:6], "big")
 
 
-def identity(photos: Sequence[Photo]) -> list[list[Any]]:
-    """What a resumed run must find again: names, captions and content of its photos."""
-    return [[p.path.name, p.caption, hashlib.sha256(p.path.read_bytes()).hexdigest()[:16]] for p in photos]
+def identity(photos: Sequence[Photo]) -> dict[str, str]:
+    """What a resumed run must find again: name -> caption and content of its photos."""
+    return {p.path.name: f"{p.caption} ({hashlib.sha256(p.path.read_bytes()).hexdigest()[:16]})" for p in photos}

@@ -28,7 +28,7 @@ def denoiser_output(family: Family, prompt: str, seed: int = 0) -> Tensor:
     noisy = Objective(family.pipe.scheduler)(latents, generator)
     time_ids = torch.tensor([[family.resolution] * 2 + [0, 0] + [family.resolution] * 2]).float().to(device)
     text = family.encode_text([prompt])
-    return family.predict(noisy.sample.to(dtype), noisy.timesteps.to(dtype), text, time_ids).float()
+    return family.predict(noisy.sample.to(dtype), noisy.timesteps, text, time_ids).float()
 
 
 @contextlib.contextmanager
@@ -55,7 +55,7 @@ def _adds(down: Tensor, up: Tensor) -> Any:
 
 
 def output_error(handle: Adapter, factors: Mapping[str, Mapping[str, LoraWeights]], prompt: str) -> float:
-    """``|out(LoRA) - out(adapter)| / |out(adapter) - out(base)|`` on one noisy latent. 1 is as bad as leaving it out."""
+    """``|out(LoRA) - out(adapter)| / |out(adapter) - out(base)|`` on one noisy latent; 1: as bad as leaving it out."""
     family = family_of(handle.pipe)
     name, model = denoiser(handle.pipe)
     models = {name: model, **text_encoders(handle.pipe)}

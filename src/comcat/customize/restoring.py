@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from ..errors import CheckpointError
 from ..files import atomic_file, tensor_bytes
 from .adapter import check_scale
 from .formats import check_is_safetensors, encode, read_adapter
@@ -14,13 +15,13 @@ from .header import KEY, Storage
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether a file is an adapter of comcat; raises CheckpointError where it is missing or a pickle."""
+    """Whether a file is an adapter of comcat; raises CheckpointError where it is missing, damaged or a pickle."""
     check_is_safetensors(Path(path))
     try:
         with safe_open(path, "pt") as file:
             return KEY in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"'{path}' is damaged or no safetensors file: {error}") from error
 
 
 def restore_adapter(path: str | Path, out: str | Path, storage: Storage, scale: float | None = None) -> None:

@@ -80,6 +80,10 @@ def new_token(
     return Token(text, vectors)
 
 
+def is_word(text: Any) -> bool:
+    return isinstance(text, str) and text != "" and text == "".join(text.split())
+
+
 def check_new(pipe: Any, text: str, count: int) -> None:
     """Whether ``text`` can become a token of ``count`` vectors without changing what any other prompt means.
 
@@ -87,7 +91,7 @@ def check_new(pipe: Any, text: str, count: int) -> None:
         ModelError: it is no word; a tokenizer knows it; it and another new token contain each other; or this pipeline
             cannot spread a token over several vectors.
     """
-    if not isinstance(text, str) or not text or text != "".join(text.split()):
+    if not is_word(text):
         raise ModelError(f"a token must be one word without spaces, not {text!r}, e.g. 'V*'")
     if count > 1 and not hasattr(pipe, "maybe_convert_prompt"):
         raise ModelError(f"{type(pipe).__name__} reads one vector per word; give the token {text!r} 1 vector")

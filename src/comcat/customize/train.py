@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .._version import __version__
 from ..errors import TrainingError
@@ -19,12 +20,13 @@ from ..training import checks, state
 from ..training.log import Log
 from ..training.process import accelerated, on_main
 from .adapter import Adapter, add_adapter, remove_adapter
-from .components import denoiser, find_sites, fingerprint, text_encoders
+from .components import denoiser, find_sites, fingerprint
 from .config import CustomizeConfig
 from .examples import Photos
 from .families import Family, family_of
 from .generate import generate
 from .material import Note, check_token, class_photos, concept_photos, find_token, identity, shapes_for
+from .objective import Objective
 from .pictures import grid, save_png
 from .trainer import Trainer
 
@@ -90,7 +92,7 @@ def train(
     )
     token = config.token or find_token([photo.caption for photo in photos])
     if token is not None:
-        check_token(photos, token)
+        check_token(photos, token, class_prompt)
         config = replace(config, token=token)
     saved = _open(folder, resume, note)
     material = Material(
@@ -106,27 +108,14 @@ def train(
             progress = None
         pipe.to(accelerator.device)
         stack.enter_context(frozen(pipe))
-        priors = on_main(
-            accelerator,
-            lambda: class_photos(
-                family,
-                config,
-                class_prompt if config.prior_weight else None,
-                material.class_images if config.prior_weight else None,
-                folder / CLASS_IMAGES if folder is not None else None,
-                allow_upscale=allow_upscale,
-                note=note,
-                progress=progress,
-            ),
-        )
-        fixed = {
-            "photos": identity(photos),
-            "class_images": identity(priors),
-            "base": _base_identity(pipe),
-            "processes": accelerator.num_processes,
-        }
+        base = _base_identity(pipe)
+        fixed: dict[str, Any] = {"photos": identity(photos), "base": base, "processes": accelerator.num_processes}
+        # What cannot be trained is refused before anything is drawn.
+        Objective(pipe.scheduler, config.snr_gamma)
         if saved is not None:
-            checks.check_same(saved.plain, config, fixed)
+            checks.check_same(
+                {**saved.plain, "run": {key: saved.plain["run"].get(key) for key in fixed}}, config, fixed
+            )
         handle = add_adapter(
             pipe,
             rank=config.ranks,
@@ -142,6 +131,24 @@ def train(
         )
         try:
             with explained():
+                priors = on_main(
+                    accelerator,
+                    lambda: class_photos(
+                        family,
+                        config,
+                        class_prompt if config.prior_weight else None,
+                        material.class_images if config.prior_weight else None,
+                        folder / CLASS_IMAGES if folder is not None else None,
+                        base,
+                        keep=saved is not None,
+                        allow_upscale=allow_upscale,
+                        note=note,
+                        progress=progress,
+                    ),
+                )
+                fixed["class_images"] = identity(priors)
+                if saved is not None:
+                    checks.check_same(saved.plain, config, fixed)
                 run = _Run(accelerator, family, handle, config, material, folder, fixed, progress)
                 run.prepare(photos, priors)
                 run.go(saved, note)
@@ -197,6 +204,16 @@ class _Run:
         self.trainer.encode_captions()
         if config.grad_checkpointing:
             self.family.model.enable_gradient_checkpointing()
+        self._park(away=True)
+
+    def _park(self, away: bool) -> None:
+        """Encoders that have done their work leave the GPU, and come back where images are drawn."""
+        device = self.accelerator.device
+        for name, part in self.family.pipe.components.items():
+            if device.type != "cuda" or not isinstance(part, nn.Module) or part is self.family.model:
+                continue
+            at_work = not self.config.cache_latents if name == "vae" else self.trainer.trains_text
+            part.to("cpu" if away and not at_work else device)
 
     def go(self, saved: state.Saved | None, note: Note) -> None:
         config, trainer = self.config, self.trainer
@@ -225,16 +242,19 @@ class _Run:
                     self.progress("train", step, config.steps)
         finally:
             log.close()
+            self._park(away=False)
 
     def _check(self, value: float, step: int) -> None:
-        bad = self.trainer.bad_parameter() if step % self.config.log_every == 0 or step == self.config.steps else None
+        config = self.config
+        due = step == config.steps or step % config.log_every == 0 or step % config.checkpoint_every == 0
+        bad = self.trainer.bad_parameter() if due else None
         finite = value == value and abs(value) != float("inf")
         if (finite or self.accelerator.scaler is not None) and bad is None:
             return
         kept = f"; the checkpoint of step {self.saved_step} is good and kept" if self.saved_step else ""
         raise TrainingError(
-            f"the loss or {bad or 'its gradient'} is NaN or infinite at step {step}{kept}. Try a lower lr, or precision "
-            "bf16 or no"
+            f"the loss or {bad or 'its gradient'} is NaN or infinite at step {step}{kept}. Try a lower lr, or "
+            "precision bf16 or no"
         )
 
     def _save(self, step: int) -> None:
@@ -250,6 +270,7 @@ class _Run:
         config = self.config
         prompts = self.material.validation_prompts or (self.material.prompt or "",)
         resolution, _ = shapes_for(self.family, config)
+        self._park(away=False)
         with self.accelerator.autocast():
             rows = generate(
                 self.family.pipe,
@@ -259,6 +280,7 @@ class _Run:
                 height=resolution,
                 width=resolution,
             )
+        self._park(away=True)
         sheet = grid(rows)
         save_png(sheet, self.folder / SAMPLES / f"step-{step:06d}.png")
         log.image("samples", sheet, step)
@@ -303,7 +325,8 @@ def _base_identity(pipe: Any) -> str:
     component, model = denoiser(pipe)
     sites, _ = find_sites(component, model)
     sha = hashlib.sha256(fingerprint(sites).encode())
-    for site in (list(sites.values())[0], list(sites.values())[-1]):
+    ordered = list(sites.values())
+    for site in (ordered[0], ordered[-1]):
         weight = site.linear(site.streams[0].query).weight
         sha.update(weight.detach().float().cpu().numpy().tobytes())
     return sha.hexdigest()[:16]
@@ -312,10 +335,11 @@ def _base_identity(pipe: Any) -> str:
 @contextlib.contextmanager
 def frozen(pipe: Any) -> Iterator[None]:
     """No weight of the base wants a gradient inside; modes, flags and gradient checkpointing come back as they were."""
-    modules: list[Any] = [denoiser(pipe)[1], pipe.vae, *text_encoders(pipe).values()]
+    model: Any = denoiser(pipe)[1]
+    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]  # T5 too
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     modes = [(part, part.training) for module in modules for part in module.modules()]
-    checkpointing = bool(getattr(modules[0], "is_gradient_checkpointing", False))
+    checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))
     for module in modules:
         module.requires_grad_(False).eval()
     try:
@@ -325,8 +349,8 @@ def frozen(pipe: Any) -> Iterator[None]:
             parameter.requires_grad_(True)
         for part, training in modes:
             part.training = training
-        if not checkpointing and getattr(modules[0], "is_gradient_checkpointing", False):
-            modules[0].disable_gradient_checkpointing()
+        if not checkpointing and getattr(model, "is_gradient_checkpointing", False):
+            model.disable_gradient_checkpointing()
 
 
 @contextlib.contextmanager

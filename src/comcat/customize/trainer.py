@@ -52,7 +52,7 @@ class Trainer:
             self.sources.append((class_photos, class_photos.plan(batches, config.batch_size), config.prior_weight))
         self.parameters: dict[str, nn.Parameter] = dict(adapter.named_parameters())
         self._text: dict[str, Text] = {}
-        self._trains_text = bool(config.text_encoder_rank or adapter.token)
+        self.trains_text = bool(config.text_encoder_rank or adapter.token)
         self.optimizer = self._new_optimizer()
         self.losses: list[float] = []
 
@@ -81,7 +81,7 @@ class Trainer:
     @torch.no_grad()
     def encode_captions(self) -> None:
         """Encode every caption once, unless the text encoders are trained."""
-        if self._trains_text:
+        if self.trains_text:
             return
         captions = {p.caption for photos, _, _ in self.sources for p in photos.photos}
         for caption in sorted(captions | ({""} if self.config.caption_dropout else set())):
@@ -163,7 +163,7 @@ class Trainer:
         return photos.latents(batch, generator), captions, photos.time_ids(batch)
 
     def _encode(self, captions: list[str]) -> Text:
-        if self._trains_text:
+        if self.trains_text:
             return self.family.encode_text(captions)
         rows = [self._text[caption] for caption in captions]
         return {key: torch.cat([row[key] for row in rows]).to(self.accelerator.device) for key in rows[0]}

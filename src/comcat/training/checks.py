@@ -123,9 +123,10 @@ def check_same(saved: Mapping[str, Any], config: Settings, run: Mapping[str, Any
     found = differences(kept, {k: v for k, v in config.to_dict().items() if k not in config.free})
     found += differences(saved["run"], json.loads(json.dumps(run)))  # as it was saved: JSON has no tuples
     if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise TrainingError(
-            f"the run to resume was started with other settings: {'; '.join(found)}. Use the old ones, or start anew "
-            "with another --out"
+            f"the run to resume was started with other settings: {'; '.join(found[:5])}{more}. Use the old ones, or "
+            "start anew with another --out"
         )
 
 
