@@ -43,7 +43,7 @@ def sweep(pipe: object, steps: int, digit: int) -> list[dict]:
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--digit", type=int, default=digits.LEFT_OUT)
     parser.add_argument("--cache", type=Path, help="where the trained base is kept")
     parser.add_argument("--sweep", action="store_true", help="also compare learning rates, on another seed")
@@ -60,17 +60,18 @@ def main() -> None:
                 outcome = contest.run(replace(method))
                 runs.setdefault(method.name, []).append(outcome.to_dict())
                 print(f"seed {seed} {method.name:<18} {outcome.concept:6.1f} {outcome.retention:6.1f}", flush=True)
+    common.write(
+        args.json, {"digit": args.digit, "steps": args.steps, "seeds": args.seeds, "runs": runs, "sweep": rates}
+    )
     print(f"\n{'method':<18} {'stored':>10} {'V* right':>14} {'others right':>14} {'time':>6} {'memory':>9}")
     comcat = [r["seconds"] for r in runs["comcat, rank 2"]]
     for name, rows in runs.items():
-        cells = [common.spread([r[key] for r in rows]) for key in ("concept", "retention")]
+        values = [[r[key] for r in rows] for key in ("concept", "retention")]
+        cells = ["" if None in column else common.spread(column) for column in values]  # the base has no concept
         # In turns within a seed: the ratio of times is meaningful, the seconds of a shared machine are not.
         ratio = sum(r["seconds"] / c for r, c in zip(rows, comcat, strict=True)) / len(rows)
         peak = sum(r["peak"] for r in rows) / len(rows) / 1e6
         print(f"{name:<18} {rows[0]['bytes']:>10,} {cells[0]:>14} {cells[1]:>14} {ratio:>6.2f} {peak:>6.1f} MB")
-    common.write(
-        args.json, {"digit": args.digit, "steps": args.steps, "seeds": args.seeds, "runs": runs, "sweep": rates}
-    )
 
 
 if __name__ == "__main__":

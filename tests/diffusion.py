@@ -13,6 +13,7 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
@@ -23,7 +24,14 @@ from diffusers import (
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 
 from comcat.customize import Adapter
 from conftest import randomize
@@ -85,16 +93,16 @@ def sd35() -> nn.Module:
     return sd3(qk_norm="rms_norm", dual_attention_layers=(0,))
 
 
-def flux() -> nn.Module:
+def flux(channels: int = 4, pooled: int = 11) -> nn.Module:
     return FluxTransformer2DModel(
         patch_size=1,
-        in_channels=4,
+        in_channels=channels,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=10,
         num_attention_heads=3,
         joint_attention_dim=13,
-        pooled_projection_dim=11,
+        pooled_projection_dim=pooled,
         axes_dims_rope=(2, 4, 4),
         guidance_embeds=False,
     )
@@ -249,7 +257,7 @@ def _ddim() -> DDIMScheduler:
 
 
 def pipeline(name: str = "sd1", **encoder: Any) -> Any:
-    """A frozen pipeline whose text encoders are CLIP's."""
+    """A frozen pipeline whose text encoders are CLIP's; FLUX has a T5 as well."""
     first: dict[str, Any] = {"text_encoder": text_encoder(projection=13 if name == "sd3" else None, **encoder)}
     second = {"text_encoder_2": text_encoder(2, 7, 11, seed=1, **encoder), "tokenizer_2": tokenizer()}
     shared = {**first, "tokenizer": tokenizer(), "vae": _vae()}
@@ -260,6 +268,15 @@ def pipeline(name: str = "sd1", **encoder: Any) -> Any:
     elif name == "sdxl":
         unet = frozen(sdxl(29, 11))
         pipe = StableDiffusionXLPipeline(**shared, **second, unet=unet, scheduler=_ddim(), add_watermarker=False)
+    elif name == "flux":
+        t5 = T5Config(vocab_size=len(tokenizer()), d_model=13, d_kv=5, d_ff=17, num_layers=1, num_heads=2)
+        pipe = FluxPipeline(
+            **shared,
+            text_encoder_2=frozen(T5EncoderModel(t5)),
+            tokenizer_2=tokenizer(),
+            transformer=frozen(flux(16, 15)),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+        )
     else:
         pipe = StableDiffusion3Pipeline(
             **shared,

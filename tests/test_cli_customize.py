@@ -8,14 +8,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from comcat.cli.generate import parse_adapter, parse_seeds, slug
-from comcat.customize import digits, load_adapter
+from comcat.customize import contest, digits, load_adapter
+from comcat.customize.digits_score import score
+from comcat.customize.trainer import Trainer
 from conftest import heed_interrupts
 from test_cli import Result
 from test_customize_train import write_photos
@@ -33,17 +37,17 @@ def place(tmp_path_factory):
     return root
 
 
+def customize(place: Path, images: Path, out: Path, *options: object) -> Result:
+    return Result(["customize", place / "base", "--images", images, "--out", out, *options])
+
+
 @pytest.fixture(scope="module")
 def dog(place):
     """The adapter, and the JSON document of its training."""
     out = place / "dog.safetensors"
     more = ["--class-prompt", "a photo of a digit", "--num-class-images", 3, "--validation-steps", 1]
     more += ["--validate-every", 3, "--validation-images", 2, "--text-encoder-rank", 1, "--device", "cpu"]
-    result = Result(
-        ["customize", place / "base", "--images", place / "photos", "--prompt", PROMPT, "--out", out, "--json"]
-        + QUICK
-        + more
-    )
+    result = customize(place, place / "photos", out, "--prompt", PROMPT, "--json", *QUICK, *more)
     assert result.code == 0, result.err
     assert result.err == ""
     return out, json.loads(result.out)
@@ -57,10 +61,8 @@ def cat(place):
     (folder / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "<cat> in a photo"}\n')
     (place / "cat.yaml").write_text("rank: 2\nlayer_ranks: [attn2=1]\nsteps: 9\nlr: 0.01\ntargets: [mid_block]\n")
     out = place / "pets" / "keys.safetensors"
-    result = Result(
-        ["customize", place / "base", "--images", folder, "--out", out, "--config", place / "cat.yaml"]
-        + ["--steps", 2, "--storage", "int8", "--run-dir", place / "cat-run", "--keep-checkpoints"]
-    )
+    options = ["--steps", 2, "--storage", "int8", "--run-dir", place / "cat-run", "--keep-checkpoints"]
+    result = customize(place, folder, out, "--config", place / "cat.yaml", *options)
     assert result.code == 0, result.err
     return out, result
 
@@ -133,7 +135,8 @@ def test_generate(place, dog, cat, tmp_path):
     assert [a["scale"] for a in document["adapters"]] == [1.0, 0.25]
     assert list(files["a"])[:3] == [("a V* and a <cat>", 0), ("a V* and a <cat>", 1), ("a V* and a <cat>", 5)]
     last = ("<cat> on V*", 5)
-    assert Image.open(tmp_path / "a" / "001-cat-on-v-seed5.png").size == (16, 16)
+    with Image.open(tmp_path / "a" / "001-cat-on-v-seed5.png") as image:
+        assert image.size == (16, 16)
     assert files["b"].keys() == {("a V* and a <cat>", 5), last}
     assert files["a"][last] != files["c"][last]
     assert len(set(files["a"].values())) == 6
@@ -222,12 +225,16 @@ def test_demos_still_have_their_options(tmp_path):
 
 
 @pytest.mark.slow
-def test_demo(tmp_path):
+def test_demo(tmp_path, monkeypatch):
+    methods = [contest.METHODS[i] for i in (0, 2, 4, 7)]
+    few = {"count_concept": 5, "count_other": 1}
+    monkeypatch.setattr(contest, "METHODS", methods)
+    monkeypatch.setattr(contest, "score", lambda *args, **kwargs: score(*args, **{**kwargs, **few}))
     options = ["--base-steps", 2, "--steps", 2, "--cache", tmp_path / "cache", "--json"]
     result = Result(["demo", "customize", "--out", tmp_path / "out", *options])
     assert result.code == 0, result.err
     document = json.loads(result.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert len(document["methods"]) == 8
+    assert [m["name"] for m in document["methods"]] == [m.name for m in methods]
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"base", "photos", "class-images", "concept.safetensors", "concept-int8.safetensors"} < files
     assert {"report.json", "report.png"} < files
@@ -235,8 +242,31 @@ def test_demo(tmp_path):
     assert "already holds something" in result.err
 
 
+@pytest.mark.parametrize(("step", "kept"), [(1, "no checkpoint yet"), (4, "the checkpoint of step 4 is kept, .*--res")])
+def test_interrupted(place, tmp_path, monkeypatch, step, kept):
+    def stop(self: Trainer, index: int, original: Any = Trainer.step) -> float:
+        if index == step:
+            raise KeyboardInterrupt
+        return original(self, index)
+
+    out = tmp_path / "dog.safetensors"
+    more = ["--prompt", PROMPT, *QUICK, "--steps", 5, "--checkpoint-every", 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stop)
+        result = customize(place, place / "photos", out, *more)
+    assert result.code == 130
+    assert re.fullmatch(f"interrupted; {kept}.*", result.err)
+    assert not out.exists()
+    resume = ["--resume"] if step == 4 else []
+    assert customize(place, place / "photos", out, *more, *resume).code == 0
+    assert customize(place, place / "photos", tmp_path / "b.safetensors", *more).code == 0
+    assert load_file(out).keys() == load_file(tmp_path / "b.safetensors").keys()
+    assert all(torch.equal(t, load_file(tmp_path / "b.safetensors")[name]) for name, t in load_file(out).items())
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="sends a signal")
-def test_interrupted(place, tmp_path):
+def test_interrupted_by_a_signal(place, tmp_path):
     """Ctrl-C: one line on how to go on, and the checkpoint is there; nothing but our own lines on the terminal."""
     out = tmp_path / "dog.safetensors"
     arguments = ["customize", place / "base", "--images", place / "photos", "--prompt", PROMPT, "--out", out]

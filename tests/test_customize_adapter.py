@@ -66,6 +66,12 @@ def test_training_starts_at_once(name: str) -> None:
         assert bool(gradient.any()) == starts_at_zero, key
     assert found.keys() == dict(adapter.named_parameters()).keys()
     assert all(p.grad is None for key, p in m.named_parameters() if ".adapters." not in key)
+    values = {key: p.detach().clone() for key, p in adapter.named_parameters()}
+    for layer in adapter.layers.values():
+        layer._started = True  # the widened attention itself, as in every later step
+    for key, gradient in gradients(m, x, adapter).items():
+        torch.testing.assert_close(found[key], gradient, atol=1e-10, rtol=1e-8)
+    assert all(torch.equal(p, values[key]) for key, p in adapter.named_parameters())
     torch.optim.SGD(adapter.parameters(), lr=1e-3).step()
     after = output(m, x)
     assert not torch.equal(after, base)
@@ -304,7 +310,7 @@ def test_refusals_name_what_is_wrong(args: dict[str, Any], message: str) -> None
     assert not any("adapters" in key for key in m.state_dict())
 
 
-@pytest.mark.parametrize(("name", "layers"), [("sd1", 2), ("sdxl", 4), ("sd3", 4)])
+@pytest.mark.parametrize(("name", "layers"), [("sd1", 2), ("sdxl", 4), ("sd3", 4), ("flux", 2)])
 def test_text_encoders(name: str, layers: int) -> None:
     pipe = pipeline(name)
     base = picture(pipe)

@@ -102,11 +102,10 @@ def test_reported_errors_are_those_of_the_products(pipe, rank, size):
             assert got.effect == pytest.approx(effect, rel=1e-9)
             assert got.relative == pytest.approx(error, rel=1e-4, abs=1e-6)
     assert not reported
-    assert {len(lora.down) for part in factors.values() for lora in part.values()} <= {rank or 2 * HEADS, rank or HEADS}
-    together = sum((e.relative * e.effect) ** 2 for e in conversion.errors) / sum(
-        e.effect**2 for e in conversion.errors
-    )
-    assert conversion.relative == pytest.approx(together**0.5)
+    assert max(len(lora.down) for part in factors.values() for lora in part.values()) == (rank or 2 * HEADS)
+    effects = torch.tensor([e.effect for e in conversion.errors])
+    errors = effects * torch.tensor([e.relative for e in conversion.errors])
+    assert conversion.relative == pytest.approx(float(errors.norm() / effects.norm()), rel=1e-5)
     assert not conversion.dropped
 
 
@@ -265,7 +264,7 @@ def test_ranks_and_names_of_an_import(pipe, tmp_path):
     tensors = {key.replace("attn", "other"): t for key, t in load_file(path).items()}
     save_file(tensors, path)
     for partial in (False, True):
-        with pytest.raises(CheckpointError, match="cannot express|changes no attention layer|none of"):
+        with pytest.raises(CheckpointError, match="nothing in the LoRA file belongs to this model"):
             import_lora(pipe, path, rank=2, partial=partial)
     with pytest.raises(CheckpointError, match="layout is 'a1111'; choose one of diffusers, kohya"):
         export_lora(pipe, path, layout="a1111")

@@ -136,7 +136,7 @@ def test_zero_rows_in_int8(unet: Any, tmp_path: Path) -> None:
     again.remove()
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux"])
 def test_tokens_and_text_encoders_come_back(name: str, tmp_path: Path) -> None:
     pipe = pipeline(name)
     count = 1 if name == "sd3" else 2

@@ -26,7 +26,7 @@ def demo_customize(
         "comcat-demo-customize"
     ),
     digit: Annotated[int, opt.Option(min=0, max=9, help="The digit that the base never sees and V* is to become.")] = 0,
-    steps: Annotated[int, opt.Option(min=1, metavar="N", help="Updates of every method.")] = 120,
+    steps: Annotated[int, opt.Option(min=1, metavar="N", help="Updates of every method.")] = 200,
     cache: Annotated[
         Path | None, opt.Option(metavar="DIR", help="Where the trained base is kept; ~/.cache/comcat.")
     ] = None,
@@ -130,7 +130,7 @@ def _show(screen: Screen, outcomes: list[Outcome], storage: list[dict[str, Any]]
     for line in (
         f"comcat generate {base} --adapter {name}/concept.safetensors:0.8 --prompt {prompt} --out {name}/images",
         f"comcat customize {base} --images {name}/photos --prompt {prompt} --class-images {name}/class-images "
-        "--batch-size 5 --lr 2e-2 --token-lr 0.05 --token-init digit --out mine.safetensors",
+        "--batch-size 5 --lr 1e-2 --token-lr 0.05 --token-init digit --out mine.safetensors",
         f"comcat adapter merge-report {name}/concept.safetensors --base {base}",
     ):
         out.print(f"  {line}", soft_wrap=True, markup=False)

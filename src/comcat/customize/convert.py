@@ -229,7 +229,8 @@ def import_lora(
 ) -> tuple[Adapter, Conversion]:
     """Put an ordinary LoRA on a pipeline as added products of ``rank`` per head.
 
-    Exact where the rank reaches twice the LoRA's; otherwise the nearest in the Frobenius norm of each product. Strengths are then those of adapters: unlike a LoRA's, the scores are linear in them.
+    Exact where the rank reaches twice the LoRA's; otherwise the nearest in the Frobenius norm of each product.
+    Strengths are then those of adapters: unlike a LoRA's, the scores are linear in them.
 
     Args:
         partial: leave out what added products cannot express (feed-forward layers, convolutions, queries and keys that

@@ -54,6 +54,8 @@ def generate(
     unknown = [key for key in given if key not in taken]
     if "negative_prompt" in given and "true_cfg_scale" in taken:  # a distilled model: its pipeline would ignore it
         unknown.append("negative_prompt")
+    if (height is None) != (width is None):  # some pipelines would ignore it
+        raise DataError("give both height and width, or neither")
     if unknown:
         raise DataError(f"{type(pipe).__name__} takes no {unknown[0].replace('_', ' ')}; leave it out")
     if "clean_caption" in taken:  # captions are learned as they are written

@@ -45,7 +45,10 @@ def open_pipeline(
             )
     except Exception as error:  # what the libraries raise differs by what is missing
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"the pipeline '{base}' cannot be opened: {cause}") from error
+        raise ModelError(
+            f"the pipeline '{base}' cannot be opened: {cause.rstrip('.')}. Give a whole one with safetensors weights; "
+            "pickled ones are never read"
+        ) from error
     pipe.to(device)
     return pipe
 
