@@ -46,6 +46,7 @@ def demo_customize(
     with screen, one_thread():
         from ..customize import digits, digits_cache
         from ..customize.contest import METHODS, Contest
+        from ..customize.opening import quiet_loading
         from ..errors import CheckpointError
 
         if out.exists() and any(out.iterdir()):
@@ -55,7 +56,8 @@ def demo_customize(
         options = {"steps": base_steps, "vae_steps": base_steps} if base_steps else {}
         pipe = digits_cache.load_or_train(cache, digit, progress=screen.progress, **options)
         trained = time.perf_counter() - start
-        pipe.save_pretrained(out / "base")
+        with quiet_loading():
+            pipe.save_pretrained(out / "base")
         contest = Contest(pipe, out, digit, seed, steps)
         contest.prepare()
         outcomes = []

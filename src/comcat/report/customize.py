@@ -46,13 +46,13 @@ def contest(outcomes: Sequence[Outcome], title: str) -> Table:
     """The demo's methods side by side."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("method", no_wrap=True)
-    for column in ("trained", "stored", "V* right", "others right", "time", "memory"):
+    for column in ("stored", "V* right", "others right", "time", "memory"):
         table.add_column(column, justify="right", no_wrap=True)
     for o in outcomes:
         if o.method.kind == "base":
-            table.add_row(o.method.name, "", "", "", f"{o.retention:.1f} %", "", "")
+            table.add_row(o.method.name, "", "", f"{o.retention:.1f} %", "", "")
             continue
-        cells = [fmt.count(o.parameters), fmt.size(o.bytes), f"{o.concept:.1f} %", f"{o.retention:.1f} %"]
+        cells = [fmt.size(o.bytes), f"{o.concept:.1f} %", f"{o.retention:.1f} %"]
         table.add_row(o.method.name, *cells, f"{o.seconds:.0f} s", f"+{fmt.size(o.peak)}")
     return table
 

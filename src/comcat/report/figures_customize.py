@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..customize.contest import Outcome
 
 COLORS = {"comcat": "#3a6ea5", "lora": "#e08e45", "full": "#8d6a9f", "base": MUTED}
+LABELS = {"comcat": "comcat, rank 1, 2, 4", "lora": "LoRA, rank 2, 4, 8", "full": "full fine-tuning"}
 CONCEPT, OTHERS = 10, 9  # images shown of V*, and of the other prompts, one each
 
 
@@ -23,14 +24,14 @@ def draw_contest(outcomes: Sequence[Outcome], photos: Sequence[Any], path: str |
         ComcatError: matplotlib is not installed.
     """
     rows = [o for o in outcomes if o.method.kind != "base"]
-    figure = new_figure(12.5, 2.0 + 0.52 * (len(outcomes) + 1))
+    figure = new_figure(12.5, 1.2 + 0.33 * (len(outcomes) + 1))
     heading(
         figure,
         f"A tiny Stable Diffusion that has never seen the digit {digit} learns it as V*, from five images",
         "left: what it draws for 'a photo of V*' and for the nine prompts that it knew; right: how often a digit "
         "classifier agrees, over what has to be stored",
     )
-    left, right = figure.subplots(1, 2, width_ratios=(2.1, 1))
+    left, right = figure.subplots(1, 2, width_ratios=(2.2, 1))
     _images(left, outcomes, photos)
     _scores(right, rows)
     save(figure, path)
@@ -46,7 +47,6 @@ def _images(axes: Any, outcomes: Sequence[Outcome], photos: Sequence[Any]) -> No
     axes.text(-0.1, 0.5, "the five images", ha="right", va="center", fontsize=9, color=INK)
     for x, photo in enumerate(photos):
         _put(axes, np.asarray(photo.convert("L")) / 255, x, 0)
-    axes.text(CONCEPT / 2, 0.9 - 1.0, "", fontsize=8)
     for y, outcome in enumerate(outcomes, 1):
         axes.text(-0.1, y + 0.5, outcome.method.name, ha="right", va="center", fontsize=9, color=INK)
         shown = outcome.scores.images
@@ -63,22 +63,16 @@ def _put(axes: Any, gray: Any, x: float, y: float) -> None:
 
 
 def _scores(axes: Any, outcomes: Sequence[Outcome]) -> None:
-    for outcome in outcomes:
-        color = COLORS[outcome.method.kind]
-        axes.plot(outcome.bytes, outcome.concept, "o", color=color, markersize=7)
-        axes.plot(outcome.bytes, outcome.retention, "o", color=color, markersize=7, markerfacecolor="white")
-        axes.annotate(
-            outcome.method.name.replace(", rank", ""),
-            (outcome.bytes, outcome.concept),
-            textcoords="offset points",
-            xytext=(0, -13 if outcome.method.kind != "comcat" else 8),
-            ha="center",
-            fontsize=7.5,
-            color=color,
-        )
+    for kind, label in LABELS.items():
+        points = [o for o in outcomes if o.method.kind == kind]
+        sizes, style = [o.bytes for o in points], {"color": COLORS[kind], "markersize": 7, "linewidth": 1.2}
+        axes.plot(sizes, [o.concept for o in points], "o-", label=label, **style)
+        axes.plot(sizes, [o.retention for o in points], "o", markerfacecolor="white", **style)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
     axes.set_xscale("log")
     axes.set_xlim(min(o.bytes for o in outcomes) / 2, max(o.bytes for o in outcomes) * 2)
-    axes.set_ylim(-4, 112)
+    lowest = min(min(o.concept, o.retention) for o in outcomes)
+    axes.set_ylim(max(-4, lowest - 8), 103)
     axes.set_xticks([o.bytes for o in outcomes if o.method.kind in ("comcat", "full")])
     axes.set_xticklabels([fmt.size(o.bytes) for o in outcomes if o.method.kind in ("comcat", "full")], rotation=30)
     axes.minorticks_off()
