@@ -142,8 +142,7 @@ class Job:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         if cell == "encoded":
-            self.vae = AutoencoderKL(**VAE).to(self.device)
-            self.vae = self.vae.to(self.dtype) if self.half else self.vae
+            self.vae = AutoencoderKL(**VAE).to(self.device, self.dtype)
         self.run(cell, steps)
         peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / 2**20

@@ -50,7 +50,8 @@ def demo_customize(
         from ..errors import CheckpointError
 
         if out.exists() and any(out.iterdir()):
-            if not overwrite or not (out / REPORT).is_file():
+            demo = (out / "base" / "model_index.json").is_file() and (out / "photos").is_dir()  # an unfinished one too
+            if not overwrite or not demo:
                 raise CheckpointError(f"'{out}' already holds something; choose another --out, or --overwrite a demo")
             shutil.rmtree(out)
         options = {"steps": base_steps, "vae_steps": base_steps} if base_steps else {}
