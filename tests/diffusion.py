@@ -3,10 +3,13 @@
 Head widths are no multiples of 8, and dimensions differ wherever an architecture lets them.
 """
 
+import json
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -22,6 +25,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import (
@@ -33,7 +38,9 @@ from transformers import (
     T5EncoderModel,
 )
 
+from comcat import customize
 from comcat.customize import Adapter
+from comcat.errors import CheckpointError
 from conftest import randomize
 
 #: Words that the tokenizer has whole.
@@ -300,3 +307,35 @@ def picture(pipe: Any, prompt: str = "a photo of a dog", **args: Any) -> Tensor:
     found = pipe(prompt, height=8, width=8, num_inference_steps=2, generator=generator, output_type="latent", **args)
     latents: Tensor = found.images
     return latents
+
+
+def on(host: str, dtype: torch.dtype = torch.float32, **args: Any) -> tuple[Any, dict[str, Any], Tensor, Any]:
+    """A model, its inputs, its base output, and an adapter with random factors on it."""
+    m = model(host, dtype)
+    x = inputs(m, dtype)
+    base = output(m, x)
+    return m, x, base, fill(customize.add_adapter(m, **args))
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """What an adapter file says of itself."""
+    with safe_open(path, "pt") as file:
+        found: dict[str, Any] = json.loads(file.metadata()["comcat"])
+    return found
+
+
+def changed(path: Path, edit: Callable[[dict[str, Any], dict[str, Tensor]], Any]) -> Path:
+    """The file with other metadata or tensors."""
+    data, tensors = metadata(path), load_file(path)
+    edit(data, tensors)
+    save_file(tensors, path, {"comcat": json.dumps(data)})
+    return path
+
+
+def refused(m: Any, path: Path, message: str, error: type[Exception] = CheckpointError) -> None:
+    """Loading the file fails with this message, and leaves nothing on the model."""
+    with pytest.raises(error, match=message) as caught:
+        customize.load_adapter(m, path)
+    assert type(caught.value) is error
+    assert customize.adapters(m) == {}
+    assert not any("adapters" in key for key in m.state_dict())

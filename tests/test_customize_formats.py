@@ -1,31 +1,21 @@
 """The adapter file: what is written comes back, and anything else is refused with a reason."""
 
-import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from comcat import customize
 from comcat.errors import CheckpointError, ModelError
-from diffusion import MODELS, fill, inputs, model, output, picture, pipeline
+from diffusion import MODELS, fill, inputs, metadata, model, output, picture, pipeline, refused
 
 STORAGES = ("float32", "float16", "bfloat16", "int8")
-
-
-def metadata(path: Path) -> dict[str, Any]:
-    with safe_open(path, "pt") as file:
-        found: dict[str, Any] = json.loads(file.metadata()["comcat"])
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +29,6 @@ def saved(unet: Any, tmp_path: Path) -> Path:
     path: Path = customize.save_adapter(unet, tmp_path / "dog.safetensors")
     adapter.remove()
     return path
-
-
-def changed(path: Path, edit: Callable[[dict[str, Any], dict[str, Tensor]], Any]) -> Path:
-    """The file with other metadata or tensors."""
-    data, tensors = metadata(path), load_file(path)
-    edit(data, tensors)
-    save_file(tensors, path, {"comcat": json.dumps(data)})
-    return path
-
-
-def refused(m: Any, path: Path, message: str, error: type[Exception] = CheckpointError) -> None:
-    with pytest.raises(error, match=message) as caught:
-        customize.load_adapter(m, path)
-    assert type(caught.value) is error
-    assert customize.adapters(m) == {}
-    assert not any("adapters" in key for key in m.state_dict())
 
 
 # There and back

@@ -1,6 +1,5 @@
 """Files that are no adapter, or none for this model: refused by name, and nothing is put on."""
 
-import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 pytest.importorskip("diffusers")
@@ -17,14 +15,8 @@ pytest.importorskip("transformers")
 
 from comcat import customize
 from comcat.errors import CheckpointError, ModelError
-from diffusion import fill, model, pipeline
+from diffusion import changed, fill, model, pipeline, refused
 from diffusion import sd1 as sd1_unet
-
-
-def metadata(path: Path) -> dict[str, Any]:
-    with safe_open(path, "pt") as file:
-        found: dict[str, Any] = json.loads(file.metadata()["comcat"])
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +30,6 @@ def saved(unet: Any, tmp_path: Path) -> Path:
     path: Path = customize.save_adapter(unet, tmp_path / "dog.safetensors")
     adapter.remove()
     return path
-
-
-def changed(path: Path, edit: Callable[[dict[str, Any], dict[str, Tensor]], Any]) -> Path:
-    """The file with other metadata or tensors."""
-    data, tensors = metadata(path), load_file(path)
-    edit(data, tensors)
-    save_file(tensors, path, {"comcat": json.dumps(data)})
-    return path
-
-
-def refused(m: Any, path: Path, message: str, error: type[Exception] = CheckpointError) -> None:
-    with pytest.raises(error, match=message) as caught:
-        customize.load_adapter(m, path)
-    assert type(caught.value) is error
-    assert customize.adapters(m) == {}
-    assert not any("adapters" in key for key in m.state_dict())
 
 
 # Files that are none

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -17,16 +16,7 @@ from peft import LoraConfig
 
 from comcat import customize
 from comcat.errors import ModelError
-from diffusion import MODELS, fill, inputs, model, output, pipeline
-
-
-def on(host: str, dtype: torch.dtype = torch.float32, **args: Any) -> tuple[Any, dict[str, Any], Tensor, Any]:
-    """A model, its inputs, its base output, and an adapter with random factors on it."""
-    m = model(host, dtype)
-    x = inputs(m, dtype)
-    base = output(m, x)
-    return m, x, base, fill(customize.add_adapter(m, **args))
-
+from diffusion import MODELS, fill, inputs, model, on, output, pipeline
 
 # torch.compile
 

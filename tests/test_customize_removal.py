@@ -3,11 +3,10 @@
 import copy
 import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -17,16 +16,7 @@ from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from comcat import customize
-from diffusion import MODELS, fill, inputs, model, output, picture, pipeline, snapshot
-
-
-def on(host: str, dtype: torch.dtype = torch.float32, **args: Any) -> tuple[Any, dict[str, Any], Tensor, Any]:
-    """A model, its inputs, its base output, and an adapter with random factors on it."""
-    m = model(host, dtype)
-    x = inputs(m, dtype)
-    base = output(m, x)
-    return m, x, base, fill(customize.add_adapter(m, **args))
-
+from diffusion import MODELS, fill, inputs, model, on, output, picture, pipeline, snapshot
 
 # Taken off
 

@@ -131,7 +131,7 @@ def _to_comcat(
         restore_adapter(file, out, storage, scale)
         screen.out.print(f"[green]✓[/green] [bold]{out}[/bold]: the same adapter, stored as {storage}")
         return {"storage": storage}
-    from ..customize.convert import import_lora
+    from ..customize.lora_import import import_lora
     from ..report.customize import conversion as table
 
     if rank is None:

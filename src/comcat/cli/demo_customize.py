@@ -100,7 +100,7 @@ def _storages(contest: Any, out: Path) -> list[dict[str, Any]]:
         _, tensors = read_adapter(path)
         off = max(float((tensors[k].float() - t).norm() / t.norm()) for k, t in exact.items() if torch.any(t != 0))
         handle = load_adapter(contest.pipe, path)
-        scores = contest.score_saved()
+        scores = contest.score()
         remove_adapter(contest.pipe, handle.name)
         rows.append(
             {

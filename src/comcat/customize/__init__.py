@@ -6,9 +6,10 @@ Eq. 8.
 
 from .adapter import Adapter, adapters, add_adapter, get_adapter, remove_adapter, set_adapters
 from .config import CustomizeConfig
-from .convert import Conversion, export_lora, import_lora
+from .convert import Conversion, export_lora
 from .formats import load_adapter, read_adapter, save_adapter
 from .generate import generate
+from .lora_import import import_lora
 from .opening import open_pipeline
 from .train import train
 

@@ -24,22 +24,23 @@ from ..files import tensor_bytes
 from ..progress import Progress
 from ..training.process import accelerated
 from . import digits
-from .adapter import Adapter, add_adapter, attach, new_adapter, remove_adapter
+from .adapter import Adapter, adapters, add_adapter, attach, new_adapter, remove_adapter
 from .config import CustomizeConfig
-from .digits_score import Classifier, Scores, score
+from .digits_score import Classifier, Scores, generate, score
 from .examples import Photos
 from .families import family_of
 from .formats import encode, write_adapter
+from .guards import frozen
 from .material import shapes_for
 from .photos import METADATA, find_photos
 from .pictures import save_png
 from .tokens import new_token
-from .train import frozen
 from .trainer import Trainer
 
 Kind = Literal["base", "comcat", "lora", "full"]
 PROMPT = "a photo of V*"
 TOKEN = "V*"
+_NAME = "concept"  # of the adapter; products or the token alone
 _LORA = "lora"
 _TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -123,8 +124,6 @@ class Contest:
         for i, image in enumerate(digits.concept_images(self.left_out, 5, seed=self.seed)):
             save_png(image, self.folder / "photos" / f"{i}.png")
         prompts = [digits.prompt(d) for d in range(10) if d != self.left_out for _ in range(class_images)]
-        from .digits_score import generate
-
         folder = self.folder / "class-images"
         drawn = generate(self.pipe, prompts, seed=1000 + self.seed)
         lines = []
@@ -140,7 +139,7 @@ class Contest:
             save: where to write comcat's adapter.
         """
         if method.kind == "base":
-            scores = self._score(None)
+            scores = self.score(None)
             return Outcome(method, float("nan"), scores.retention, 0.0, 0, 0, 0, scores)
         original = self.pipe.unet
         if method.kind == "full":
@@ -159,7 +158,7 @@ class Contest:
                         if progress:
                             progress(method.name, step + 1, config.steps)
                 seconds = time.perf_counter() - start
-            scores = self._score(PROMPT)
+            scores = self.score()
             tensors = {name: p.detach() for name, p in learner.named_parameters()}
             if save is not None:
                 handle.requires_grad_(False)
@@ -169,17 +168,14 @@ class Contest:
             count = sum(t.numel() for t in tensors.values())
             return Outcome(method, scores.concept, scores.retention, seconds, size, count, peak[0], scores)
         finally:
-            if "concept" in [*_names(self.pipe)]:
-                remove_adapter(self.pipe, "concept")
+            if _NAME in adapters(self.pipe):
+                remove_adapter(self.pipe, _NAME)
             if method.kind == "lora":
                 original.delete_adapters(_LORA)
             self.pipe.unet = original
 
-    def score_saved(self) -> Scores:
-        """Measure whatever adapter is on the pipeline now."""
-        return self._score(PROMPT)
-
-    def _score(self, prompt: str | None) -> Scores:
+    def score(self, prompt: str | None = PROMPT) -> Scores:
+        """Measure the pipeline as it is now."""
         return score(
             self.pipe, self.classifier, prompt, self.left_out, count_concept=64, count_other=16, seed=self.seed
         )
@@ -187,9 +183,9 @@ class Contest:
     def _adapter(self, method: Method, config: CustomizeConfig) -> Adapter:
         if method.kind == "comcat":
             return add_adapter(
-                self.pipe, rank=method.rank, name="concept", token=TOKEN, token_init=config.token_init, seed=self.seed
+                self.pipe, rank=method.rank, name=_NAME, token=TOKEN, token_init=config.token_init, seed=self.seed
             )
-        handle = new_adapter(self.pipe, "concept", 1.0)
+        handle = new_adapter(self.pipe, _NAME, 1.0)
         generator = torch.Generator().manual_seed(self.seed)
         handle.token = new_token(self.pipe, TOKEN, 1, config.token_init, generator)
         attach(handle)
@@ -225,12 +221,6 @@ class _Learner:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self._parameters.items()
-
-
-def _names(pipe: Any) -> list[str]:
-    from .adapter import adapters
-
-    return list(adapters(pipe))
 
 
 def _picture(image: Tensor) -> Any:

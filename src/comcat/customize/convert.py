@@ -1,4 +1,4 @@
-"""An adapter as an ordinary LoRA, and back, with the error of every layer.
+"""An adapter as an ordinary LoRA, with the error of every layer; the way back is in :mod:`.lora_import`.
 
 Neither format holds the other: a LoRA changes the matrices of a product of rank d, an adapter adds r to its rank. Each
 conversion is the best one for the layer's two products on their inputs (docs/method.md), and says how far off it is.
@@ -7,38 +7,24 @@ Queries and keys that are normalized or rotated before their product (SD3.5, FLU
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import CheckpointError, ModelError
+from ..errors import CheckpointError
 from ..files import atomic_file, tensor_bytes
 from ..hosts.seam import Site
 from ..progress import Progress
-from . import adapter as adapters_
 from .adapter import Adapter
-from .components import denoiser, find_sites, text_encoders
-from .formats import check_is_safetensors, the_adapter
-from .forms import (
-    PARTS,
-    Form,
-    Part,
-    added_key_bias,
-    added_to,
-    base,
-    form_of,
-    has_key_biases,
-    lora_of,
-    output_projection,
-    update_of,
-)
-from .lora_keys import read_lora, to_diffusers, to_kohya
-from .lora_math import LoraWeights, lora_to_product, product_to_lora, truncate_lora
+from .components import components, find_sites, text_encoders
+from .formats import the_adapter
+from .forms import PARTS, Form, Part, added_to, form_of, has_key_biases, lora_of, update_of
+from .lora_keys import to_diffusers, to_kohya
+from .lora_math import LoraWeights, product_to_lora, truncate_lora
 from .moments import Roots, no_roots
 
 Layout = Literal["diffusers", "kohya"]
@@ -99,7 +85,7 @@ def as_lora(
     factors: dict[str, dict[str, LoraWeights]] = {}
     errors: list[LayerError] = []
     dropped: list[str] = []
-    models = _models(handle.pipe)
+    models = components(handle.pipe)
     sites = {component: find_sites(component, models[component])[0] for component in handle.ranks}
     for done, ((component, name), layer) in enumerate(handle.layers.items(), 1):
         site = sites[component][name]
@@ -144,8 +130,7 @@ def _measured(error: LayerError, site: Site, models: Any, handle: Adapter, facto
     component, layer = error.component, handle.layers[error.component, error.layer]
     biased = error.part == "qk" and has_key_biases(site)
     form = form_of(site, models[component], error.part, key_bias=biased)
-    A, B = added_to(site, models[component], layer, error.part)
-    B = added_key_bias(site, models[component], layer) if biased else B
+    A, B = added_to(site, models[component], layer, error.part, key_bias=biased)
     L, R = changed(form, factors[component])
     left_root, right_root = roots(component, site, error.part, key_bias=biased)
     left, right = torch.cat([L, -form.left, -A], -1), torch.cat([R, form.right, B], -1)
@@ -159,7 +144,7 @@ def changed(form: Form, found: Mapping[str, LoraWeights]) -> tuple[Tensor, Tenso
     """Both matrices of a form with LoRAs merged in."""
     sides = []
     for matrix, blocks in ((form.left, form.left_blocks), (form.right, form.right_blocks)):
-        update = update_of(blocks, dict(found), matrix)
+        update = update_of(blocks, found, matrix)
         sides.append(matrix if update is None else matrix + update.basis @ update.mix)
     return sides[0], sides[1]
 
@@ -204,7 +189,7 @@ def write_lora(
 ) -> None:
     """Write what :func:`as_lora` returned, and the vectors of a learned token beside it."""
     pipe = handle.pipe
-    sdxl = "text_encoder_2" in text_encoders(pipe) if not isinstance(pipe, nn.Module) else False
+    sdxl = "text_encoder_2" in text_encoders(pipe)
     tensors = to_diffusers(factors) if layout == "diffusers" else to_kohya(factors, sdxl)
     with atomic_file(path) as file:
         file.write(tensor_bytes({key: t.to("cpu", dtype) for key, t in tensors.items()}, {"format": "pt"}))
@@ -216,144 +201,3 @@ def write_lora(
         content = {keys.get(e, handle.token.text): v.detach().to("cpu", dtype) for e, v in vectors.items()}
         with atomic_file(embedding_path(path)) as file:
             file.write(tensor_bytes(content, {"format": "pt"}))
-
-
-def import_lora(
-    pipe: Any,
-    path: str | Path,
-    *,
-    rank: int,
-    name: str = "lora",
-    scale: float = 1.0,
-    partial: bool = False,
-) -> tuple[Adapter, Conversion]:
-    """Put an ordinary LoRA on a pipeline as added products of ``rank`` per head.
-
-    Exact where the rank reaches twice the LoRA's; otherwise the nearest in the Frobenius norm of each product.
-    Strengths are then those of adapters: unlike a LoRA's, the scores are linear in them.
-
-    Args:
-        partial: leave out what added products cannot express (feed-forward layers, convolutions, queries and keys that
-            are normalized); without it, such a file is refused.
-
-    Raises:
-        CheckpointError: no LoRA, one of another model, or, without ``partial``, parts that cannot be expressed.
-        ModelError: the rank is below 1 or above a head width; the name is taken.
-    """
-    if rank < 1:
-        raise ModelError(f"the rank is {rank}, but must be a whole number from 1 to the head width")
-    path = Path(path)
-    check_is_safetensors(path)
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
-    except Exception as error:
-        raise CheckpointError(f"'{path}' is damaged or no safetensors file: {error}") from error
-    models = _models(pipe)
-    lora = read_lora(tensors, {c: dict(m.named_modules()) for c, m in models.items()}, metadata)
-    left_out = list(lora.unmatched)
-    handle = adapters_.new_adapter(pipe, name, scale)
-    errors: list[LayerError] = []
-    for component, found in lora.factors.items():
-        model = models[component]
-        found = {key.removeprefix("text_model."): LoraWeights(*pair) for key, pair in found.items()}
-        used: set[str] = set()
-        for site in find_sites(component, model)[0].values():
-            used |= _import_layer(handle, component, site, model, found, rank, errors, left_out)
-        left_out += [f"{component}.{key}" for key in found if key not in used]
-    if left_out and not partial:
-        raise CheckpointError(
-            f"'{path}' changes what added products cannot express: {_some(left_out)} ({len(left_out)} in all); take "
-            "the rest alone with --partial"
-        )
-    if not handle.layers:
-        raise CheckpointError(f"'{path}' changes no attention layer of this model")
-    handle.requires_grad_(False)
-    adapters_.attach(handle)
-    return handle, Conversion(errors, left_out)
-
-
-def _import_layer(
-    handle: Adapter,
-    component: str,
-    site: Site,
-    model: nn.Module,
-    found: Mapping[str, LoraWeights],
-    rank: int,
-    errors: list[LayerError],
-    left_out: list[str],
-) -> set[str]:
-    """Add a layer's products if the LoRA touches it; the paths that this used."""
-    results: dict[Part, tuple[Form, Tensor, Tensor]] = {}
-    used: set[str] = set()
-    for part in PARTS:
-        form = form_of(site, model, part, key_bias=part == "qk" and has_key_biases(site))
-        paths = {b.path for b in form.left_blocks + form.right_blocks} & set(found)
-        if not paths:
-            continue
-        if part == "qk" and site.normalized:
-            left_out.append(f"{component}.{site.name}: queries and keys, which are normalized before their product")
-            used |= paths
-            continue
-        left, right = (
-            update_of(form.left_blocks, dict(found), form.left),
-            update_of(form.right_blocks, dict(found), form.right),
-        )
-        product = lora_to_product(form.left, left, form.right, right, rank)
-        used |= paths
-        effect = float(product.singular_values.norm())
-        error = float((product.error * product.singular_values.norm(dim=-1)).norm())
-        errors.append(LayerError(component, site.name, part, error / effect if effect else 0.0, effect))
-        results[part] = (form, product.left_added, product.right_added)
-    if results:
-        if rank > site.head_dim:
-            raise ModelError(
-                f"rank {rank} is above the head width {site.head_dim} of '{site.name}'; use at most {site.head_dim}"
-            )
-        biased = {b.path for form, _, _ in results.values() for b in form.left_blocks + form.right_blocks if b.bias}
-        kinds = [(s, kind) for s in site.streams for kind in ("query", "key", "value")]
-        biases = [f"{s.name}.{kind}" for s, kind in kinds if f"{site.name}.{getattr(s, kind)}" in biased]
-        layer = site.new_layer(rank, handle.strength, biases)
-        for stream in layer.streams.values():
-            for parameter in stream.parameters():
-                nn.init.zeros_(parameter)
-        for part, (form, left_added, right_added) in results.items():
-            _fill(site, model, layer, part, form, left_added, right_added)
-        handle.layers[component, site.name] = layer
-    return used
-
-
-@torch.no_grad()
-def _fill(site: Site, model: nn.Module, layer: Any, part: Part, form: Form, left: Tensor, right: Tensor) -> None:
-    """Copy per-head factors (H, D, r) into the linear layers of the products."""
-    names = ("query", "key") if part == "qk" else ("value", "output")
-    lefts = dict(zip([s.name for s in site.streams], form.left_blocks, strict=True))
-    owners = [s for s in site.streams if part == "qk" or s.output is not None or s.inner]
-    for stream, block in lefts.items():
-        linear = getattr(layer[stream], names[0])
-        linear.weight.copy_(left[:, block.start : block.start + block.rows].mT.flatten(0, 1))
-        if block.bias:
-            linear.bias.copy_(left[:, block.start + block.rows].flatten())
-    for owner, block in zip(owners, form.right_blocks, strict=True):
-        rows = right[:, block.start : block.start + block.rows]  # (H, D, r)
-        linear = getattr(layer[owner.name], names[1])
-        if part == "qk":
-            linear.weight.copy_(rows.mT.flatten(0, 1))
-            if block.bias:
-                linear.bias.copy_(right[:, block.start + block.rows].flatten())
-            continue
-        weight = rows.movedim(0, 1).flatten(1)  # (D_out, H r)
-        if owner.inner:  # it goes through the block's projection: undo that
-            projection = base(output_projection(site, model, owner)[1]).weight.double()
-            weight = torch.linalg.lstsq(projection[:, : linear.weight.shape[0]], weight).solution
-        linear.weight.copy_(weight)
-
-
-def _models(pipe: Any) -> dict[str, nn.Module]:
-    name, model = denoiser(pipe)
-    return {name: model, **({} if isinstance(pipe, nn.Module) else text_encoders(pipe))}
-
-
-def _some(names: Sequence[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

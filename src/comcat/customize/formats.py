@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..added import AddedLayer, held
 from ..errors import CheckpointError, ModelError
 from ..files import atomic_file, tensor_bytes
 from ..hosts.seam import Site
+from ..wording import some
 from . import adapter as adapters_
 from .adapter import Adapter
 from .components import DENOISERS, components, denoiser, find_sites, fingerprint, text_encoders
 from .header import KEY, STORAGES, Entry, Header, Part, Storage
+from .reading import read_safetensors
 from .tokens import Token, check_new
 
 _SCALE = ".scale"
@@ -66,7 +67,7 @@ def write_adapter(handle: Adapter, path: Path, storage: Storage = "float32") -> 
     bad = _not_finite(stored)
     if bad:
         raise CheckpointError(
-            f"adapter {handle.name!r} has NaN or infinite values in {_some(bad)}, or values too large for {storage}; "
+            f"adapter {handle.name!r} has NaN or infinite values in {some(bad)}, or values too large for {storage}; "
             "nothing was written"
         )
     content = tensor_bytes(stored, {KEY: header(handle, storage).to_json()})
@@ -136,13 +137,7 @@ def read_adapter(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
         CheckpointError: the file is missing, damaged, a pickle, of a newer version, or no adapter of comcat.
     """
     path = Path(path)
-    check_is_safetensors(path)
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"'{path}' is damaged or no safetensors file: {error}") from error
+    metadata, tensors = read_safetensors(path)
     if KEY not in metadata:
         lora = any("lora" in name for name in tensors)
         raise CheckpointError(
@@ -154,7 +149,7 @@ def read_adapter(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
     _check_stored(tensors, path)
     bad = _not_finite(tensors)
     if bad:
-        raise CheckpointError(f"'{path}' holds NaN or infinite values in {_some(bad)}; use an intact file")
+        raise CheckpointError(f"'{path}' holds NaN or infinite values in {some(bad)}; use an intact file")
     return found, decode(tensors)
 
 
@@ -167,7 +162,7 @@ def _check_stored(tensors: Mapping[str, Tensor], path: Path) -> None:
     scales = {name: _scale_shape(name, t) for name, t in tensors.items() if t.dtype == torch.int8}
     lonely = [name for name in scales if name + _SCALE not in tensors]
     if lonely:
-        raise CheckpointError(f"{len(lonely)} int8 tensors in '{path}' lack their scales ({_some(lonely)})")
+        raise CheckpointError(f"{len(lonely)} int8 tensors in '{path}' lack their scales ({some(lonely)})")
     wrong = [
         name
         for name, t in tensors.items()
@@ -175,29 +170,13 @@ def _check_stored(tensors: Mapping[str, Tensor], path: Path) -> None:
         and (t.dtype not in _FLOATS or (name.endswith(_SCALE) and t.shape != scales.get(name.removesuffix(_SCALE))))
     ]
     if wrong:
-        raise CheckpointError(f"'{path}' has tensors of a kind that comcat does not write ({_some(wrong)})")
+        raise CheckpointError(f"'{path}' has tensors of a kind that comcat does not write ({some(wrong)})")
 
 
 def _scale_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
     """One scale per rank component: a row of A_q, A_k, A_v and a column of A_o."""
     axis = 0 if name.endswith("output.weight") else 1
     return tuple(1 if i == axis else n for i, n in enumerate(tensor.shape))
-
-
-def check_is_safetensors(path: Path) -> None:
-    """Raise CheckpointError where a file is missing, or a pickle under another name."""
-    if path.is_dir():
-        raise CheckpointError(f"'{path}' is a directory; give an adapter file (.safetensors)")
-    try:
-        with open(path, "rb") as file:
-            magic = file.read(10)
-    except OSError as error:
-        raise CheckpointError(f"cannot read '{path}': {error.strerror}") from error
-    if magic[8:9] != b"{" and (magic[:4] == b"PK\x03\x04" or magic[:1] == b"\x80"):
-        raise CheckpointError(
-            f"'{path}' is a pickle, which could run any code when read; it is never unpickled. Ask for a real "
-            "safetensors file"
-        )
 
 
 def load_adapter(
@@ -255,13 +234,13 @@ def _add_layers(handle: Adapter, component: str, part: Part, path: Path, dtype: 
         reasons = [f"{layer} (it is {refused[layer].what})" if layer in refused else layer for layer in missing]
         raise CheckpointError(
             f"'{path}' does not fit this {component}: {len(missing)} of its {len(part.layers)} layers are not there "
-            f"({_some(reasons)}). It was made for {part.model} of '{_base(handle)}'"
+            f"({some(reasons)}). It was made for {part.model} of '{_base(handle)}'"
         )
     other = [name for name, entry in part.layers.items() if _signature(sites[name]) != entry.signature]
     if other:
         raise CheckpointError(
             f"'{path}' does not fit this {component}: {len(other)} of its {len(part.layers)} layers have other heads "
-            f"or widths ({_some(other)}). It was made for {part.model} of '{_base(handle)}'"
+            f"or widths ({some(other)}). It was made for {part.model} of '{_base(handle)}'"
         )
     for layer, entry in part.layers.items():
         width = sites[layer].head_dim
@@ -308,13 +287,9 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
         if key in tensors and tensors[key].shape != value.shape
     ]
     wrong = [
-        f"{len(found)} tensors {what} ({_some(found)})"
+        f"{len(found)} tensors {what} ({some(found)})"
         for what, found in (("missing", missing), ("too many", extra), ("of another shape", shapes))
         if found
     ]
     if wrong:
         raise CheckpointError(f"'{path}' does not fit the model: {', '.join(wrong)}")
-
-
-def _some(names: list[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -9,6 +9,7 @@ every stream's keys, and every block of the product is one of these meetings.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,15 +30,14 @@ class Block:
 
     Attributes:
         path: of the ``nn.Linear`` in its component; rows: without the bias row, which follows where there is one.
-        by_rows: its inputs, not its outputs, are split into heads (the output projection).
-        columns: how many input features it has; those beyond the heads' width are left alone (FLUX's single blocks).
+        columns: of an output projection, whose inputs, not outputs, are split into heads: how many input features it
+            has; those beyond the heads' width are left alone (FLUX's single blocks). 0: any other.
     """
 
     path: str
     start: int
     rows: int
     bias: bool
-    by_rows: bool = False
     columns: int = 0
 
 
@@ -57,22 +57,34 @@ def form_of(site: Site, model: nn.Module, part: Part, key_bias: bool = False) ->
     Args:
         key_bias: with the biases of the keys. Softmax ignores one that all keys share, but not two of two streams.
     """
-    lefts, rights = [], []
+    lefts, rights = _Stack(), _Stack()
     for stream in site.streams:
+        first = stream.query if part == "qk" else stream.value
+        lefts.add(f"{site.name}.{first}", *_columns(site, site.linear(first), True))
         if part == "qk":
-            lefts.append((f"{site.name}.{stream.query}", *_columns(site, site.linear(stream.query), True)))
-            rights.append((f"{site.name}.{stream.key}", *_columns(site, site.linear(stream.key), key_bias)))
-        else:
-            lefts.append((f"{site.name}.{stream.value}", *_columns(site, site.linear(stream.value), True)))
-            if stream.output is not None or stream.inner:
-                path, linear = output_projection(site, model, stream)
-                rights.append((path, _rows(site, linear), False))
-    left, left_blocks = _stack(lefts, by_rows=False)
-    right, right_blocks = _stack(rights, by_rows=part == "vo")
-    if part == "vo":
-        width = {path: base(model_linear(site, model, path)).in_features for path, _, _ in rights}
-        right_blocks = tuple(Block(b.path, b.start, b.rows, False, True, width[b.path]) for b in right_blocks)
-    return Form(left, right, left_blocks, right_blocks)
+            rights.add(f"{site.name}.{stream.key}", *_columns(site, site.linear(stream.key), key_bias))
+        elif has_output(stream):
+            path, linear = output_projection(site, model, stream)
+            rights.add(path, _rows(site, linear), columns=base(linear).in_features)
+    return Form(torch.cat(lefts.matrices, 1), torch.cat(rights.matrices, 1), tuple(lefts.blocks), tuple(rights.blocks))
+
+
+class _Stack:
+    """Matrices of several projections, one below the other."""
+
+    def __init__(self) -> None:
+        self.matrices: list[Tensor] = []
+        self.blocks: list[Block] = []
+
+    def add(self, path: str, matrix: Tensor, bias: bool = False, columns: int = 0) -> None:
+        start = sum(m.shape[1] for m in self.matrices)
+        self.blocks.append(Block(path, start, matrix.shape[1] - bias, bias, columns))
+        self.matrices.append(matrix)
+
+
+def has_output(stream: Stream) -> bool:
+    """Whether what the heads of a stream put out is used."""
+    return stream.output is not None or stream.inner
 
 
 def output_projection(site: Site, model: nn.Module, stream: Stream) -> tuple[str, Any]:
@@ -86,21 +98,6 @@ def output_projection(site: Site, model: nn.Module, stream: Stream) -> tuple[str
 def has_key_biases(site: Site) -> bool:
     """Whether keys of different streams have different biases."""
     return len(site.streams) > 1 and any(base(site.linear(s.key)).bias is not None for s in site.streams)
-
-
-def added_key_bias(site: Site, model: nn.Module, layer: AddedLayer) -> Tensor:
-    """The right factor of :func:`added_to` for QK with rows for the biases of the keys, as ``key_bias`` has them."""
-    rows = []
-    for stream in site.streams:
-        rows.append(_added_columns(site, layer[stream.name].key))
-        if base(site.linear(stream.key)).bias is not None:
-            rows.append(_added_bias(site, layer[stream.name].key, layer.rank))
-    return torch.cat(rows, 1)
-
-
-def model_linear(site: Site, model: nn.Module, path: str) -> Any:
-    inside = path.removeprefix(f"{site.name}.")
-    return site.linear(inside) if inside != path else model.get_submodule(path)
 
 
 def base(linear: Any) -> nn.Linear:
@@ -126,29 +123,20 @@ def _rows(site: Site, linear: Any) -> Tensor:
     return weight.unflatten(1, (site.num_heads, -1)).transpose(0, 1)
 
 
-def _stack(parts: list[tuple[str, Tensor, bool]], by_rows: bool) -> tuple[Tensor, tuple[Block, ...]]:
-    blocks, start = [], 0
-    for path, matrix, bias in parts:
-        blocks.append(Block(path, start, matrix.shape[1] - bias, bias, by_rows))
-        start += matrix.shape[1]
-    return torch.cat([matrix for _, matrix, _ in parts], 1), tuple(blocks)
-
-
-def added_to(site: Site, model: nn.Module, layer: AddedLayer, part: Part) -> tuple[Tensor, Tensor]:
-    """What an adapter adds to a form: left (H, D_l, r), times its strength, and right (H, D_r, r)."""
+def added_to(
+    site: Site, model: nn.Module, layer: AddedLayer, part: Part, key_bias: bool = False
+) -> tuple[Tensor, Tensor]:
+    """What an adapter adds to :func:`form_of`: left (H, D_l, r), times its strength, and right (H, D_r, r)."""
     lefts, rights = [], []
     for stream in site.streams:
         product = layer[stream.name]
-        first, second = (product.query, product.key) if part == "qk" else (product.value, product.output)
-        name = stream.query if part == "qk" else stream.value
-        left = _added_columns(site, first)
-        if base(site.linear(name)).bias is not None:
-            left = torch.cat([left, _added_bias(site, first, layer.rank)], 1)
-        lefts.append(left)
         if part == "qk":
-            rights.append(_added_columns(site, product.key))
-        elif second is not None:
-            weight = second.weight.detach().double()  # (D_out, H r)
+            lefts.append(_added_columns(site, stream.query, product.query, True))
+            rights.append(_added_columns(site, stream.key, product.key, key_bias))
+            continue
+        lefts.append(_added_columns(site, stream.value, product.value, True))
+        if product.output is not None:
+            weight = product.output.weight.detach().double()  # (D_out, H r)
             if stream.inner:
                 projection = base(output_projection(site, model, stream)[1]).weight.detach().double()
                 weight = projection[:, : weight.shape[0]] @ weight
@@ -156,27 +144,26 @@ def added_to(site: Site, model: nn.Module, layer: AddedLayer, part: Part) -> tup
     return torch.cat(lefts, 1) * layer.strength.scale, torch.cat(rights, 1)
 
 
-def _added_columns(site: Site, linear: nn.Linear) -> Tensor:
-    return linear.weight.detach().double().unflatten(0, (site.num_heads, -1)).mT
-
-
-def _added_bias(site: Site, linear: nn.Linear, rank: int) -> Tensor:
-    if linear.bias is None:
-        return torch.zeros(site.num_heads, 1, rank, dtype=torch.float64, device=linear.weight.device)
-    return linear.bias.detach().double().view(site.num_heads, 1, rank)
+def _added_columns(site: Site, name: str, linear: nn.Linear, with_bias: bool) -> Tensor:
+    """(H, D (+ 1), r), with a row for the bias where the base's projection ``name`` has one."""
+    weight = linear.weight.detach().double().unflatten(0, (site.num_heads, -1)).mT
+    if not with_bias or base(site.linear(name)).bias is None:
+        return weight
+    bias = weight.new_zeros(weight.shape[0] * weight.shape[2]) if linear.bias is None else linear.bias.detach().double()
+    return torch.cat([weight, bias.view(site.num_heads, 1, -1)], 1)
 
 
 def lora_of(block: Block, basis: Tensor, mix: Tensor) -> LoraWeights:
     """The LoRA of one projection from its rows of the per-head updates: basis (H, D, r), mix (H, r, d)."""
     own = basis[:, block.start : block.start + block.rows]
-    if not block.by_rows:
+    if not block.columns:
         return lora_of_columns(own, mix)
     lora = lora_of_rows(own, mix)
     missing = block.columns - lora.down.shape[1]
     return LoraWeights(nn.functional.pad(lora.down, (0, missing)), lora.up)
 
 
-def update_of(blocks: tuple[Block, ...], found: dict[str, LoraWeights], matrix: Tensor) -> HeadUpdate | None:
+def update_of(blocks: tuple[Block, ...], found: Mapping[str, LoraWeights], matrix: Tensor) -> HeadUpdate | None:
     """The per-head view of LoRAs on a stacked matrix (H, rows, d); None where none of its projections has one."""
     heads, rows, head_dim = matrix.shape
     parts: list[tuple[Tensor, Tensor]] = []
@@ -184,7 +171,7 @@ def update_of(blocks: tuple[Block, ...], found: dict[str, LoraWeights], matrix: 
         if block.path not in found:
             continue
         down, up = (t.double() for t in found[block.path])
-        if block.by_rows:
+        if block.columns:
             update = update_of_rows(LoraWeights(down[:, : heads * head_dim], up), heads)
         else:
             update = update_of_columns(LoraWeights(down, up), heads)

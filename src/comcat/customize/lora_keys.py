@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..wording import some
 from .lora_math import LoraWeights
 
 #: What a LoRA changes: component -> module path -> (down, up).
@@ -167,7 +168,7 @@ def read_lora(
         factors[component][path] = _scaled(stem, pair, scale)
     if not any(factors.values()):
         raise CheckpointError(
-            f"nothing in the LoRA file belongs to this model ({_some(unmatched)}); is it made for another base model?"
+            f"nothing in the LoRA file belongs to this model ({some(unmatched)}); is it made for another base model?"
         )
     return LoraFile(factors, unmatched)
 
@@ -271,7 +272,3 @@ def _resolve(stem: str, modules: Mapping[str, set[str]]) -> tuple[str, str] | No
             if candidate in modules.get(component, ()) and f"{candidate}.0" not in modules[component]:
                 return component, candidate
     return None
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

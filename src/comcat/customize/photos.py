@@ -17,7 +17,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import DataError
+from ..wording import some
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 METADATA = "metadata.jsonl"
@@ -84,7 +85,7 @@ def find_photos(
     stems = {path.stem for path in images.values()}
     useful = {METADATA, *images, *(f.name for f in files if f.suffix.lower() == ".txt" and f.stem in stems)}
     if useless := [f.name for f in files if f.name not in useful]:
-        tell(f"ignored, as neither photos ({', '.join(EXTENSIONS)}) nor captions of one: {_some(map(repr, useless))}")
+        tell(f"ignored, as neither photos ({', '.join(EXTENSIONS)}) nor captions of one: {some(map(repr, useless))}")
     photos: list[Photo] = []
     for name, path in images.items():
         try:
@@ -94,7 +95,7 @@ def find_photos(
                 raise
             tell(f"left out: {str(e).removesuffix(_REPAIR).rstrip('. ')}")
     if not photos:
-        raise DataError(f"none of the photos in {folder} can be read: {_some(map(repr, images))}. Replace them")
+        raise DataError(f"none of the photos in {folder} can be read: {some(map(repr, images))}. Replace them")
     return photos
 
 
@@ -149,7 +150,7 @@ def check_sizes(
     named = [f"{p.path.name!r} is {p.size[1]} x {p.size[0]}, not {b.width} x {b.height}" for p, b in pairs]
     raise DataError(
         f"photos smaller than the resolution {resolution} needs ({len(small)} of {len(photos)}): "
-        f"{_some(named, '; ')}. Use larger photos, {next(lower, '')}or enlarge them: --allow-upscale"
+        f"{some(named, '; ')}. Use larger photos, {next(lower, '')}or enlarge them: --allow-upscale"
     )
 
 
@@ -201,7 +202,7 @@ def _list_images(folder: Path) -> tuple[list[Path], dict[str, Path]]:
         raise DataError(f"the folder {folder} is empty. Put the photos into it")
     images = {f.name: f for f in files if f.suffix.lower() in EXTENSIONS}
     if not images:
-        found = f"{_some(repr(e.name) for e in entries)}, and photos end in {', '.join(EXTENSIONS)}"
+        found = f"{some(repr(e.name) for e in entries)}, and photos end in {', '.join(EXTENSIONS)}"
         raise DataError(f"no photos in {folder}: it holds {found}. Give the folder that holds them, or convert them")
     return files, images
 
@@ -222,7 +223,7 @@ def _find_captions(files: list[Path], images: dict[str, Path], prompt: str | Non
                 raise DataError(f"the caption file {sidecar.name!r} is empty. Write the caption into it, or remove it")
     if bare := [name for name in images if captions[name] is None]:
         fix = f"--prompt 'a photo of sks dog', or each its own ({Path(bare[0]).stem}.txt, or a line in {METADATA})"
-        raise DataError(f"no caption for {_some(map(repr, bare))}. Give {fix}")
+        raise DataError(f"no caption for {some(map(repr, bare))}. Give {fix}")
     return {name: str(caption) for name, caption in captions.items()}
 
 
@@ -292,9 +293,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _covers(size: tuple[int, int], shapes: Sequence[Bucket]) -> bool:
     bucket = assign(size, shapes)
     return size[0] >= bucket.height and size[1] >= bucket.width
-
-
-def _some(items: Iterable[str], separator: str = ", ") -> str:
-    """The first three, and how many more there are."""
-    items = list(items)
-    return separator.join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")

@@ -5,23 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from ..errors import CheckpointError
 from ..files import atomic_file, tensor_bytes
 from .adapter import check_scale
-from .formats import check_is_safetensors, encode, read_adapter
+from .formats import encode, read_adapter
 from .header import KEY, Storage
+from .reading import read_safetensors
 
 
 def is_adapter(path: str | Path) -> bool:
     """Whether a file is an adapter of comcat; raises CheckpointError where it is missing, damaged or a pickle."""
-    check_is_safetensors(Path(path))
-    try:
-        with safe_open(path, "pt") as file:
-            return KEY in (file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"'{path}' is damaged or no safetensors file: {error}") from error
+    return KEY in read_safetensors(path)[0]
 
 
 def restore_adapter(path: str | Path, out: str | Path, storage: Storage, scale: float | None = None) -> None:

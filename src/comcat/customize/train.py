@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from .config import CustomizeConfig
 from .examples import Photos
 from .families import Family, family_of
 from .generate import generate
+from .guards import explained_memory, frozen
 from .material import Note, check_token, class_photos, concept_photos, find_token, identity, shapes_for
 from .objective import Objective
 from .pictures import grid, save_png
@@ -32,23 +33,6 @@ from .trainer import Trainer
 
 SAMPLES = "samples"
 CLASS_IMAGES = "class-images"
-
-
-@dataclass(frozen=True)
-class Material:
-    """What to learn, beside the photos.
-
-    Attributes:
-        prompt: caption of every photo that has none of its own.
-        class_prompt: what the concept is one of, for prior preservation; class_images: a folder of them, otherwise
-            the model draws its own.
-        validation_prompts: of the images that are drawn on the way; the prompt by default.
-    """
-
-    prompt: str | None = None
-    class_prompt: str | None = None
-    class_images: Path | None = None
-    validation_prompts: tuple[str, ...] = ()
 
 
 def train(
@@ -95,16 +79,11 @@ def train(
         check_token(photos, token, class_prompt)
         config = replace(config, token=token)
     saved = _open(folder, resume, note)
-    material = Material(
-        prompt or photos[0].caption,
-        class_prompt,
-        Path(class_images) if class_images is not None else None,
-        tuple(validation_prompts),
-    )
+    prompt = prompt or photos[0].caption
+    given = Path(class_images) if class_images is not None else None
     with contextlib.ExitStack() as stack:
         accelerator = stack.enter_context(accelerated(config.precision, config.seed, cpu))
-        main = accelerator.is_main_process
-        if not main:
+        if not accelerator.is_main_process:
             progress = None
         pipe.to(accelerator.device)
         stack.enter_context(frozen(pipe))
@@ -130,14 +109,14 @@ def train(
             seed=config.seed,
         )
         try:
-            with explained():
+            with explained_memory():
                 priors = on_main(
                     accelerator,
                     lambda: class_photos(
                         family,
                         config,
                         class_prompt if config.prior_weight else None,
-                        material.class_images if config.prior_weight else None,
+                        given if config.prior_weight else None,
                         folder / CLASS_IMAGES if folder is not None else None,
                         base,
                         keep=saved is not None,
@@ -149,10 +128,11 @@ def train(
                 fixed["class_images"] = identity(priors)
                 if saved is not None:
                     checks.check_same(saved.plain, config, fixed)
-                run = _Run(accelerator, family, handle, config, material, folder, fixed, progress)
+                prompts = validation_prompts or (prompt,)
+                run = _Run(accelerator, family, handle, config, prompts, folder, fixed, progress)
                 run.prepare(photos, priors)
                 run.go(saved, note)
-            handle.info = {"prompt": material.prompt, "training": run.summary(len(photos), len(priors))}
+            handle.info = {"prompt": prompt, "training": run.summary(len(photos), len(priors))}
         except BaseException:
             remove_adapter(pipe, name)
             raise
@@ -169,13 +149,13 @@ class _Run:
         family: Family,
         handle: Adapter,
         config: CustomizeConfig,
-        material: Material,
+        prompts: Sequence[str],
         folder: Path | None,
         fixed: dict[str, Any],
         progress: Progress | None,
     ) -> None:
         self.accelerator, self.family, self.handle, self.config = accelerator, family, handle, config
-        self.material, self.folder, self.fixed, self.progress = material, folder, fixed, progress
+        self.prompts, self.folder, self.fixed, self.progress = prompts, folder, fixed, progress
         self.trainer: Trainer
         self.saved_step: int | None = None
 
@@ -183,22 +163,21 @@ class _Run:
         """Encode what can be encoded once."""
         config = self.config
         _, shapes = shapes_for(self.family, config)
-        sources = [
-            Photos(
-                self.family,
-                found,
-                shapes,
-                flip=config.flip if not stream else 0.0,
-                random_crop=config.random_crop,
-                cache=config.cache_latents,
-                seed=config.seed,
-                stream=stream,
-            )
-            for stream, found in enumerate((photos, priors))
-            if found
-        ]
-        for source, stage in zip(sources, ("encode photos", "encode class images"), strict=False):
-            source.encode_all(self.progress, stage)
+        sources: list[Photos] = []
+        for stage, found, flip in (("encode photos", photos, config.flip), ("encode class images", priors, 0.0)):
+            if found:
+                source = Photos(
+                    self.family,
+                    found,
+                    shapes,
+                    flip=flip,
+                    random_crop=config.random_crop,
+                    cache=config.cache_latents,
+                    seed=config.seed,
+                    stream=len(sources),
+                )
+                source.encode_all(self.progress, stage)
+                sources.append(source)
         class_source = sources[1] if len(sources) > 1 else None
         self.trainer = Trainer(self.accelerator, self.family, self.handle, sources[0], class_source, config)
         self.trainer.encode_captions()
@@ -268,13 +247,12 @@ class _Run:
         if self.folder is None or not self.accelerator.is_main_process:
             return
         config = self.config
-        prompts = self.material.validation_prompts or (self.material.prompt or "",)
         resolution, _ = shapes_for(self.family, config)
         self._park(away=False)
         with self.accelerator.autocast():
             rows = generate(
                 self.family.pipe,
-                prompts,
+                self.prompts,
                 seeds=range(config.validation_images),
                 steps=config.validation_steps,
                 height=resolution,
@@ -330,42 +308,3 @@ def _base_identity(pipe: Any) -> str:
         weight = site.linear(site.streams[0].query).weight
         sha.update(weight.detach().float().cpu().numpy().tobytes())
     return sha.hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def frozen(pipe: Any) -> Iterator[None]:
-    """No weight of the base wants a gradient inside; modes, flags and gradient checkpointing come back as they were."""
-    model: Any = denoiser(pipe)[1]
-    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]  # T5 too
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))
-    for module in modules:
-        module.requires_grad_(False).eval()
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        for part, training in modes:
-            part.training = training
-        if not checkpointing and getattr(model, "is_gradient_checkpointing", False):
-            model.disable_gradient_checkpointing()
-
-
-@contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Say what helps where memory runs out."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if (
-            not isinstance(error, MemoryError)
-            and "out of memory" not in str(error)
-            and "can't allocate" not in str(error)
-        ):
-            raise
-        raise TrainingError(
-            "out of memory. Turn on --grad-checkpointing and --precision bf16, lower --resolution, or use a smaller "
-            "--batch-size with --accumulate"
-        ) from error

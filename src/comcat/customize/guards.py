@@ -1,0 +1,48 @@
+"""What surrounds a training run: the base comes out as it went in, and a lack of memory is explained."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .. import modes
+from ..errors import TrainingError
+from .components import denoiser
+
+
+@contextlib.contextmanager
+def frozen(pipe: Any) -> Iterator[None]:
+    """No weight of the base wants a gradient inside; modes, flags and gradient checkpointing come back as they were."""
+    model: Any = denoiser(pipe)[1]
+    checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))
+    with contextlib.ExitStack() as stack:
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):  # T5 and the VAE too
+                stack.enter_context(modes.frozen(part))
+        try:
+            yield
+        finally:
+            if not checkpointing and getattr(model, "is_gradient_checkpointing", False):
+                model.disable_gradient_checkpointing()
+
+
+@contextlib.contextmanager
+def explained_memory() -> Iterator[None]:
+    """Say what helps where memory runs out.
+
+    Raises:
+        TrainingError: it has.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = ("out of memory", "can't allocate")
+        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
+            raise
+        raise TrainingError(
+            "out of memory. Turn on --grad-checkpointing and --precision bf16, lower --resolution, or use a smaller "
+            "--batch-size with --accumulate"
+        ) from error

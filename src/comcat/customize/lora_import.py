@@ -1,0 +1,144 @@
+"""An ordinary LoRA as added products, with the error of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, ModelError
+from ..hosts.seam import Site
+from ..wording import some
+from .adapter import Adapter, attach, new_adapter
+from .components import components, find_sites
+from .convert import Conversion, LayerError
+from .forms import PARTS, Form, Part, base, form_of, has_key_biases, has_output, output_projection, update_of
+from .lora_keys import read_lora
+from .lora_math import LoraWeights, lora_to_product
+from .reading import read_safetensors
+
+
+def import_lora(
+    pipe: Any,
+    path: str | Path,
+    *,
+    rank: int,
+    name: str = "lora",
+    scale: float = 1.0,
+    partial: bool = False,
+) -> tuple[Adapter, Conversion]:
+    """Put an ordinary LoRA on a pipeline as added products of ``rank`` per head.
+
+    Exact where the rank reaches twice the LoRA's; otherwise the nearest in the Frobenius norm of each product.
+    Strengths are then those of adapters: unlike a LoRA's, the scores are linear in them.
+
+    Args:
+        partial: leave out what added products cannot express (feed-forward layers, convolutions, queries and keys that
+            are normalized); without it, such a file is refused.
+
+    Raises:
+        CheckpointError: no LoRA, one of another model, or, without ``partial``, parts that cannot be expressed.
+        ModelError: the rank is below 1 or above a head width; the name is taken.
+    """
+    if rank < 1:
+        raise ModelError(f"the rank is {rank}, but must be a whole number from 1 to the head width")
+    metadata, tensors = read_safetensors(path)
+    models = components(pipe)
+    lora = read_lora(tensors, {c: dict(m.named_modules()) for c, m in models.items()}, metadata)
+    left_out = list(lora.unmatched)
+    handle = new_adapter(pipe, name, scale)
+    errors: list[LayerError] = []
+    for component, found in lora.factors.items():
+        model = models[component]
+        found = {key.removeprefix("text_model."): LoraWeights(*pair) for key, pair in found.items()}
+        used: set[str] = set()
+        for site in find_sites(component, model)[0].values():
+            used |= _import_layer(handle, component, site, model, found, rank, errors, left_out)
+        left_out += [f"{component}.{key}" for key in found if key not in used]
+    if left_out and not partial:
+        raise CheckpointError(
+            f"'{path}' changes what added products cannot express: {some(left_out)} ({len(left_out)} in all); take "
+            "the rest alone with --partial"
+        )
+    if not handle.layers:
+        raise CheckpointError(f"'{path}' changes no attention layer of this model")
+    handle.requires_grad_(False)
+    attach(handle)
+    return handle, Conversion(errors, left_out)
+
+
+def _import_layer(
+    handle: Adapter,
+    component: str,
+    site: Site,
+    model: nn.Module,
+    found: Mapping[str, LoraWeights],
+    rank: int,
+    errors: list[LayerError],
+    left_out: list[str],
+) -> set[str]:
+    """Add a layer's products if the LoRA touches it; the paths that this used."""
+    results: dict[Part, tuple[Form, Tensor, Tensor]] = {}
+    used: set[str] = set()
+    for part in PARTS:
+        form = form_of(site, model, part, key_bias=part == "qk" and has_key_biases(site))
+        paths = {b.path for b in form.left_blocks + form.right_blocks} & set(found)
+        if not paths:
+            continue
+        if part == "qk" and site.normalized:
+            left_out.append(f"{component}.{site.name}: queries and keys, which are normalized before their product")
+            used |= paths
+            continue
+        left = update_of(form.left_blocks, found, form.left)
+        right = update_of(form.right_blocks, found, form.right)
+        product = lora_to_product(form.left, left, form.right, right, rank)
+        used |= paths
+        effect = float(product.singular_values.norm())
+        error = float((product.error * product.singular_values.norm(dim=-1)).norm())
+        errors.append(LayerError(component, site.name, part, error / effect if effect else 0.0, effect))
+        results[part] = (form, product.left_added, product.right_added)
+    if results:
+        if rank > site.head_dim:
+            raise ModelError(
+                f"rank {rank} is above the head width {site.head_dim} of '{site.name}'; use at most {site.head_dim}"
+            )
+        biased = {b.path for form, _, _ in results.values() for b in form.left_blocks + form.right_blocks if b.bias}
+        kinds = [(s, kind) for s in site.streams for kind in ("query", "key", "value")]
+        biases = [f"{s.name}.{kind}" for s, kind in kinds if f"{site.name}.{getattr(s, kind)}" in biased]
+        layer = site.new_layer(rank, handle.strength, biases)
+        for stream in layer.streams.values():
+            for parameter in stream.parameters():
+                nn.init.zeros_(parameter)
+        for part, (form, left_added, right_added) in results.items():
+            _fill(site, model, layer, part, form, left_added, right_added)
+        handle.layers[component, site.name] = layer
+    return used
+
+
+@torch.no_grad()
+def _fill(site: Site, model: nn.Module, layer: Any, part: Part, form: Form, left: Tensor, right: Tensor) -> None:
+    """Copy per-head factors (H, D, r) into the linear layers of the products."""
+    names = ("query", "key") if part == "qk" else ("value", "output")
+    lefts = dict(zip([s.name for s in site.streams], form.left_blocks, strict=True))
+    owners = [s for s in site.streams if part == "qk" or has_output(s)]
+    for stream, block in lefts.items():
+        linear = getattr(layer[stream], names[0])
+        linear.weight.copy_(left[:, block.start : block.start + block.rows].mT.flatten(0, 1))
+        if block.bias:
+            linear.bias.copy_(left[:, block.start + block.rows].flatten())
+    for owner, block in zip(owners, form.right_blocks, strict=True):
+        rows = right[:, block.start : block.start + block.rows]  # (H, D, r)
+        linear = getattr(layer[owner.name], names[1])
+        if part == "qk":
+            linear.weight.copy_(rows.mT.flatten(0, 1))
+            if block.bias:
+                linear.bias.copy_(right[:, block.start + block.rows].flatten())
+            continue
+        weight = rows.movedim(0, 1).flatten(1)  # (D_out, H r)
+        if owner.inner:  # it goes through the block's projection: undo that
+            projection = base(output_projection(site, model, owner)[1]).weight.double()
+            weight = torch.linalg.lstsq(projection[:, : linear.weight.shape[0]], weight).solution
+        linear.weight.copy_(weight)

@@ -1,0 +1,12 @@
+"""How messages list things."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def some(items: Iterable[str], separator: str = ", ", count: int = 3) -> str:
+    """The first ``count``, and how many more there are: ``a, b, c and 4 more``."""
+    items = list(items)
+    more = len(items) - count
+    return separator.join(items[:count]) + (f" and {more} more" if more > 0 else "")
