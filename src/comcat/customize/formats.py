@@ -20,12 +20,12 @@ from ..added import AddedLayer, held
 from ..errors import CheckpointError, ModelError
 from ..files import atomic_file, tensor_bytes
 from ..hosts.seam import Site
+from ..reader import read_tensors
 from ..wording import some
 from . import adapter as adapters_
 from .adapter import Adapter
 from .components import DENOISERS, components, denoiser, find_sites, fingerprint, text_encoders
 from .header import KEY, STORAGES, Entry, Header, Part, Storage
-from .reading import read_safetensors
 from .tokens import Token, check_new
 
 _SCALE = ".scale"
@@ -137,7 +137,7 @@ def read_adapter(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
         CheckpointError: the file is missing, damaged, a pickle, of a newer version, or no adapter of comcat.
     """
     path = Path(path)
-    metadata, tensors = read_safetensors(path)
+    metadata, tensors = read_tensors(path)
     if KEY not in metadata:
         lora = any("lora" in name for name in tensors)
         raise CheckpointError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ModelError
 from ..hosts.seam import Site
+from ..reader import read_tensors
 from ..wording import some
 from .adapter import Adapter, attach, new_adapter
 from .components import components, find_sites
@@ -18,7 +19,6 @@ from .convert import Conversion, LayerError
 from .forms import PARTS, Form, Part, base, form_of, has_key_biases, has_output, output_projection, update_of
 from .lora_keys import read_lora
 from .lora_math import LoraWeights, lora_to_product
-from .reading import read_safetensors
 
 
 def import_lora(
@@ -45,7 +45,7 @@ def import_lora(
     """
     if rank < 1:
         raise ModelError(f"the rank is {rank}, but must be a whole number from 1 to the head width")
-    metadata, tensors = read_safetensors(path)
+    metadata, tensors = read_tensors(path)
     models = components(pipe)
     lora = read_lora(tensors, {c: dict(m.named_modules()) for c, m in models.items()}, metadata)
     left_out = list(lora.unmatched)

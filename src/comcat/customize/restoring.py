@@ -6,15 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..files import atomic_file, tensor_bytes
+from ..reader import read_tensors
 from .adapter import check_scale
 from .formats import encode, read_adapter
 from .header import KEY, Storage
-from .reading import read_safetensors
 
 
 def is_adapter(path: str | Path) -> bool:
     """Whether a file is an adapter of comcat; raises CheckpointError where it is missing, damaged or a pickle."""
-    return KEY in read_safetensors(path)[0]
+    return KEY in read_tensors(path)[0]
 
 
 def restore_adapter(path: str | Path, out: str | Path, storage: Storage, scale: float | None = None) -> None:
