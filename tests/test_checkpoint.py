@@ -275,8 +275,9 @@ def test_a_failed_save_leaves_nothing_behind(
     if at == "rename":
         import os
 
-        real = os.replace
-        monkeypatch.setattr("comcat.files.os.replace", lambda a, b: fail() if str(a).endswith(".tmp") else real(a, b))
+        real = os.rename
+        monkeypatch.setattr("comcat.files.exchange", fail)
+        monkeypatch.setattr("comcat.files.os.rename", lambda a, b: fail() if str(a).endswith(".tmp") else real(a, b))
     else:
         monkeypatch.setattr(Path, at, fail)
     expected = (

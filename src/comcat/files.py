@@ -1,103 +1,285 @@
-"""Writing files so that nothing half-written is ever seen under its final name."""
+"""Writing files so that nothing half-written is ever seen under its final name, and nothing is lost that was there.
+
+Everything is written under a temporary name beside the final one (:mod:`comcat.temporary`), reaches the disk, and is
+then renamed. A file is replaced in one step everywhere; a directory where the system can exchange two names (Linux and
+macOS on local disks). Elsewhere the old directory is set aside for a moment: a kill in it leaves ``.NAME.comcat-old``,
+which the next writer, or :func:`recover`, puts back.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
-import shutil
-import tempfile
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from safetensors.torch import save as tensors_to_bytes
-from torch import Tensor
-
+from . import temporary
 from .errors import CheckpointError
+from .exchange import exchange, onto_nothing
+from .owned import CONFIG_NAME as CONFIG_NAME
+from .owned import MODEL, Kind, check_kind
 
-#: The file that marks a directory as a model saved by comcat.
-CONFIG_NAME = "comcat.json"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_IN_USE = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
+
+#: What this process has written under final names, for messages that say so.
+written: list[Path] = []
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """The safetensors file content for ``tensors``."""
+    from safetensors.torch import save as tensors_to_bytes
+
     return tensors_to_bytes({name: t.detach().contiguous() for name, t in tensors.items()}, metadata)
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file that appears under ``path`` complete, or not at all.
+def atomic_file(path: str | Path, overwrite: bool = True) -> Iterator[BinaryIO]:
+    """A binary file that appears under ``path`` complete, or not at all; a link stays a link.
+
+    Args:
+        overwrite: replace a file that is there by then. Otherwise it is an error, and the new file is kept beside it.
 
     Raises:
-        CheckpointError: the file cannot be written (full disk, no permission); nothing is left behind.
+        CheckpointError: the file cannot be written (full disk, no permission, no regular file); nothing is left behind.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"cannot write '{path}': {error.strerror or error}; nothing was written") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    path = Path(os.path.realpath(path))
+    with _explained(path), _parents(path):
+        mode = _mode(path)
+        temporary.sweep(path.parent)
+        with temporary.new(path, directory=False) as new:
+            with open(new, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if mode is not None:
+                with suppress(OSError):
+                    new.chmod(mode)
+            if overwrite:
+                os.replace(new, path)
+            else:
+                try:
+                    onto_nothing(new, path)
+                except FileExistsError as error:
+                    _keep(new, path, error)
+            _done(path)
 
 
 @contextmanager
-def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(path: str | Path, overwrite: bool = False, kind: Kind = MODEL) -> Iterator[Path]:
     """A directory that appears under ``path`` complete, or not at all; yields where to write meanwhile.
 
+    Inside another one it is written in place: the outer one appears as a whole.
+
+    Args:
+        overwrite: replace a directory of this ``kind``, and no other.
+
     Raises:
-        CheckpointError: ``path`` already holds something and ``overwrite`` is off, or the disk is full.
+        CheckpointError: ``path`` already holds something and ``overwrite`` is off, or the disk is full. Where it came
+            to hold something in between, the new directory is kept beside it, and named.
     """
-    path = Path(path).resolve()  # a link stays a link
-    check_free(path, overwrite)
-    temporary: Path | None = None
+    path = Path(os.path.realpath(path))  # a link stays a link
+    if temporary.is_staged(path):
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
+        return
+    check_free(path, overwrite, kind)
+    with _explained(path), _parents(path):
+        temporary.sweep(path.parent)
+        with temporary.new(path, directory=True) as new:
+            yield new
+            sync_tree(new)
+            _publish(new, path, overwrite, kind)
+            _done(path)
+
+
+def _publish(new: Path, path: Path, overwrite: bool, kind: Kind) -> None:
+    """Give ``new`` its name; what is replaced is left under the temporary one."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        temporary.chmod(0o755)
-        yield temporary
-        _replace_directory(temporary, path)
+        if not overwrite or not path.is_dir():
+            onto_nothing_or_empty(new, path)
+            return
     except OSError as error:
-        raise CheckpointError(f"cannot write '{path}': {error.strerror or error}; nothing was written") from error
-    finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace_directory(new: Path, path: Path) -> None:
-    """Rename ``new`` to ``path``; what was there is set aside first and comes back if the rename fails."""
-    old = new.with_suffix(".old")
-    if path.exists():
-        os.replace(path, old)
+        if error.errno not in _IN_USE:
+            raise
+        if not overwrite or not path.is_dir():
+            _keep(new, path, error)
     try:
-        os.replace(new, path)
-    except BaseException:  # Ctrl-C included
-        if old.exists():
-            os.replace(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        check_free(path, True, kind)
+    except CheckpointError as error:
+        _keep(new, path, error)
+    if exchange(new, path):
+        try:
+            check_free(new, True, kind)  # it may have been given more until now
+        except CheckpointError as error:
+            exchange(new, path)
+            _keep(new, path, error)
+        return
+    with temporary.claimed(path, _beside(path, "swap"), wait=True):
+        old = _beside(path, "old")
+        temporary.remove(old)
+        os.rename(path, old)
+        try:
+            os.rename(new, path)
+        except BaseException:  # Ctrl-C included
+            os.rename(old, path)
+            raise
+        temporary.remove(old)
 
 
-def check_free(path: str | Path, overwrite: bool = False) -> None:
-    """Raise CheckpointError if ``path`` is a file, or a directory that holds something.
+def onto_nothing_or_empty(source: Path, target: Path) -> None:
+    """Rename a directory to a name that is free, or that of an empty directory; OSError if it is neither."""
+    if os.name == "nt" and target.is_dir():
+        target.rmdir()
+    os.rename(source, target)
 
-    ``overwrite`` allows a directory that holds a model saved by comcat, and no other.
+
+def _keep(new: Path, path: Path, cause: Exception) -> None:
+    """Leave the result of long work beside ``path``, where something is that must not be replaced.
+
+    Raises:
+        CheckpointError: always; it says where.
+    """
+    number = 1
+    while True:
+        kept = path.with_name(f"{temporary.stem(path.stem)}-{number}{path.suffix}")
+        number += 1
+        if os.path.lexists(kept):
+            continue
+        try:
+            (os.rename if new.is_dir() else onto_nothing)(new, kept)
+        except OSError as error:
+            if error.errno in _IN_USE:
+                continue
+            raise
+        break
+    _done(kept)
+    why = f" ({cause})" if isinstance(cause, CheckpointError) else ""
+    raise CheckpointError(
+        f"'{path}' came to hold something while the result was made, and is left as it is{why}; the result is in "
+        f"'{kept}'"
+    ) from cause
+
+
+def recover(path: str | Path) -> None:
+    """Put back what a killed process had set aside while it replaced ``path``."""
+    path = Path(os.path.realpath(path))
+    old = _beside(path, "old")
+    if not old.is_dir():
+        return
+    with suppress(OSError), temporary.claimed(path, _beside(path, "swap"), wait=True):
+        if os.path.lexists(path):
+            temporary.remove(old)
+        else:
+            os.rename(old, path)
+
+
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f".{temporary.stem(path.name)}.comcat-{what}")
+
+
+def check_free(path: str | Path, overwrite: bool = False, kind: Kind = MODEL) -> None:
+    """Raise CheckpointError if a directory cannot be written there, or would replace what is not to be replaced.
+
+    ``overwrite`` allows a directory of this ``kind``, by default a model saved by comcat, that holds nothing else.
     """
     path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise CheckpointError(f"output '{path}' is a file; choose a directory")
-    if not path.is_dir() or not any(path.iterdir()):
+    recover(path)
+    if not os.fspath(path).strip("."):
+        path = path.resolve()
+    try:
+        there = stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        check_place(path)
         return
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot write '{path}': {getattr(error, 'strerror', None) or error}") from error
+    if not there:
+        raise CheckpointError(f"output '{path}' is a file; choose a directory")
+    if os.path.ismount(path):
+        raise CheckpointError(
+            f"output directory '{path}' is a mount point and cannot be replaced; choose one inside it"
+        )
+    check_place(path)
+    try:
+        if not any(path.iterdir()):
+            return
+    except OSError as error:
+        raise CheckpointError(f"output directory '{path}' cannot be read: {error.strerror}") from error
     if not overwrite:
         raise CheckpointError(f"output directory '{path}' already holds something; choose another or overwrite it")
-    if not (path / CONFIG_NAME).exists():
-        raise CheckpointError(
-            f"output directory '{path}' holds files that are not a comcat model; they are not overwritten, choose "
-            "another directory"
-        )
+    check_kind(path, kind)
+
+
+def check_place(path: Path) -> None:
+    """Raise CheckpointError, before any work is done, where nothing can be written under ``path`` in the end."""
+    place = next((parent for parent in Path(os.path.realpath(path)).parents if parent.exists()), Path("/"))
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "may not be written to" if place.is_dir() else "is a file"
+        raise CheckpointError(f"cannot write '{path}': '{place}' {why}; choose another place")
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames in a directory last, where the system can."""
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sync_tree(path: Path) -> None:
+    """Everything in a directory reaches the disk."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            handle = os.open(os.path.join(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        sync_directory(Path(folder))
+
+
+def _mode(path: Path) -> int | None:
+    """The permissions of a file that is to be replaced; None for a new one."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(mode):
+        what = "a directory" if stat.S_ISDIR(mode) else "no regular file"
+        raise CheckpointError(f"cannot write '{path}': it is {what}; choose another name")
+    return stat.S_IMODE(mode)
+
+
+def _done(path: Path) -> None:
+    sync_directory(path.parent)
+    written.append(path)
+
+
+@contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """The directories above ``path``; if it is not written, those that were made for it go again."""
+    made = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for parent in made:
+            if not os.path.lexists(path):
+                with suppress(OSError):
+                    parent.rmdir()
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot write '{path}': {error.strerror or error}; nothing was written there") from error
