@@ -7,7 +7,7 @@ import pytest
 
 from comcat.allocate import Options, allocate, lower_hull, site_options
 from comcat.cost import Shape, break_even, site_cost
-from comcat.errors import BudgetError
+from comcat.errors import BudgetError, PlanError
 from comcat.hosts import find_sites
 from conftest import vit
 
@@ -111,6 +111,84 @@ def test_where_no_upgrade_fits_two_sites_change_together() -> None:
 def test_equal_losses_leave_no_budget_unused() -> None:
     options = [option(list(range(1, 101)), [0.0] * 100)]
     assert allocate(options, "params", 57, 0, str) == [56]
+
+
+def tied_losses(kind: str, count: int, rng: np.random.Generator) -> np.ndarray:
+    """(count,) losses that fall to zero, with ties in what a cut costs."""
+    steps = {
+        "straight": np.full(count - 1, 1.0),
+        "straight, any slope": np.full(count - 1, rng.random()),
+        "thirds": np.full(count - 1, 1 / 3),
+        "flat": np.zeros(count - 1),
+        "plateau": np.r_[np.full(count // 2, rng.random()), np.zeros(count - 1 - count // 2)],
+        "integers": np.sort(rng.integers(0, 4, count - 1))[::-1],
+        "equal gains": np.sort(np.resize(np.repeat(rng.random(count // 10 + 1), 10), count - 1))[::-1],
+        "integers, not convex": rng.integers(0, 3, count - 1),
+    }[kind]
+    return np.append(np.cumsum(steps[::-1])[::-1], 0.0)
+
+
+TIES = [
+    "straight",
+    "straight, any slope",
+    "thirds",
+    "flat",
+    "plateau",
+    "integers",
+    "equal gains",
+    "integers, not convex",
+]
+
+
+@pytest.mark.parametrize("same_step", [True, False])
+@pytest.mark.parametrize("kind", TIES)
+def test_ties_never_exceed_the_budget(kind: str, same_step: bool) -> None:
+    """Many sites whose curves are straight, flat or equal: every budget is met, in costs recomputed from the choice."""
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        options = []
+        for _ in range(1 + seed):
+            count = int(rng.integers(3, 90))
+            step = 7 if same_step else int(rng.integers(1, 5000))
+            cost = np.arange(1, count + 1) * step + int(rng.integers(0, 1000)) * (not same_step)
+            options.append(option(cost, tied_losses(kind, count, rng)))
+        low, high = (sum(int(f(o.costs["params"])) for o in options) for f in (np.min, np.max))
+        for fraction in (0.0, 0.1, 0.33, 0.5, 0.8, 0.95, 1.0):
+            limit = 17 + int(low + (high - low) * fraction)
+            chosen = allocate(options, "params", limit, 17, str, tolerance=1.0)
+            total = 17 + sum(int(o.costs["params"][i]) for o, i in zip(options, chosen, strict=True))
+            finest = max(int(np.diff(np.sort(o.costs["params"])).max(initial=0)) for o in options)
+            assert limit - finest <= total <= limit or "not convex" in kind
+            assert total <= limit
+
+
+@pytest.mark.parametrize("kind", ["straight", "integers", "plateau"])
+@pytest.mark.parametrize("seed", range(4))
+def test_ties_are_close_to_brute_force(kind: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    options = [option(np.arange(1, 8) * int(rng.integers(1, 9)), tied_losses(kind, 7, rng)) for _ in range(3)]
+    low, high = (sum(int(f(o.costs["params"])) for o in options) for f in (np.min, np.max))
+    largest = max(float(-np.diff(o.loss).min()) for o in options)
+    for limit in range(low, high + 1, 3):
+        chosen = allocate(options, "params", limit, 0, str, tolerance=1.0)
+        got = sum(o.loss[i] for o, i in zip(options, chosen, strict=True))
+        assert got <= brute(options, limit) + 2 * largest
+
+
+def test_equal_costs_of_different_widths() -> None:
+    """Latency has plateaus: widths that take equally long, and wider ones that take less."""
+    options = [
+        option([5, 5, 5, 9, 9, 7, 12], [6, 5, 4, 3, 2.5, 2, 0]),
+        option([3, 3, 3, 3], [2, 2, 1, 0]),
+    ]
+    assert allocate(options, "params", 10, 0, str, tolerance=1.0) == [5, 3]
+    assert allocate(options, "params", 9, 0, str, tolerance=1.0) == [2, 3]
+    assert allocate(options, "params", 15, 0, str) == [6, 3]
+
+
+def test_a_loss_that_is_not_a_number_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"losses estimated for layer 'head' hold NaN"):
+        allocate([option([1, 2], [float("nan"), 0])], "params", 1, 0, str)
 
 
 def test_the_hull_is_convex_and_below_everything() -> None:

@@ -6,11 +6,14 @@ from torch import Tensor
 
 from comcat.errors import CalibrationError
 from comcat.factorize import (
+    REFIT_RIDGE,
+    RIDGE,
     factor_qk,
     order_neurons,
     project,
     refit_neurons,
     refit_output,
+    ridge_used,
     whitening,
 )
 from comcat.heads import gram
@@ -238,3 +241,31 @@ def test_wild_statistics_give_finite_neurons(samples: str) -> None:
     found = order_neurons(C, output)
     assert torch.isfinite(found.errors).all()
     assert torch.isfinite(refit_neurons(C, output, found.order[:2])).all()
+
+
+def test_only_the_matrix_that_fails_gets_a_larger_ridge() -> None:
+    """One head whose statistics are slightly indefinite must not blur the others of its layer."""
+    good = torch.diag(torch.tensor([1.0, 1e-6, 1e-7], dtype=torch.float64))
+    bad = torch.diag(torch.tensor([1.0, 1.0, -1e-3], dtype=torch.float64))
+    alone, R = whitening(good), whitening(torch.stack([good, bad, good]))
+    for kept in (R[0], R[2]):
+        torch.testing.assert_close(kept, alone, rtol=1e-12, atol=0)
+    torch.testing.assert_close((R.mT @ R)[1].diagonal(), bad.diagonal(), rtol=0, atol=0.01)
+    assert ridge_used(good) == RIDGE
+    assert ridge_used(torch.stack([good, bad])) == pytest.approx(1e-2)
+
+
+def test_the_order_of_neurons_survives_many_downdates() -> None:
+    """A nearly singular moment: every step removes the neuron whose removal costs least under an inverse made anew."""
+    size = 48
+    mixed = normal(4 * size, size) @ torch.diag(torch.logspace(0, -6, size, dtype=torch.float64)) @ normal(size, size)
+    moment, output = second(mixed), normal(size, OUT)
+    found = order_neurons(moment, output, 1)
+    assert (found.errors.diff() <= 0).all()
+    lifted = (R := whitening(moment, REFIT_RIDGE)).mT @ R
+    for count in (40, 24, 12, 5, 1):
+        keep, dropped = found.order[:count], found.order[count:]
+        cross = torch.linalg.solve(lifted[keep][:, keep], lifted[keep][:, dropped])
+        schur = lifted[dropped][:, dropped] - lifted[dropped][:, keep] @ cross
+        lost = (output[dropped] * (schur @ output[dropped])).sum()
+        torch.testing.assert_close(found.errors[count], lost, rtol=1e-5, atol=0)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import comcat
@@ -397,3 +398,30 @@ def test_one_form_of_the_ffn_for_all_layers(
 def test_an_unknown_form_of_the_ffn_is_refused() -> None:
     with pytest.raises(comcat.PlanError, match="choose one of auto, low-rank, neurons"):
         comcat.plan(vit(), comcat.Budget(params=0.5), ffn="sparse")
+
+
+@pytest.fixture(scope="module")
+def tied() -> nn.Module:
+    """Every component of every part is worth the same: all curves are straight."""
+    model = vit(embed_dim=64, num_heads=2, mlp_ratio=4.0)
+    for i, block in enumerate(model.blocks):
+        eye = (0.3 + 0.01 * i) * torch.eye(64, dtype=torch.float64)
+        for linear, weight in (
+            (block.attn.qkv, eye.repeat(3, 1)),
+            (block.attn.proj, eye),
+            (block.mlp.fc1, eye.repeat(4, 1)),
+            (block.mlp.fc2, eye.repeat(1, 4)),
+        ):
+            linear.weight.data.copy_(weight)
+    return model
+
+
+@pytest.mark.parametrize("unit", ["params", "macs"])
+@pytest.mark.parametrize("method", ["uniform", "spectrum"])
+def test_straight_curves_meet_the_budget(tied: nn.Module, method: str, unit: str) -> None:
+    whole = getattr(comcat.profile(tied), unit)
+    for kept in (0.48, 0.6, 0.78, 0.93):
+        made = comcat.plan(tied, comcat.Budget(**{unit: kept}), None, method)
+        built = getattr(comcat.profile(comcat.compress(tied, made)), unit)
+        assert built == made.estimate[unit]
+        assert 0.994 * kept * whole <= built <= kept * whole

@@ -14,7 +14,7 @@ import numpy as np
 
 from .cost import Cost, Shape, attention_cost, break_even, linear_cost, low_rank_cost, neurons_cost
 from .curves import Curve
-from .errors import BudgetError
+from .errors import BudgetError, PlanError
 from .sites import AttentionSite, Choice, FFNSite, Site, select_parts
 
 #: Budgets are met from below within this fraction.
@@ -160,28 +160,23 @@ def allocate(
 
     Raises:
         BudgetError: even the smallest options exceed the limit, or the widths are too coarse to meet it closely.
+        PlanError: a loss that is not finite; the layer is named.
     """
     costs = [o.costs[unit] for o in options]
+    for o in options:
+        if not np.isfinite(o.loss).all():
+            raise PlanError(
+                f"the losses estimated for layer '{o.site.name}' hold NaN or infinite values; calibrate again, in a "
+                "wider dtype"
+            )
     # A tiny slope breaks ties among equal losses: the larger model wins, so no budget is left unused.
     slope = 1e-12 * max(float(o.loss.max(initial=0)) for o in options) / max(c.max() for c in costs) + 1e-300
     losses = [o.loss - slope * c for o, c in zip(options, costs, strict=True)]
     smallest = fixed + sum(int(c.min()) for c in costs)
     if smallest > limit:
         raise out_of_reach(shown(limit), shown(smallest))
-    hulls = [lower_hull(c, v) for c, v in zip(costs, losses, strict=True)]
-    position = [len(h) - 1 for h in hulls]
-    total = fixed + sum(int(c[h[-1]]) for c, h in zip(costs, hulls, strict=True))
-    cuts = []
-    for g, hull in enumerate(hulls):
-        saved, added = np.diff(costs[g][hull]), -np.diff(losses[g][hull])
-        cuts += [(added[i] / saved[i], -i, g) for i in range(len(hull) - 1)]
-    for _, minus_i, g in sorted(cuts):
-        if total <= limit:
-            break
-        i = -minus_i
-        total += int(costs[g][hulls[g][i]] - costs[g][hulls[g][i + 1]])
-        position[g] = i
-    chosen = [int(h[p]) for h, p in zip(hulls, position, strict=True)]
+    chosen = _walk(costs, losses, fixed, limit)
+    total = _total(costs, chosen, fixed)
     total = _fill(chosen, costs, losses, total, limit)
     least = limit - tolerance * limit
     if total < least:
@@ -191,7 +186,39 @@ def allocate(
             f"the widths are too coarse for this model: the closest below {shown(limit)} is {shown(total)}; "
             "ask for that figure, or use a smaller rank multiple"
         )
+    if _total(costs, chosen, fixed) > limit:
+        raise BudgetError(
+            f"the chosen widths cost {shown(_total(costs, chosen, fixed))}, above the budget of {shown(limit)}: this "
+            "is a fault of comcat; please report it with the plan's arguments"
+        )
     return chosen
+
+
+def _walk(costs: list[np.ndarray], losses: list[np.ndarray], fixed: int, limit: int) -> list[int]:
+    """Option per site: down the hulls from the least losses, by loss per saved cost, until the limit is met.
+
+    On a straight piece of a hull the slopes are equal up to rounding. They are made to rise from cut to cut, so that no
+    site's cuts are taken out of order.
+    """
+    hulls = [lower_hull(c, v) for c, v in zip(costs, losses, strict=True)]
+    cuts = []
+    for g, hull in enumerate(hulls):
+        slopes = -np.diff(losses[g][hull]) / np.diff(costs[g][hull])
+        slopes = np.maximum.accumulate(slopes[::-1])[::-1]
+        cuts += [(float(slope), -i, g) for i, slope in enumerate(slopes)]
+    chosen = [int(hull[-1]) for hull in hulls]
+    total = _total(costs, chosen, fixed)
+    for _, minus_i, g in sorted(cuts):
+        if total <= limit:
+            break
+        option = int(hulls[g][-minus_i])
+        total -= int(costs[g][chosen[g]] - costs[g][option])
+        chosen[g] = option
+    return chosen
+
+
+def _total(costs: list[np.ndarray], chosen: list[int], fixed: int) -> int:
+    return fixed + sum(int(c[i]) for c, i in zip(costs, chosen, strict=True))
 
 
 def out_of_reach(wanted: str, smallest: str) -> BudgetError:

@@ -47,33 +47,50 @@ class Projection(NamedTuple):
 def whitening(moment: Tensor, ridge: float = RIDGE) -> Tensor:
     """Upper-triangular ``R`` (..., n, n) in float64 with ``R^T R = moment`` up to a relative ridge.
 
-    A singular or slightly indefinite moment gets a larger ridge (a hundredfold at a time), so the result
-    exists for every finite positive semi-definite input, the zero matrix included.
+    A singular or slightly indefinite moment gets a larger ridge (a hundredfold at a time), the others of the batch
+    keep theirs, so the result exists for every finite positive semi-definite input, the zero matrix included.
 
     Raises:
         CalibrationError: a moment that is not finite, or far from positive semi-definite.
     """
+    return _whitening(moment, ridge)[0]
+
+
+def ridge_used(moment: Tensor, ridge: float = RIDGE) -> float:
+    """The largest relative ridge that :func:`whitening` gives to a matrix of the batch; errors as there."""
+    return float(_whitening(moment, ridge)[1].amax())
+
+
+def _whitening(moment: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """``R`` (..., n, n) and the relative ridge of every matrix (...)."""
     moment = moment.double()
     if not torch.isfinite(moment).all():
         raise CalibrationError("a second moment holds NaN or infinite values; calibrate again on finite inputs")
     moment = (moment + moment.mT) / 2
     n = moment.shape[-1]
-    eye = torch.eye(n, dtype=moment.dtype, device=moment.device)
     scale = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
-    scale = torch.where(scale > 0, scale, 1.0)[..., None, None]
-    while ridge < 1:
-        R, info = torch.linalg.cholesky_ex(moment + ridge * scale * eye, upper=True)
-        if not info.any():
-            return R
-        ridge *= 100
-    raise CalibrationError("a second moment is not positive semi-definite; the calibration file is damaged")
+    scale = torch.where(scale > 0, scale, 1.0)
+    used = torch.full_like(scale, ridge)
+    R = torch.zeros_like(moment)
+    failed = torch.ones_like(scale, dtype=torch.bool)
+    while True:
+        lifted = moment[failed] + torch.diag_embed((used * scale)[failed][:, None].expand(-1, n))
+        R[failed], info = torch.linalg.cholesky_ex(lifted, upper=True)
+        failed[failed.clone()] = info != 0
+        if not failed.any():
+            return R, used
+        used[failed] *= 100
+        if (used >= 1).any():
+            raise CalibrationError("a second moment is not positive semi-definite; the calibration file is damaged")
 
 
 def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Left singular vectors (..., n, k) and squared singular values (..., k), descending, ``k = min(n, m)``.
 
-    From the eigenvectors of the smaller Gram matrix, several times faster than an SVD. Squaring costs nothing here:
-    energies are wanted, not their roots, and what is below 1e-16 of the largest energy is below every ridge.
+    From the eigenvectors of the smaller Gram matrix, several times faster than an SVD. Squaring halves the digits:
+    a component whose singular value is below 1e-8 of the largest has an arbitrary direction within the span of all
+    such components. Its energy, below 1e-16 of the largest, is worth nothing to a truncation, and at full rank only
+    the orthogonality of ``U`` counts, which eigenvectors have whatever their directions.
     """
     n, m = matrix.shape[-2:]
     if n > m:
@@ -164,8 +181,8 @@ def order_neurons(moment: Tensor, output: Tensor, block: int | None = None) -> N
     """Backward elimination of hidden neurons under the optimal refit of the rest.
 
     Removing neuron j and refitting the others costs ``|w_j|^2 / [C^-1]_jj`` (optimal brain surgeon; Hassibi and
-    Stork 1993). The cheapest ``block`` neurons go at a time, weights and inverse are downdated, and so on; the
-    order is nested, so one pass serves every width.
+    Stork 1993). The cheapest ``block`` neurons go at a time, weights and inverse are downdated, and so on (the inverse
+    is made anew whenever half of the neurons are gone); the order is nested, so one pass serves every width.
 
     Args:
         moment: (M, M) covariance of the hidden activations.
@@ -177,11 +194,18 @@ def order_neurons(moment: Tensor, output: Tensor, block: int | None = None) -> N
     R = whitening(moment, REFIT_RIDGE)
     inverse = torch.cholesky_inverse(R, upper=True)
     weight = output.double().clone()
+    lifted = R.mT @ R
     left = torch.arange(M, device=moment.device)
+    inverted = M  # how many there were when the inverse was last made
     removed: list[Tensor] = []
     costs: list[Tensor] = []
     while len(left):
-        score = weight.square().sum(-1) / inverse.diagonal()
+        if len(left) <= inverted / 2:  # rounding adds up from downdate to downdate
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(lifted[left][:, left]))
+            inverted = len(left)
+        diagonal = inverse.diagonal()
+        # Beyond the moment's condition number it is rounding that makes an entry this small, and a neuron free.
+        score = weight.square().sum(-1) / diagonal.clamp_min(1e-16 * float(diagonal.amax()))
         drop = score.argsort()[: min(block, len(left))]
         keep = torch.ones(len(left), dtype=torch.bool, device=left.device)
         keep[drop] = False

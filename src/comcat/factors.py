@@ -122,6 +122,7 @@ class AttentionFactors(SiteFactors[AttentionSite]):
         """Output weights (H, r, D_out) and bias behind reduced values; the mean output is kept exactly."""
         heads = self.heads
         dense = heads.output.double()
+        mean: Tensor | None
         if self.moments:
             output = factorize.refit_output(down, up, dense, self.moments["z"])
             mean = self.moments["z_mean"].double().view(down.shape[0], 1, -1)
@@ -129,9 +130,11 @@ class AttentionFactors(SiteFactors[AttentionSite]):
             # Without data the mean of the inputs is taken as zero, which leaves the value bias.
             output = up @ dense
             bias = heads.value_bias
-            mean = torch.zeros_like(dense[:, :1, :1]) if bias is None else bias.double()[:, None]
-        lost = (mean @ dense - mean @ down @ output).sum((0, 1)) if mean.shape[-1] > 1 else 0.0
-        return output, zeros_like_bias(heads.output_bias, dense.shape[-1], dense) + lost
+            mean = None if bias is None else bias.double()[:, None]  # (H, 1, d)
+        output_bias = zeros_like_bias(heads.output_bias, dense.shape[-1], dense)
+        if mean is None:
+            return output, output_bias
+        return output, output_bias + (mean @ dense - mean @ down @ output).sum((0, 1))
 
 
 def _loss_metric(m: Moments) -> tuple[Tensor, Tensor]:
