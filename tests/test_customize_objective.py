@@ -1,20 +1,27 @@
 """The objective, and the order of the photos, against formulas worked out here."""
 
+import contextlib
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 from comcat import DataError, ModelError, TrainingError
 from comcat.customize.examples import Photos
 from comcat.customize.material import find_token
-from comcat.customize.objective import Noisy, Objective, loss
+from comcat.customize.objective import DDPM, FLOW, Noisy, Objective, loss
 from comcat.customize.photos import Bucket, Photo
 
 LATENTS = torch.randn(5, 3, 4, 8, generator=torch.Generator().manual_seed(1))
@@ -98,7 +105,58 @@ def test_objectives_that_make_no_sense():
     flow = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     assert Objective(flow).flow
     with pytest.raises(ModelError, match="prediction type 'noise' is not known"):
-        Objective(SimpleNamespace(config={"prediction_type": "noise"}))
+        Objective(DDIMScheduler(prediction_type="noise"))
+
+
+def every_scheduler():
+    """All schedulers of diffusers that can be made without arguments."""
+    found = {}
+    for name in sorted(vars(diffusers)["_import_structure"]["schedulers"]):
+        kind = getattr(diffusers, name, None)
+        if isinstance(kind, type) and name.endswith("Scheduler"):
+            with contextlib.suppress(Exception):
+                found[name] = kind()
+    return found
+
+
+def test_other_noise_is_refused_by_name():
+    """A scheduler is trained with DDPM's noise or by flow matching, or not at all: none by default."""
+    ddpm = DDPM | FLOW
+    schedulers = every_scheduler()
+    assert len(schedulers) > 20
+    for name, scheduler in schedulers.items():
+        if name in ddpm:
+            assert Objective(scheduler).flow == (name in FLOW)
+        else:
+            with pytest.raises(ModelError, match=rf"sampled with {name} cannot be trained.*DDIMScheduler"):
+                Objective(scheduler)
+    assert {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "LCMScheduler", "TCDScheduler"} <= set(schedulers)
+    with pytest.raises(ModelError, match="noise is that of EDM"):
+        Objective(schedulers["EDMEulerScheduler"])
+
+
+def as_heun(beta_schedule: str) -> Any:
+    """Its own constructor is of no use to NumPy 2."""
+    scheduler = HeunDiscreteScheduler.__new__(HeunDiscreteScheduler)
+    scheduler.register_to_config(beta_schedule=beta_schedule, prediction_type="epsilon")
+    return scheduler
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (
+            EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+            "timestep_type='continuous'",
+        ),
+        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas=True"),
+        (UniPCMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas=True"),
+        (as_heun("exp"), "beta_schedule 'exp' is not one of DDPM's"),
+    ],
+)
+def test_settings_with_other_noise_are_refused_by_name(scheduler, message):
+    with pytest.raises(ModelError, match=message):
+        Objective(scheduler)
 
 
 def test_the_loss_weighs_examples():
@@ -155,6 +213,8 @@ def test_mirroring_and_crops_are_drawn_per_example():
         ("a photo of V* dog", "V*"),
         ("a photo of V*, asleep", "V*"),
         ("a photo of <my-dog>", "<my-dog>"),
+        ("a (V*:1.2) dog", "V*"),
+        ("in a 5* hotel", None),
         ("5*3 is f*ck", None),
         ("**bold** and a*b", None),
         ("a photo of a dog", None),

@@ -194,10 +194,10 @@ def test_unreadable_sidecar(tmp_path, monkeypatch):
     save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a dog")
 
-    def refuse(self, **_):
+    def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr("comcat.reader.os.open", refuse)
     assert "a.txt cannot be read (Permission denied)" in refusal(tmp_path)
 
 

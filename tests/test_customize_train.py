@@ -16,7 +16,7 @@ from comcat.customize import CustomizeConfig, adapters, add_adapter, digits, gen
 from comcat.customize.examples import Photos
 from comcat.customize.families import family_of
 from comcat.customize.generate import has_token
-from comcat.customize.objective import Noisy
+from comcat.customize.objective import Noisy, Objective
 from comcat.customize.photos import Bucket, find_photos
 from comcat.customize.trainer import Trainer
 
@@ -189,7 +189,7 @@ def test_prior_preservation(pipe, tmp_path, shapes):
         sources = [Photos(family, found, [Bucket(16, 16), Bucket(16, 8)], stream=i) for i, found in enumerate(shown)]
         for source in sources:
             source.encode_all()
-        trainer = Trainer(accelerator(), family, adapter, *sources, config)
+        trainer = Trainer(accelerator(), family, Objective(pipe.scheduler, 5.0), adapter, *sources, config)
         trainer.encode_captions()
         objective, predict = trainer.objective, family.predict
         trainer.objective = lambda *args: seen.append([objective(*args)]) or seen[-1][0]

@@ -32,6 +32,7 @@ from .families import family_of
 from .formats import encode, write_adapter
 from .guards import frozen
 from .material import shapes_for
+from .objective import Objective
 from .photos import METADATA, find_photos
 from .pictures import save_png
 from .tokens import new_token
@@ -151,7 +152,8 @@ class Contest:
                 with peak_memory() as peak:
                     handle = self._adapter(method, config)
                     learner: Any = _Learner(handle, self._others(method))
-                    trainer = Trainer(accelerator, family_of(self.pipe), learner, *material, config)
+                    objective = Objective(self.pipe.scheduler, config.snr_gamma)
+                    trainer = Trainer(accelerator, family_of(self.pipe), objective, learner, *material, config)
                     start = time.perf_counter()
                     for step in range(config.steps):
                         trainer.step(step)

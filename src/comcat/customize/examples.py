@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import TrainingError
 from ..progress import Progress
 from ..training.randomness import EPOCH, SAMPLE
 from .families import Family
@@ -69,6 +70,13 @@ class Photos:
         photo, bucket = self.photos[example.index], self.buckets[example.index]
         image = load_photo(photo, bucket, flip=example.flip, crop=example.crop)
         mean, std = self.family.encode_images(image[None])
+        if not (mean.isfinite().all() and std.isfinite().all()):
+            vae = self.family.vae
+            raise TrainingError(
+                f"{type(vae).__name__} turns the photo {photo.path.name!r} into NaN or infinite latents in "
+                f"{str(vae.dtype).removeprefix('torch.')}; use --precision bf16 or no, or give the pipeline a VAE that "
+                "is whole in this precision"
+            )
         return mean[0].cpu(), std[0].cpu()
 
     def plan(self, steps: int, batch_size: int) -> list[list[Example]]:

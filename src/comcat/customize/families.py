@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -32,11 +33,33 @@ class Family:
 
     #: Names of pipeline classes, without "Pipeline" and what follows it.
     names: ClassVar[tuple[str, ...]] = ("StableDiffusion",)
+    #: Parts without which nothing can be trained.
+    needs: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "tokenizer")
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
-        self.model: Any = denoiser(pipe)[1]
+        model: Any = denoiser(pipe)[1]
+        self.model = model
+        lacking = [name for name in self.needs if getattr(pipe, name, None) is None]
+        if lacking:
+            raise ModelError(
+                f"this {type(pipe).__name__} has no {' and no '.join(lacking)}, which training needs; open it with all "
+                "of its parts"
+            )
         self.vae: Any = pipe.vae
+        taken, given = model.config.get("in_channels"), self.channels
+        if given and taken != given:
+            raise ModelError(
+                f"the {type(self.model).__name__} of this pipeline takes {taken} channels, and a text-to-image model "
+                f"with its VAE takes {given}: it was made for inpainting, or for another input beside the noise, and "
+                "cannot be trained; give the text-to-image model that it was made from"
+            )
+
+    @property
+    def channels(self) -> int | None:
+        """Channels that the denoiser takes where its input is the noise alone; None: the VAE does not say."""
+        found = self.vae.config.get("latent_channels")
+        return None if found is None else int(found)
 
     @property
     def multiple(self) -> int:
@@ -56,12 +79,33 @@ class Family:
         return {"embeds": embeds}
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, h, w) in [-1, 1] to mean and standard deviation of their latents, scaled as the model expects them."""
+        """(B, 3, h, w) in [-1, 1] to mean and standard deviation of their latents, scaled as the model expects them.
+
+        A VAE that asks for it (``force_upcast``) works in float32.
+
+        Raises:
+            ModelError: the VAE has no distribution of latents, such as AutoencoderTiny, or its configuration says
+                nothing of how latents are scaled.
+        """
+        with _upcast(self.vae):
+            found = self.vae.encode(images.to(self.vae.device, self.vae.dtype))
+        distribution = getattr(found, "latent_dist", None)
+        if distribution is None or self.vae.config.get("scaling_factor") is None:
+            raise ModelError(
+                f"training needs the model's own VAE, and {type(self.vae).__name__} does not say how latents are "
+                "distributed and scaled; give the pipeline its AutoencoderKL"
+            )
+        mean, scale = self._statistics(distribution.mean.float())
+        return (distribution.mean.float() - mean) * scale, distribution.std.float() * scale
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """(shift, scale) of latents, per channel where the VAE has statistics of its own."""
         config = self.vae.config
-        distribution = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist
-        shift = getattr(config, "shift_factor", None) or 0.0
-        mean = (distribution.mean.float() - shift) * config.scaling_factor
-        return mean, distribution.std.float() * config.scaling_factor
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:  # one alone is ignored, as in diffusers
+            means, stds = (torch.tensor(values).to(like).view(1, -1, 1, 1) for values in (mean, std))
+            return means, config.scaling_factor / stds
+        return config.get("shift_factor") or 0.0, config.scaling_factor
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Text, time_ids: Tensor) -> Tensor:
         """The denoiser's output for (B, C, h, w) at time steps (B,); ``time_ids`` (B, 6) say how photos were framed."""
@@ -72,6 +116,7 @@ class StableDiffusionXL(Family):
     """SDXL."""
 
     names = ("StableDiffusionXL",)
+    needs = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
     def encode_text(self, captions: Sequence[str]) -> Text:
         embeds, _, pooled, _ = self.pipe.encode_prompt(
@@ -90,6 +135,7 @@ class StableDiffusion3(Family):
     """SD3 and SD3.5."""
 
     names = ("StableDiffusion3",)
+    needs = StableDiffusionXL.needs
 
     @property
     def multiple(self) -> int:
@@ -115,6 +161,12 @@ class Flux(Family):
     """FLUX.1: latents in patches of 2 x 2, guidance as an input where it was distilled."""
 
     names = ("Flux",)
+    needs = StableDiffusionXL.needs
+
+    @property
+    def channels(self) -> int | None:
+        found = super().channels
+        return None if found is None else 4 * found  # patches of 2 x 2
 
     @property
     def multiple(self) -> int:
@@ -176,6 +228,21 @@ class PixArt(Family):
             return_dict=False,
         )[0]
         return out[:, : noisy.shape[1]]
+
+
+@contextlib.contextmanager
+def _upcast(vae: Any) -> Iterator[None]:
+    """float32 for a VAE whose activations leave the range of half precision, and its own dtype afterwards."""
+    before = vae.dtype
+    if not vae.config.get("force_upcast") or before not in (torch.float16, torch.bfloat16):
+        yield
+        return
+    with torch.autocast(vae.device.type, enabled=False):
+        vae.to(torch.float32)
+        try:
+            yield
+        finally:
+            vae.to(before)
 
 
 FAMILIES: tuple[type[Family], ...] = (Family, StableDiffusionXL, StableDiffusion3, Flux, PixArt)

@@ -15,6 +15,9 @@ from ..errors import DataError
 from ..progress import Progress
 from .adapter import Adapter, adapters
 
+#: Entry of an image's ``info``: whether the pipeline's safety checker has taken offence at it.
+FLAGGED = "comcat_flagged"
+
 
 @torch.no_grad()
 def generate(
@@ -69,14 +72,17 @@ def generate(
             if negative_prompt is not None:
                 options["negative_prompt"] = [negative_prompt] * len(batch)
             try:
-                images += pipe(
+                found = pipe(
                     prompt=[prompt for prompt, _ in batch],
                     generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
                     output_type="pil",
                     **options,
-                ).images
+                )
             except ValueError as error:  # its own checks, e.g. of the size
                 raise DataError(f"{type(pipe).__name__} cannot draw this: {error}") from error
+            for image, flag in zip(found.images, getattr(found, "nsfw_content_detected", None) or (), strict=False):
+                image.info[FLAGGED] = bool(flag)
+            images += found.images
             if progress:
                 progress(stage, len(images), len(jobs))
     count = len(seeds)

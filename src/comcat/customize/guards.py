@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import modes
-from ..errors import TrainingError
+from ..errors import ModelError, TrainingError
 from .components import denoiser
 
 
@@ -27,6 +29,33 @@ def frozen(pipe: Any) -> Iterator[None]:
         finally:
             if not checkpointing and getattr(model, "is_gradient_checkpointing", False):
                 model.disable_gradient_checkpointing()
+
+
+@contextlib.contextmanager
+def placed(pipe: Any, device: torch.device) -> Iterator[None]:
+    """The pipeline on ``device``; every part is back where it was, and of the dtype it had, afterwards.
+
+    Raises:
+        ModelError: it cannot be moved, e.g. because it is offloaded.
+    """
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    homes = {name: (p.device, p.dtype) for name, part in parts.items() for p in itertools.islice(part.parameters(), 1)}
+    try:
+        pipe.to(device)
+    except (ValueError, NotImplementedError) as error:  # hooks of Accelerate, a device map, quantized weights
+        raise ModelError(
+            f"the pipeline cannot be moved to {device} for training: {error}. Open it without offloading, device map "
+            "and quantization"
+        ) from error
+    try:
+        yield
+    finally:
+        for name, (home, dtype) in homes.items():
+            first = next(parts[name].parameters())
+            if first.device != home:
+                parts[name].to(home)
+            if first.dtype != dtype:
+                parts[name].to(dtype)
 
 
 @contextlib.contextmanager

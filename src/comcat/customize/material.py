@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -9,19 +10,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ..errors import DataError
 from ..files import atomic_file
 from ..progress import Progress
+from ..wording import some
 from .config import CustomizeConfig
 from .families import Family
-from .generate import generate, has_token
+from .generate import FLAGGED, generate, has_token
 from .photos import METADATA, Bucket, Photo, buckets, check_sizes, find_photos
-from .pictures import save_png
+from .pictures import is_black, save_png
 
 #: A word that stands for something new: V*, <dog>.
-_PLACEHOLDER = re.compile(r"(?<!\S)(?:[\w-]+\*|<[\w-]+>)(?!\w)")
+_PLACEHOLDER = re.compile(r"(?<![\w*<-])(?:[^\W\d][\w-]*\*|<[\w-]+>)(?![\w*])")
 
 _DRAWN = 4  # class images at a time
+_TRIES = 5  # to draw one that is not black
 _RECIPE = ".recipe.json"  # how they were drawn
 
 Note = Callable[[str], None]
@@ -112,10 +117,12 @@ def class_photos(
         if not keep:
             recipe = [prompt, config.num_class_images, config.seed, config.validation_steps, resolution, base]
             _drop_others(folder, recipe)
-        _generate_class(family, config, prompt, folder, resolution, progress)
+        _generate_class(family, config, prompt, folder, resolution, progress, note)
+    elif config.num_class_images != CustomizeConfig.num_class_images:
+        note("num_class_images is how many to draw; the class images that are given are used as they are")
     place = given if given is not None else folder
     assert place is not None
-    found = find_photos(place, prompt, note=note)
+    found = _without_black(find_photos(place, prompt, note=note, option="--class-prompt"), place, note)
     check_sizes(found, resolution, multiple=family.multiple, max_ratio=config.buckets, allow_upscale=allow_upscale)
     return found
 
@@ -132,33 +139,82 @@ def _drop_others(folder: Path, recipe: list[Any]) -> None:
 
 
 def _generate_class(
-    family: Family, config: CustomizeConfig, prompt: str, folder: Path, resolution: int, progress: Progress | None
+    family: Family,
+    config: CustomizeConfig,
+    prompt: str,
+    folder: Path,
+    resolution: int,
+    progress: Progress | None,
+    note: Note,
 ) -> None:
     """Draw the images that are not there yet, in fixed batches of fixed seeds: an interrupted start goes on alike."""
     paths = [folder / f"{i:04d}.png" for i in range(config.num_class_images)]
     batches = [range(start, min(start + _DRAWN, len(paths))) for start in range(0, len(paths), _DRAWN)]
-    missing = [batch for batch in batches if not all(paths[i].exists() for i in batch)]
+    missing = [batch for batch in batches if not all(_is_drawn(paths[i]) for i in batch)]
     for done, batch in enumerate(missing, 1):
-        images = generate(
-            family.pipe,
-            [prompt],
-            seeds=[_class_seed(config.seed, i) for i in batch],
-            steps=config.validation_steps,
-            height=resolution,
-            width=resolution,
-            batch_size=_DRAWN,
-        )[0]
-        for i, image in zip(batch, images, strict=True):
-            save_png(image, paths[i])
+        wanted = list(batch)
+        for attempt in range(_TRIES):
+            images = generate(
+                family.pipe,
+                [prompt],
+                seeds=[_class_seed(config.seed, i, attempt) for i in wanted],
+                steps=config.validation_steps,
+                height=resolution,
+                width=resolution,
+                batch_size=_DRAWN,
+            )[0]
+            usable = [not (image.info.get(FLAGGED) or is_black(image)) for image in images]
+            for i, image, good in zip(wanted, images, usable, strict=True):
+                if good:
+                    save_png(image, paths[i])
+            wanted = [i for i, good in zip(wanted, usable, strict=True) if not good]
+            if not wanted:
+                break
+        if done == 1 and len(wanted) == len(batch):  # all others would take as long and end as badly
+            raise DataError(
+                f"the class images of {prompt!r} come out black, or flagged by the pipeline's safety checker, with "
+                f"{_TRIES} seeds each. Use another --class-prompt, give --class-images, or leave the class out; where "
+                "all images are black, the VAE needs --precision bf16 or no"
+            )
         if progress:
             progress("draw class images", done, len(missing))
-    lines = "".join(json.dumps({"file_name": path.name, "text": prompt}) + "\n" for path in paths)
+    drawn = [path for path in paths if path.exists()]
+    if len(drawn) < len(paths):
+        note(
+            f"{len(paths) - len(drawn)} of {len(paths)} class images came out black, or flagged by the safety checker, "
+            f"with {_TRIES} seeds each, and are left out"
+        )
+    lines = "".join(json.dumps({"file_name": path.name, "text": prompt}) + "\n" for path in drawn)
     with atomic_file(folder / METADATA) as file:
         file.write(lines.encode())
 
 
-def _class_seed(seed: int, index: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"class {seed} {index}".encode()).digest()[:6], "big")
+def _is_drawn(path: Path) -> bool:
+    """Whether an image is there and is one to learn from; earlier versions kept black ones."""
+    if not path.exists():
+        return False
+    with contextlib.suppress(OSError), Image.open(path) as image:
+        return not is_black(image)
+    return False
+
+
+def _without_black(photos: list[Photo], place: Path, note: Note) -> list[Photo]:
+    """Images without those that a safety checker has blackened."""
+    black = []
+    for photo in photos:
+        with Image.open(photo.path) as image:
+            if is_black(image):
+                black.append(photo)
+    if len(black) == len(photos):
+        raise DataError(f"all class images in {place} are black, as a safety checker leaves them. Give others")
+    if black:
+        note(f"left out, as black as a safety checker leaves them: {some(repr(photo.path.name) for photo in black)}")
+    return [photo for photo in photos if photo not in black]
+
+
+def _class_seed(seed: int, index: int, attempt: int = 0) -> int:
+    more = f" {attempt}" if attempt else ""
+    return int.from_bytes(hashlib.sha256(f"class {seed} {index}{more}".encode()).digest()[:6], "big")
 
 
 def identity(photos: Sequence[Photo]) -> dict[str, str]:

@@ -29,6 +29,35 @@ class Noisy(NamedTuple):
     weight: Tensor
 
 
+#: Schedulers of diffusers that sample a model trained with DDPM's noise, by their betas. Others have noise of
+#: their own: EDM's preconditioned inputs, the few steps of distilled models (LCM, TCD), cascades, discrete states.
+DDPM = frozenset(
+    f"{name}Scheduler"
+    for name in (
+        "DDIM",
+        "DDIMParallel",
+        "DDPM",
+        "DDPMParallel",
+        "DEISMultistep",
+        "DPMSolverMultistep",
+        "DPMSolverSDE",
+        "DPMSolverSinglestep",
+        "EulerAncestralDiscrete",
+        "EulerDiscrete",
+        "HeunDiscrete",
+        "KDPM2AncestralDiscrete",
+        "KDPM2Discrete",
+        "LMSDiscrete",
+        "PNDM",
+        "SASolver",
+        "UniPCMultistep",
+    )
+)
+
+#: Those that sample a model trained by flow matching; the solvers among DDPM's do so with "flow_prediction".
+FLOW = frozenset(("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"))
+
+
 class Objective:
     """The training noise that belongs to a pipeline's scheduler.
 
@@ -37,7 +66,8 @@ class Objective:
         snr_gamma: cap of min-SNR weighting, or None.
 
     Raises:
-        ModelError: the scheduler's prediction type is not known. TrainingError: min-SNR for flow matching.
+        ModelError: the model behind the scheduler was trained with other noise than is known here, e.g. EDM's.
+        TrainingError: min-SNR for flow matching.
     """
 
     def __init__(self, scheduler: Any, snr_gamma: float | None = None) -> None:
@@ -45,7 +75,7 @@ class Objective:
 
         self.snr_gamma = snr_gamma
         self.config = scheduler.config
-        self.flow = "FlowMatch" in type(scheduler).__name__ or self.config.get("prediction_type") == "flow_prediction"
+        self.flow = _trained_by_flow(scheduler)
         if self.flow:
             if snr_gamma is not None:
                 raise TrainingError("min-SNR weighting has no meaning for flow matching; leave snr_gamma out")
@@ -53,7 +83,12 @@ class Objective:
         self.kind = self.config.get("prediction_type", "epsilon")
         if self.kind not in ("epsilon", "v_prediction", "sample"):
             raise ModelError(f"the scheduler's prediction type {self.kind!r} is not known; use epsilon or v_prediction")
-        self.ddpm: Any = DDPMScheduler.from_config(self.config)
+        try:
+            self.ddpm: Any = DDPMScheduler.from_config(self.config)
+        except NotImplementedError as error:
+            raise ModelError(
+                f"the scheduler's beta_schedule {self.config.get('beta_schedule')!r} is not one of DDPM's; {_OWN_NOISE}"
+            ) from error
 
     def __call__(self, latents: Tensor, generator: torch.Generator) -> Noisy:
         """Noise for latents (B, C, h, w); random numbers come from ``generator``, on the CPU."""
@@ -99,6 +134,36 @@ class Objective:
         steps = config.get("num_train_timesteps", 1000)
         ones = torch.ones(len(latents), device=latents.device)
         return Noisy((1 - mix) * latents + mix * noise, noise - latents, sigma * steps, ones)
+
+
+_OWN_NOISE = (
+    "if the model was trained with the noise of DDPM or by flow matching, give the pipeline the scheduler of its "
+    "training, e.g. pipe.scheduler = DDIMScheduler.from_pretrained(BASE, subfolder='scheduler')"
+)
+
+
+def _trained_by_flow(scheduler: Any) -> bool:
+    """Whether by flow matching, or with DDPM's noise; ModelError where by neither."""
+    config, name = scheduler.config, type(scheduler).__name__
+    kinds = {kind.__name__ for kind in type(scheduler).__mro__}
+    if not kinds & (DDPM | FLOW):
+        edm = "EDM" in name or "sigma_data" in config
+        noise = "EDM, whose inputs are preconditioned" if edm else "neither DDPM nor flow matching"
+        raise ModelError(f"models sampled with {name} cannot be trained: their noise is that of {noise}; {_OWN_NOISE}")
+    # Settings under which known schedulers serve models with other noise.
+    other = {
+        "timestep_type": config.get("timestep_type") == "continuous",  # EDM's
+        "invert_sigmas": bool(config.get("invert_sigmas")),
+    }
+    flow = bool(kinds & FLOW) or config.get("prediction_type") == "flow_prediction"
+    other["use_flow_sigmas"] = bool(config.get("use_flow_sigmas")) and not flow
+    for setting, found in other.items():
+        if found:
+            raise ModelError(
+                f"models sampled with {name} and {setting}={config.get(setting)!r} cannot be trained: their noise is "
+                f"neither that of DDPM nor of flow matching; {_OWN_NOISE}"
+            )
+    return flow
 
 
 def loss(prediction: Tensor, noisy: Noisy) -> Tensor:

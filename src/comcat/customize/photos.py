@@ -12,7 +12,6 @@ Sources: DreamBooth (arXiv:2208.12242); SDXL (arXiv:2307.01952), section 2 for m
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -26,12 +25,15 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from .. import reader
 from ..errors import DataError
 from ..wording import some
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 METADATA = "metadata.jsonl"
+CAPTIONS_LIMIT = 4 << 20  # bytes
 CAPTION_KEYS = ("text", "caption", "prompt")  # the first that a line has is its caption
+EXAMPLES = {"--prompt": "a photo of sks dog", "--class-prompt": "a photo of a dog"}
 _REPAIR = "Repair or remove it, or leave such photos out: --skip-bad-images"
 
 
@@ -68,20 +70,26 @@ class Framing:
 
 
 def find_photos(
-    folder: Path, prompt: str | None, *, skip_bad: bool = False, note: Callable[[str], None] | None = None
+    folder: Path,
+    prompt: str | None,
+    *,
+    skip_bad: bool = False,
+    note: Callable[[str], None] | None = None,
+    option: str = "--prompt",
 ) -> list[Photo]:
     """The photos directly in ``folder``, sorted by name, each with its caption. Hidden files are ignored.
 
     The caption of ``dog.jpg`` is the text of ``dog.txt``, or of its line in ``metadata.jsonl``
     (``{"file_name": "dog.jpg", "text": "a dog"}``, as in the Hub's ImageFolder), blanks collapsed; else ``prompt``.
-    With ``skip_bad``, photos that cannot be decoded are left out. ``note`` is told of them, and of ignored files.
+    With ``skip_bad``, photos that cannot be decoded are left out. ``note`` is told of them, and of ignored files;
+    ``option`` is where ``prompt`` comes from, for messages.
 
     Raises:
         DataError: a photo or the folder cannot be read; there are no photos; a caption is missing or malformed.
     """
     tell = note or (lambda _: None)
     files, images = _list_images(Path(folder).expanduser())
-    captions = _find_captions(files, images, prompt)
+    captions = _find_captions(files, images, prompt, option)
     stems = {path.stem for path in images.values()}
     useful = {METADATA, *images, *(f.name for f in files if f.suffix.lower() == ".txt" and f.stem in stems)}
     if useless := [f.name for f in files if f.name not in useful]:
@@ -207,10 +215,12 @@ def _list_images(folder: Path) -> tuple[list[Path], dict[str, Path]]:
     return files, images
 
 
-def _find_captions(files: list[Path], images: dict[str, Path], prompt: str | None) -> dict[str, str]:
+def _find_captions(
+    files: list[Path], images: dict[str, Path], prompt: str | None, option: str = "--prompt"
+) -> dict[str, str]:
     """The caption of every image, by name."""
     if prompt is not None and not prompt.strip():
-        raise DataError("the prompt is empty. Say what the photos show: --prompt 'a photo of sks dog'")
+        raise DataError(f"the prompt is empty. Say what the photos show: {option} '{EXAMPLES[option]}'")
     listed = next((_read_metadata(f, images) for f in files if f.name == METADATA), {})
     sidecars = {f.stem: f for f in files if f.suffix.lower() == ".txt"}
     captions = dict.fromkeys(images, prompt) | listed
@@ -222,7 +232,7 @@ def _find_captions(files: list[Path], images: dict[str, Path], prompt: str | Non
             if not captions[name]:
                 raise DataError(f"the caption file {sidecar.name!r} is empty. Write the caption into it, or remove it")
     if bare := [name for name in images if captions[name] is None]:
-        fix = f"--prompt 'a photo of sks dog', or each its own ({Path(bare[0]).stem}.txt, or a line in {METADATA})"
+        fix = f"{option} '{EXAMPLES[option]}', or each its own ({Path(bare[0]).stem}.txt, or a line in {METADATA})"
         raise DataError(f"no caption for {some(map(repr, bare))}. Give {fix}")
     return {name: str(caption) for name, caption in captions.items()}
 
@@ -235,10 +245,10 @@ def _read_metadata(path: Path, images: dict[str, Path]) -> dict[str, str]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = reader.parse_json(line, where, DataError)
             name = entry["file_name"].removeprefix("./")
             caption = " ".join(next(entry[key] for key in CAPTION_KEYS if key in entry).split())
-        except (ValueError, TypeError, LookupError, AttributeError, StopIteration) as e:
+        except (DataError, TypeError, LookupError, AttributeError, StopIteration) as e:
             like = '{"file_name": "dog.jpg", "text": "a photo of a dog"}'
             raise DataError(f"{where} is malformed. Write it like {like}") from e
         if not caption:
@@ -253,9 +263,10 @@ def _read_metadata(path: Path, images: dict[str, Path]) -> dict[str, str]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (UnicodeDecodeError, OSError) as e:
-        cause = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
+        return reader.read_text(path, limit=CAPTIONS_LIMIT, error=DataError)
+    except DataError as e:
+        cause = getattr(e.__cause__, "strerror", None) or str(e)
+        cause = "not UTF-8 text" if isinstance(e.__cause__, UnicodeDecodeError) else cause
         raise DataError(f"the captions in {path} cannot be read ({cause}). Repair or remove the file") from e
 
 

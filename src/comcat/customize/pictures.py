@@ -27,6 +27,12 @@ def grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     return sheet
 
 
+def is_black(image: Image.Image) -> bool:
+    """Whether no pixel is anything but black, as safety checkers and overflowing decoders leave images."""
+    found: tuple[float, float] = image.convert("L").getextrema()  # type: ignore[assignment]
+    return found[1] == 0
+
+
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG, whole or not at all."""
     content = io.BytesIO()

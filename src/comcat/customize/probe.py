@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ModelError
 from .adapter import Adapter
 from .components import denoiser, text_encoders
 from .families import Family, family_of
@@ -25,10 +26,22 @@ def denoiser_output(family: Family, prompt: str, seed: int = 0) -> Tensor:
     channels = family.vae.config.latent_channels
     device, dtype = model.device, next(model.parameters()).dtype
     latents = torch.randn(1, channels, size, size, generator=generator).to(device)
-    noisy = Objective(family.pipe.scheduler)(latents, generator)
+    sample, timesteps = _noisy(family.pipe.scheduler, latents, generator)
     time_ids = torch.tensor([[family.resolution] * 2 + [0, 0] + [family.resolution] * 2]).float().to(device)
     text = family.encode_text([prompt])
-    return family.predict(noisy.sample.to(dtype), noisy.timesteps, text, time_ids).float()
+    return family.predict(sample.to(dtype), timesteps, text, time_ids).float()
+
+
+def _noisy(scheduler: Any, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """As in training; for models whose training noise is not known (EDM, distilled), as sampling starts."""
+    try:
+        noisy = Objective(scheduler)(latents, generator)
+        return noisy.sample, noisy.timesteps
+    except ModelError:
+        own = type(scheduler).from_config(scheduler.config)
+        own.set_timesteps(4)
+        step = own.timesteps[:1].to(latents.device)
+        return own.scale_model_input(latents * own.init_noise_sigma, step[0]), step
 
 
 @contextlib.contextmanager

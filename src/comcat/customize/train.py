@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,11 +26,11 @@ from .config import CustomizeConfig
 from .examples import Photos
 from .families import Family, family_of
 from .generate import generate
-from .guards import explained_memory, frozen
+from .guards import explained_memory, frozen, placed
 from .material import Note, check_token, class_photos, concept_photos, find_token, identity, shapes_for
 from .objective import Objective
 from .pictures import grid, save_png
-from .trainer import Trainer
+from .trainer import Trainer, check_saved
 
 SAMPLES = "samples"
 CLASS_IMAGES = "class-images"
@@ -78,23 +79,23 @@ def train(
     if token is not None:
         check_token(photos, token, class_prompt)
         config = replace(config, token=token)
-    saved = _open(folder, resume, note)
+        if any(f"({token}:" in photo.caption for photo in photos):
+            note(f"weights such as ({token}:1.2) mean nothing to diffusers: brackets and numbers are learned as text")
     prompt = prompt or photos[0].caption
     given = Path(class_images) if class_images is not None else None
     with contextlib.ExitStack() as stack:
         accelerator = stack.enter_context(accelerated(config.precision, config.seed, cpu))
         if not accelerator.is_main_process:
             progress = None
-        pipe.to(accelerator.device)
+        # What cannot be trained is refused before anything is drawn.
+        objective = Objective(pipe.scheduler, config.snr_gamma)
+        saved = _open(accelerator, folder, resume, note)
+        stack.enter_context(placed(pipe, accelerator.device))
         stack.enter_context(frozen(pipe))
         base = _base_identity(pipe)
         fixed: dict[str, Any] = {"photos": identity(photos), "base": base, "processes": accelerator.num_processes}
-        # What cannot be trained is refused before anything is drawn.
-        Objective(pipe.scheduler, config.snr_gamma)
-        if saved is not None:
-            checks.check_same(
-                {**saved.plain, "run": {key: saved.plain["run"].get(key) for key in fixed}}, config, fixed
-            )
+        if saved is not None:  # the class images are not known yet
+            checks.check_same(saved.plain, config, {**saved.plain["run"], **fixed})
         handle = add_adapter(
             pipe,
             rank=config.ranks,
@@ -129,7 +130,7 @@ def train(
                 if saved is not None:
                     checks.check_same(saved.plain, config, fixed)
                 prompts = validation_prompts or (prompt,)
-                run = _Run(accelerator, family, handle, config, prompts, folder, fixed, progress)
+                run = _Run(accelerator, family, objective, handle, config, prompts, folder, fixed, progress)
                 run.prepare(photos, priors)
                 run.go(saved, note)
             handle.info = {"prompt": prompt, "training": run.summary(len(photos), len(priors))}
@@ -147,6 +148,7 @@ class _Run:
         self,
         accelerator: Any,
         family: Family,
+        objective: Objective,
         handle: Adapter,
         config: CustomizeConfig,
         prompts: Sequence[str],
@@ -154,7 +156,8 @@ class _Run:
         fixed: dict[str, Any],
         progress: Progress | None,
     ) -> None:
-        self.accelerator, self.family, self.handle, self.config = accelerator, family, handle, config
+        self.accelerator, self.family, self.objective = accelerator, family, objective
+        self.handle, self.config = handle, config
         self.prompts, self.folder, self.fixed, self.progress = prompts, folder, fixed, progress
         self.trainer: Trainer
         self.saved_step: int | None = None
@@ -179,7 +182,9 @@ class _Run:
                 source.encode_all(self.progress, stage)
                 sources.append(source)
         class_source = sources[1] if len(sources) > 1 else None
-        self.trainer = Trainer(self.accelerator, self.family, self.handle, sources[0], class_source, config)
+        self.trainer = Trainer(
+            self.accelerator, self.family, self.objective, self.handle, sources[0], class_source, config
+        )
         self.trainer.encode_captions()
         if config.grad_checkpointing:
             self.family.model.enable_gradient_checkpointing()
@@ -208,6 +213,11 @@ class _Run:
                 trainer.losses.append(value)
                 self._check(value, step)
                 last = step == config.steps
+                if last and not trainer.has_moved():
+                    raise TrainingError(
+                        f"the adapter did not move in {step} steps: every update was skipped or too small to count. "
+                        "Use precision bf16 or no, or a higher lr"
+                    )
                 if last or step % config.log_every == 0:
                     recent = trainer.losses[-config.log_every :]
                     rate = trainer.optimizer.param_groups[0]["lr"]
@@ -227,8 +237,9 @@ class _Run:
         config = self.config
         due = step == config.steps or step % config.log_every == 0 or step % config.checkpoint_every == 0
         bad = self.trainer.bad_parameter() if due else None
-        finite = value == value and abs(value) != float("inf")
-        if (finite or self.accelerator.scaler is not None) and bad is None:
+        # A gradient scaler skips steps whose gradients overflow. The loss itself is never scaled: where it is not
+        # finite, the model is not.
+        if math.isfinite(value) and bad is None:
             return
         kept = f"; the checkpoint of step {self.saved_step} is good and kept" if self.saved_step else ""
         raise TrainingError(
@@ -281,16 +292,23 @@ class _Run:
         }
 
 
-def _open(folder: Path | None, resume: bool, note: Note) -> state.Saved | None:
+def _open(accelerator: Any, folder: Path | None, resume: bool, note: Note) -> state.Saved | None:
+    """The checkpoint to continue from, whole on every process: each of them holds the whole adapter."""
     if folder is None:
         if resume:
             raise TrainingError("there is nothing to resume without the directory of the run; give out")
         return None
-    if resume:
+
+    def look() -> state.Saved | None:
+        if not resume:
+            checks.check_new(folder)
+            return None
         state.clean(folder)
-        return checks.newest(folder, note)
-    checks.check_new(folder)
-    return None
+        found = checks.newest(folder, note)
+        check_saved(found)
+        return found
+
+    return on_main(accelerator, look)
 
 
 def finish(folder: Path) -> None:

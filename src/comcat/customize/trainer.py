@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import reader
 from ..errors import TrainingError
 from ..training.schedule import fall
 from ..training.state import Saved
+from ..wording import some
 from .adapter import Adapter
 from .config import CustomizeConfig
 from .examples import Example, Photos
@@ -39,18 +42,20 @@ class Trainer:
         self,
         accelerator: Accelerator,
         family: Family,
+        objective: Objective,
         adapter: Adapter,
         photos: Photos,
         class_photos: Photos | None,
         config: CustomizeConfig,
     ) -> None:
         self.accelerator, self.family, self.adapter, self.config = accelerator, family, adapter, config
-        self.objective = Objective(family.pipe.scheduler, config.snr_gamma)
+        self.objective = objective
         batches = config.steps * config.accumulate * accelerator.num_processes
         self.sources = [(photos, photos.plan(batches, config.batch_size), 1.0)]
         if class_photos is not None and config.prior_weight > 0:
             self.sources.append((class_photos, class_photos.plan(batches, config.batch_size), config.prior_weight))
         self.parameters: dict[str, nn.Parameter] = dict(adapter.named_parameters())
+        self._start = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
         self._text: dict[str, Text] = {}
         self.trains_text = bool(config.text_encoder_rank or adapter.token)
         self.optimizer = self._new_optimizer()
@@ -184,6 +189,10 @@ class Trainer:
         """A parameter that holds NaN or infinite values, if there is one."""
         return next((name for name, p in self.parameters.items() if not bool(p.isfinite().all())), None)
 
+    def has_moved(self) -> bool:
+        """Whether any parameter is another than at the start of the run, resumed or not."""
+        return any(not torch.equal(p.detach().cpu(), self._start[name]) for name, p in self.parameters.items())
+
     def take(self, step: int, plain: dict[str, Any]) -> Saved:
         """Everything a checkpoint holds. Random numbers depend on the step alone and need no state."""
         names = {id(p): name for name, p in self.parameters.items()}
@@ -201,6 +210,12 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, saved: Saved) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            TrainingError: it holds other tensors than this run has.
+        """
+        self._check_tensors(saved)
         for name, parameter in self.parameters.items():
             parameter.copy_(saved.tensors["adapter"][name])
         for source in (saved.tensors["optimizer"], saved.plain["optimizer"]):
@@ -213,6 +228,55 @@ class Trainer:
         self.losses = list(saved.plain["losses"])
         if self.accelerator.scaler is not None and saved.plain["scaler"]:
             self.accelerator.scaler.load_state_dict(saved.plain["scaler"])
+
+    def _check_tensors(self, saved: Saved) -> None:
+        """Raise TrainingError unless a checkpoint's tensors are those that :meth:`take` makes of this run."""
+        found = saved.tensors["adapter"]
+        wrong = [name for name in {*found, *self.parameters} if name not in found or name not in self.parameters]
+        wrong += [n for n, p in self.parameters.items() if n in found and found[n].shape != p.shape]
+        wrong += [n for n, t in found.items() if t.dtype != torch.float32 or not t.isfinite().all()]
+        kept: dict[str, Any] = {**saved.tensors["optimizer"], **saved.plain["optimizer"]}
+        for key, value in kept.items():
+            name, _, entry = key.partition("|")
+            like = self.parameters.get(name)
+            fits = like is not None and (not isinstance(value, Tensor) or bool(value.isfinite().all()))
+            if self.config.optimizer == "adamw":
+                shape = {"step": torch.Size([]), "exp_avg": getattr(like, "shape", None)}
+                shape["exp_avg_sq"] = shape["exp_avg"]
+                fits = fits and isinstance(value, Tensor) and value.shape == shape.get(entry, 0)
+                fits = fits and value.dtype == torch.float32 and (entry != "step" or 0 <= float(value) <= 2**31)
+                fits = fits and (entry != "exp_avg_sq" or bool((value >= 0).all()))
+            if not fits:
+                wrong.append(key)
+        if self.config.optimizer == "adamw":
+            wrong += [name for name in self.parameters if f"{name}|step" not in kept]
+        if wrong:
+            raise TrainingError(
+                f"the checkpoint of step {saved.step} does not fit this run: {some(wrong)}. Remove it to continue from "
+                "the one before, or start again"
+            )
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """What a checkpoint of :class:`Trainer` holds beside tensors; more may be there."""
+
+    config: dict[str, Any]
+    run: dict[str, Any]
+    optimizer: dict[str, float | int | bool | None]
+    scaler: dict[str, float | int] | None
+    losses: list[float]
+
+
+def check_saved(saved: Saved) -> None:
+    """Raise TrainingError unless a checkpoint is one of a customization run, with one loss for every step."""
+    what = f"the checkpoint of step {saved.step}"
+    plain = {key: saved.plain[key] for key in _Plain.__dataclass_fields__ if key in saved.plain}
+    reader.validated(_Plain, plain, what, TrainingError)
+    if saved.tensors and not {"adapter", "optimizer"} <= set(saved.tensors):
+        raise TrainingError(f"{what} is not one of a customization run; start again with another --out")
+    if saved.step < 1 or len(plain["losses"]) != saved.step:
+        raise TrainingError(f"{what} is damaged: it has {len(plain['losses'])} losses. Remove it, or start again")
 
 
 def _spread(vectors: nn.Parameter) -> float:
