@@ -100,36 +100,52 @@ def atomic_directory(path: str | Path, overwrite: bool = False, kind: Kind = MOD
 
 def _publish(new: Path, path: Path, overwrite: bool, kind: Kind) -> None:
     """Give ``new`` its name; what is replaced is left under the temporary one."""
-    try:
-        if not overwrite or not path.is_dir():
-            onto_nothing_or_empty(new, path)
+    if not overwrite:
+        _name(new, path)
+        return
+    with temporary.claimed(path, _beside(path, "swap"), wait=True):
+        if not path.is_dir():
+            _name(new, path)
             return
+        try:
+            _check(path, True, kind)
+        except CheckpointError as error:
+            _keep(new, path, error)
+        hold = temporary.Hold(path, wait=True)  # under the temporary name it would be taken for one left behind
+        try:
+            if not exchange(new, path):
+                _set_aside(new, path)
+                return
+            try:
+                _check(new, True, kind)  # it may have been given more until now
+            except CheckpointError as error:
+                exchange(new, path)
+                _keep(new, path, error)
+        finally:
+            hold.release()
+
+
+def _name(new: Path, path: Path) -> None:
+    try:
+        onto_nothing_or_empty(new, path)
     except OSError as error:
         if error.errno not in _IN_USE:
             raise
-        if not overwrite or not path.is_dir():
-            _keep(new, path, error)
-    try:
-        check_free(path, True, kind)
-    except CheckpointError as error:
         _keep(new, path, error)
-    if exchange(new, path):
-        try:
-            check_free(new, True, kind)  # it may have been given more until now
-        except CheckpointError as error:
-            exchange(new, path)
-            _keep(new, path, error)
-        return
-    with temporary.claimed(path, _beside(path, "swap"), wait=True):
-        old = _beside(path, "old")
-        temporary.remove(old)
-        os.rename(path, old)
-        try:
-            os.rename(new, path)
-        except BaseException:  # Ctrl-C included
-            os.rename(old, path)
-            raise
-        temporary.remove(old)
+
+
+def _set_aside(new: Path, path: Path) -> None:
+    old = _beside(path, "old")
+    temporary.remove(old)
+    os.rename(path, old)
+    try:
+        _name(new, path)
+    except BaseException as error:  # Ctrl-C included
+        if os.path.lexists(path) and isinstance(error, Exception):  # another writer's, which does not overwrite
+            _keep(old, path, error)
+        os.rename(old, path)
+        raise
+    temporary.remove(old)
 
 
 def onto_nothing_or_empty(source: Path, target: Path) -> None:
@@ -188,8 +204,26 @@ def check_free(path: str | Path, overwrite: bool = False, kind: Kind = MODEL) ->
 
     ``overwrite`` allows a directory of this ``kind``, by default a model saved by comcat, that holds nothing else.
     """
-    path = Path(path)
     recover(path)
+    while True:
+        before = _identity(path)
+        try:
+            _check(Path(path), overwrite, kind)
+            return
+        except CheckpointError:
+            if _identity(path) == before:  # else it was replaced meanwhile
+                raise
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _check(path: Path, overwrite: bool, kind: Kind) -> None:
     if not os.fspath(path).strip("."):
         path = path.resolve()
     try:

@@ -43,17 +43,19 @@ class Hold:
     Attributes:
         held: False if somebody else has it.
         sure: whether it is a real lock, on what the path still stands for.
+        works: whether there are locks here at all.
     """
 
     def __init__(self, path: Path, flags: int = os.O_RDONLY, wait: bool = False) -> None:
         self._handle: int | None = None
-        self.held, self.sure = True, False
+        self.held, self.sure, self.works = True, False, False
         if fcntl is None:
             return
         self._handle = os.open(path, flags, 0o666)
         _holds.add(self)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            self.works = True
             self.sure = self._is(path)
         except OSError as error:
             self.held = error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # else there are no locks here
@@ -97,7 +99,7 @@ def new(path: Path, directory: bool) -> Iterator[Path]:
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         with suppress(FileNotFoundError):
             hold = Hold(temporary)
-            if hold.held and (hold.sure or temporary.exists()):
+            if hold.sure or (hold.held and not hold.works):
                 break
             hold.release()  # another process took it for one that was left behind
     if directory:
@@ -157,7 +159,7 @@ def claimed(path: Path, lock: Path | None = None, wait: bool = False) -> Iterato
             raise CheckpointError(
                 f"another process is writing to '{path}'; wait until it has ended, or choose another place"
             )
-        if hold.sure or fcntl is None or lock.exists():
+        if hold.sure or not hold.works:
             break
         hold.release()  # its owner removed it in between
     try:
