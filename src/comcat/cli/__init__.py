@@ -63,5 +63,5 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:  # before a command has begun
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)

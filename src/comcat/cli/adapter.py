@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..report.plain import one_line
 from . import options as opt
 from .console import Screen, command
 from .customize import Device, Variant, adapter_name
@@ -41,13 +42,12 @@ def info(file: File, json_output: opt.Json = False) -> None:
     parameters = sum(t.numel() for t in tensors.values())
     document = {**asdict(header), "bytes": file.stat().st_size, "parameters": parameters}
     for line in _lines(header, f"{size(file.stat().st_size)}, {count(parameters)} parameters"):
-        screen.out.print(line, soft_wrap=True)
+        screen.say(*line)
     screen.result(document)
 
 
-def _lines(header: Any, amount: str) -> list[str]:
+def _lines(header: Any, amount: str) -> list[list[str | tuple[object, str]]]:
     lines = [
-        f"[bold]{header.name}[/bold]  {amount}, stored as {header.storage}",
         f"  base       {header.base.get('name') or 'unnamed'} ({header.base.get('class', '?')})",
         f"  strength   {header.scale:g}",
     ]
@@ -58,12 +58,14 @@ def _lines(header: Any, amount: str) -> list[str]:
         lines.append(f"  prompt     {header.prompt}")
     for component, part in header.components.items():
         ranks = sorted({entry.rank for entry in part.layers.values()})
-        shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        shown = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}" if ranks else "no products"
         lines.append(f"  {component:<10} {len(part.layers)} attention layers of {part.model}, {shown}")
     if header.training:
         known = ("steps", "batch_size", "lr", "photos", "class_images", "final_loss")
         lines.append("  training   " + ", ".join(f"{k} {header.training[k]}" for k in known if k in header.training))
-    return lines
+    said: list[list[str | tuple[object, str]]] = [[(header.name, "bold"), f"  {amount}, stored as {header.storage}"]]
+    said += [[one_line(line)] for line in lines]
+    return said
 
 
 @app.command()
@@ -129,7 +131,7 @@ def _to_comcat(
 
     if is_adapter(file):
         restore_adapter(file, out, storage, scale)
-        screen.out.print(f"[green]✓[/green] [bold]{out}[/bold]: the same adapter, stored as {storage}")
+        screen.done((out, "bold"), f": the same adapter, stored as {storage}")
         return {"storage": storage}
     from ..customize.lora_import import import_lora
     from ..report.customize import conversion as table
@@ -166,7 +168,7 @@ def _to_lora(
     write_lora(handle, factors, out, layout)
     screen.out.print(table(result, f"as a LoRA ({layout})", output))
     if handle.token is not None:
-        screen.out.print(f"the token's vectors: [bold]{embedding_path(out)}[/bold]")
+        screen.say("the token's vectors: ", (embedding_path(out), "bold"))
     return {**result.to_dict(), "output_error": output}
 
 

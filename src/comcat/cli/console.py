@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,10 +25,27 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
+from rich.text import Text
 
 from ..errors import ComcatError
+from ..report.plain import one_line, printable
 
 Command = TypeVar("Command", bound=Callable[..., None])
+
+
+class PlainConsole(Console):
+    """A console on which text is text: square brackets are no markup, and nothing acts on the terminal.
+
+    All that is printed passes here, tables and progress bars included; styles are given apart from the text.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
 class Screen:
@@ -37,11 +57,11 @@ class Screen:
 
     def __init__(self, json_output: bool = False) -> None:
         self.json_output = json_output
-        self.out = Console(highlight=False, quiet=json_output)
-        self.err = Console(stderr=True, highlight=False)
+        self.out = PlainConsole(quiet=json_output)
+        self.err = PlainConsole(stderr=True)
         self._bars = Progress(
             SpinnerColumn(finished_text="[green]✓"),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
@@ -78,10 +98,19 @@ class Screen:
     def note(self, text: str) -> None:
         """A remark on stderr that is no error, such as a default that was taken."""
         if not self.json_output:
-            self.err.print(f"[dim]note: {escape(text)}[/dim]", soft_wrap=True)
+            self.err.print(f"note: {one_line(text)}", style="dim", soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        self.err.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
+        self.err.print(Text.assemble(("warning:", "yellow"), f" {one_line(text)}"), soft_wrap=True)
+
+    def say(self, *parts: str | tuple[object, str]) -> None:
+        """A line of the result: text, and (text, style) pairs such as ``(path, "bold")``."""
+        pieces = [part if isinstance(part, str) else (one_line(str(part[0])), part[1]) for part in parts]
+        self.out.print(Text.assemble(*pieces), soft_wrap=True)
+
+    def done(self, *parts: str | tuple[object, str]) -> None:
+        """:meth:`say`, of something that has succeeded."""
+        self.say(("✓", "green"), " ", *parts)
 
     def result(self, document: dict[str, Any]) -> None:
         """The JSON document, when it was asked for."""
@@ -89,36 +118,99 @@ class Screen:
             sys.stdout.write(json.dumps(document, indent=2, default=str) + "\n")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, which end a command as Ctrl-C does: what is half-written goes, checkpoints stay."""
+
+    number = signal.SIGTERM
+
+
+class HungUp(Terminated):
+    number = getattr(signal, "SIGHUP", signal.SIGTERM)
+
+
+def exit_code(error: BaseException) -> int:
+    """Of an interrupted command: 130, 143 or 129, as a shell has it."""
+    return 128 + (error.number if isinstance(error, Terminated) else signal.SIGINT)
+
+
+@contextmanager
+def ending_well() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise in the main thread. A signal that is ignored (nohup) stays so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+    before = {}
+    for kind in {Terminated.number: Terminated, HungUp.number: HungUp}.values():
+
+        def end(number: int, _: Any, kind: type[Terminated] = kind) -> None:
+            if os.getpid() != owner:  # a child that reads images
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+                return
+            raise kind
+
+        if signal.getsignal(kind.number) is signal.SIG_DFL:
+            before[kind.number] = signal.signal(kind.number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def command(function: Command) -> Command:
     """Turn errors on purpose into one line and exit code 1, Ctrl-C into one line and exit code 130."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
+        from ..files import written
+
         json_output = bool(kwargs.get("json_output"))
+        already = len(written)
         try:
-            function(*args, **kwargs)
+            with ending_well():
+                function(*args, **kwargs)
         except ComcatError as error:
             _fail(str(error), 1, json_output, error)
         except KeyboardInterrupt as error:
-            kept = str(error) or "nothing was written"
-            _fail(f"interrupted; {kept}", 130, json_output, error, prefix="")
+            kept = str(error) or what_was_written(written[already:])
+            word = "terminated" if isinstance(error, Terminated) else "interrupted"
+            _fail(f"{word}; {kept}", exit_code(error), json_output, error, prefix="")
         except BrokenPipeError as error:  # the reader of a pipe has had enough
             raise typer.Exit(1) from error
-        except OSError as error:
+        except (MemoryError, OSError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                _fail("out of memory. Use a smaller --batch-size, or --device cpu", 1, json_output, error)
+            if not isinstance(error, OSError):
+                raise
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             fix = "Free some space" if full else "Check the path and its permissions"
             _fail(f"{error.strerror or error}: {error.filename or 'a file'}. {fix}", 1, json_output, error)
-        except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "out of memory" not in str(error):
-                raise
-            _fail("out of memory. Use a smaller --batch-size, or --device cpu", 1, json_output, error)
 
     return run  # type: ignore[return-value]
 
 
-def _fail(text: str, code: int, json_output: bool, cause: BaseException, prefix: str = "[red]error:[/red] ") -> None:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the machine or of a GPU, has run out."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def what_was_written(paths: list[Path]) -> str:
+    """For a command that ends early: what it leaves under names that its user knows."""
+    names = [f"'{path}'" for path in dict.fromkeys(paths) if not path.name.startswith(".") and path.exists()]
+    if not names:
+        return "nothing was written"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"written before: {', '.join(names[:3])}{more}"
+
+
+def _fail(text: str, code: int, json_output: bool, cause: BaseException, prefix: str = "error: ") -> None:
     screen = Screen(json_output)
-    screen.err.print(f"{prefix}{escape(text)}", soft_wrap=True)
+    screen.err.print(Text.assemble((prefix, "red"), one_line(text)), soft_wrap=True)
     screen.result({"error": text})
     raise typer.Exit(code) from cause
 
@@ -133,9 +225,9 @@ def main_process_speaks(rank: int) -> Iterator[list[bool]]:
         if rank == 0:
             raise
         if started:
-            typer.echo(f"process {rank}: {error}", err=True)
+            Screen().err.print(f"process {rank}: {one_line(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as interrupt:
         if rank == 0:
             raise
-        raise typer.Exit(130) from interrupt
+        raise typer.Exit(exit_code(interrupt)) from interrupt

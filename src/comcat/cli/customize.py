@@ -237,7 +237,8 @@ def _run(
 
         found = checkpoints(folder)
         kept = f"the checkpoint of step {found[0][0]} is kept, continue with --resume" if found else "no checkpoint yet"
-        raise KeyboardInterrupt(kept) from interrupt
+        interrupt.args = (kept,)
+        raise
     handle.info["base"] = base
     if process_index() == 0:
         write_adapter(handle, out, storage)
@@ -271,13 +272,14 @@ def _show(screen: Screen, document: dict[str, Any]) -> None:
     from ..report.format import count, size
 
     out, run = screen.out, Path(document["run"])
-    out.print(
-        f"[green]✓[/green] [bold]{document['out']}[/bold]: {size(document['bytes'])}, "
-        f"{count(document['parameters'])} parameters in {document['layers']} attention layers"
+    screen.done(
+        (document["out"], "bold"),
+        f": {size(document['bytes'])}, {count(document['parameters'])} parameters in {document['layers']} attention "
+        "layers",
     )
     if (run / "samples").is_dir():
-        out.print(f"[green]✓[/green] samples in [bold]{run / 'samples'}[/bold]")
+        screen.done("samples in ", (run / "samples", "bold"))
     words = [document["base"], "--adapter", document["out"], "--prompt", document["prompt"], "--out", "images"]
     out.print("\nYour turn:", style="bold")
-    out.print(f"  comcat generate {' '.join(shlex.quote(word) for word in words)}", soft_wrap=True, markup=False)
+    out.print(f"  comcat generate {' '.join(shlex.quote(word) for word in words)}", soft_wrap=True)
     screen.result(document)

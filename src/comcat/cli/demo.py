@@ -254,8 +254,8 @@ class _Demo:
         title = f"Handwritten digits, {len(self.test_data)} test images; fine-tuned in the last row only"
         out.print(tables.budgets(self.columns, title))
         folder = shlex.quote(str(self.out))
-        out.print(f"[green]✓[/green] the model at {SAVED:.0%}, saved and loaded again, computes exactly the same")
-        out.print(f"[green]✓[/green] all of it in {seconds:.0f} s; see [bold]{self.out / 'report.png'}[/bold]")
+        self.screen.done(f"the model at {SAVED:.0%}, saved and loaded again, computes exactly the same")
+        self.screen.done(f"all of it in {seconds:.0f} s; see ", (self.out / "report.png", "bold"))
         args = " ".join(f"--model-arg {k}={v}" for k, v in demo.MODEL_ARGS.items())
         out.print("\nYour turn:", style="bold")
         for line in (

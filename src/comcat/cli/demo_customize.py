@@ -122,10 +122,10 @@ def _show(screen: Screen, outcomes: list[Outcome], storage: list[dict[str, Any]]
     out.print()
     out.print(tables.contest(outcomes, f"{document['steps']} steps on 5 images of the digit {document['digit']}"))
     out.print(tables.storages(storage))
-    out.print(
-        f"[green]✓[/green] all of it in {document['seconds']:.0f} s ({document['base_seconds']:.0f} s for the base, "
-        f"which is kept); see [bold]{folder / 'report.png'}[/bold]",
-        soft_wrap=True,
+    screen.done(
+        f"all of it in {document['seconds']:.0f} s ({document['base_seconds']:.0f} s for the base, which is kept); ",
+        "see ",
+        (folder / "report.png", "bold"),
     )
     base, name = shlex.quote(str(folder / "base")), shlex.quote(str(folder))
     out.print("\nYour turn:", style="bold")
@@ -136,5 +136,5 @@ def _show(screen: Screen, outcomes: list[Outcome], storage: list[dict[str, Any]]
         "--batch-size 5 --lr 1e-2 --token-lr 0.05 --token-init digit --out mine.safetensors",
         f"comcat adapter merge-report {name}/concept.safetensors --base {base}",
     ):
-        out.print(f"  {line}", soft_wrap=True, markup=False)
+        out.print(f"  {line}", soft_wrap=True)
     screen.result(document)

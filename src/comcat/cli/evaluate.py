@@ -74,7 +74,7 @@ def evaluate(
     place = f"{model} on {data}" + (f", split {images.split}" if images.split else "")
     screen.out.print(tables.evaluation(place, result, cost.params, cost.macs))
     if same is not None:
-        screen.out.print(f"same answer as {reference}: {same.same:.2f} % of images, KL {same.kl:.4f} nats")
+        screen.say(f"same answer as {reference}: {same.same:.2f} % of images, KL {same.kl:.4f} nats")
     screen.result(
         {
             "model": model,

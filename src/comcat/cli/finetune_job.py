@@ -212,5 +212,5 @@ class Job:
         place = f"split {self.places[1]} of {self.reading.data}" if self.eval_batches else "not evaluated"
         out.print(tables.comparison(columns, f"{self.options.model}, {result.steps:,} steps, {place}"))
         target = self.options.out
-        out.print(f"written to [bold]{target}[/bold]; in Python: comcat.load({str(target)!r})", soft_wrap=True)
+        self.screen.say("written to ", (target, "bold"), f"; in Python: comcat.load({str(target)!r})")
         self.screen.result(document)

@@ -122,9 +122,7 @@ def generate(
 
         with atomic_file(out / "images.json") as file:
             file.write((json.dumps(document, indent=1) + "\n").encode())
-    screen.out.print(
-        f"[green]✓[/green] {sum(map(len, rows))} images in [bold]{out}[/bold]; see [bold]{out / 'grid.png'}[/bold]"
-    )
+    screen.done(f"{sum(map(len, rows))} images in ", (out, "bold"), "; see ", (out / "grid.png", "bold"))
     screen.result(document)
 
 

@@ -78,7 +78,7 @@ def inspect(
     from ..report import tables
 
     screen.out.print(tables.spectra(summaries, calibration is not None))
-    screen.out.print(f"written to [bold]{out}[/bold]")
+    screen.say("written to ", (out, "bold"))
     screen.result(
         {
             "model": model,

@@ -371,5 +371,5 @@ class Job:
         if latency := self._latency(outcome):
             out.print(timings.line(latency))
         target = self.settings.out
-        out.print(f"written to [bold]{target}[/bold]; in Python: comcat.load({str(target)!r})", soft_wrap=True)
+        self.screen.say("written to ", (target, "bold"), f"; in Python: comcat.load({str(target)!r})")
         self.screen.result(self._document(outcome))

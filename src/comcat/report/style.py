@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import ComcatError
+from .plain import one_line
 
 COLORS = {
     "qk": "#3a6ea5",
@@ -58,11 +59,14 @@ def tidy(axes: Any, *, grid: str | None = None) -> None:
 def heading(figure: Any, title: str, subtitle: str | None = None) -> None:
     """Title and subtitle, flush left, above everything else."""
     height = figure.get_figheight()
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
+    title = one_line(title)
+    look = {"x": 0.01, "ha": "left", "fontsize": 13, "fontweight": "bold", "color": INK, "parse_math": False}
+    figure.suptitle(title, **look)
     if subtitle:
         # Constrained layout reserves room for the suptitle: a second line in it is the subtitle's place.
-        figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
-        figure.text(0.01, 1 - 0.42 / height, subtitle, ha="left", va="center", fontsize=9.5, color=MUTED)
+        figure.suptitle(f"{title}\n", **look)
+        place = (0.01, 1 - 0.42 / height)
+        figure.text(*place, one_line(subtitle), ha="left", va="center", fontsize=9.5, color=MUTED, parse_math=False)
 
 
 def save(figure: Any, path: str | Path | IO[bytes]) -> None:

@@ -1,0 +1,155 @@
+"""What commands print: text of others as text, truthful last lines, signals."""
+
+import errno
+import io
+import json
+import os
+import signal
+import threading
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import typer
+from rich.table import Table
+
+from comcat.cli import console
+from comcat.cli.console import PlainConsole, Screen, command, is_out_of_memory
+from comcat.errors import DataError
+from comcat.files import atomic_file
+from comcat.report.plain import one_line, printable
+
+HOSTILE = "[/bold] [link=http://a]b[/link] \x1b]0;title\x07\x1b[31m \u202egnp\r\x9b1m\udc80 :smile:"
+HARMLESS = "[/bold] [link=http://a]b[/link] ]0;title[31m gnp1m :smile:"
+
+
+def shown(*things: Any, **options: Any) -> str:
+    screen = Screen()
+    screen.out = PlainConsole(file=io.StringIO(), width=200, **options)
+    for thing in things:
+        thing(screen)
+    assert isinstance(screen.out.file, io.StringIO)
+    return screen.out.file.getvalue()
+
+
+@pytest.mark.parametrize("options", [{}, {"force_terminal": True, "color_system": None}])
+def test_text_of_others_is_shown_as_it_is(options: dict[str, Any]) -> None:
+    table = Table(title=HOSTILE)
+    table.add_column(HOSTILE)
+    table.add_row(HOSTILE)
+    for thing in (
+        lambda s: s.out.print(HOSTILE),
+        lambda s: s.out.print(table),
+        lambda s: s.say("to ", (HOSTILE, "bold")),
+        lambda s: s.done(HOSTILE),
+    ):
+        text = shown(thing, **options)
+        assert HARMLESS in text
+        for bad in ("\x1b]", "\x07", "\u202e", "\r", "\x9b", "\udc80"):
+            assert bad not in text
+    assert one_line("a\nb\x1b") == "a b"
+    assert printable("a\nb\t") == "a\nb\t"
+
+
+def failing(error: BaseException, capfd: pytest.CaptureFixture[str], **options: Any) -> tuple[int, str, str]:
+    @command
+    def fail(json_output: bool = False) -> None:
+        raise error
+
+    with pytest.raises(typer.Exit) as exit:
+        fail(**options)
+    out, err = capfd.readouterr()
+    return exit.value.exit_code, out, err
+
+
+def test_errors_are_one_line_and_json_stays_raw(capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, err = failing(DataError("no 'a\nb' " + HOSTILE), capfd, json_output=True)
+    assert (code, err) == (1, f"error: no 'a b' {HARMLESS}\n")
+    assert json.loads(out)["error"] == "no 'a\nb' " + HOSTILE
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("CUDA out of memory. Tried to allocate 20 MiB"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_memory(error: Exception, capfd: pytest.CaptureFixture[str]) -> None:
+    assert is_out_of_memory(error)
+    code, _, err = failing(error, capfd)
+    assert (code, err[:21]) == (1, "error: out of memory.")
+
+
+def test_other_runtime_errors_are_not_hidden() -> None:
+    @command
+    def fail() -> None:
+        raise RuntimeError("a fault")
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        fail()
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "word"),
+    [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated"), ("SIGHUP", 129, "terminated")],
+)
+def test_signals_end_a_command_cleanly(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, code: int, word: str
+) -> None:
+    number = getattr(signal, name)
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    @command
+    def work(first: bool) -> None:
+        if first:
+            with atomic_file(tmp_path / "a"):
+                pass
+        with atomic_file(tmp_path / "b") as file:
+            file.write(b"half")
+            os.kill(os.getpid(), number)
+            threading.Event().wait(5)
+
+    try:
+        for first, said in ((False, "nothing was written"), (True, f"written before: '{tmp_path / 'a'}'")):
+            with pytest.raises(typer.Exit) as exit:
+                work(first)
+            assert exit.value.exit_code == code
+            assert capfd.readouterr().err == f"{word}; {said}\n"
+            assert [path.name for path in tmp_path.iterdir()] == ["a"] * first
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with console.ending_well():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_adapter_without_layers_is_described() -> None:
+    part = SimpleNamespace(layers={}, model="UNet")
+    header = SimpleNamespace(
+        name=HOSTILE,
+        storage="int8",
+        base={},
+        scale=1.0,
+        token=None,
+        prompt=HOSTILE,
+        components={"unet": part},
+        training={},
+    )
+    text = shown(
+        *(lambda s, line=line: s.say(*line) for line in import_module("comcat.cli.adapter")._lines(header, "5 B"))
+    )
+    assert text.count(HARMLESS) == 2
+    assert "0 attention layers of UNet, no products" in text
