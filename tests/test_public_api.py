@@ -1,15 +1,17 @@
 """The names that users rely on, and an import that costs little."""
 
+import ast
 import importlib
 import pkgutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import comcat
-from comcat import errors
+from comcat import customize, errors
 
 PUBLIC = [
     "Agreement",
@@ -86,10 +88,48 @@ def test_errors_form_one_tree() -> None:
     assert all(issubclass(e, comcat.ComcatError) and e.__doc__ for e in found)
 
 
+HEAVY = {"torch", "torchvision", "timm", "numpy", "PIL", "safetensors", "accelerate", "transformers", "diffusers"}
+HEAVY |= {"peft", "datasets", "sklearn", "matplotlib", "tensorboard", "yaml"}
+
+
+def loaded_by(code: str) -> set[str]:
+    """The heavy packages that a fresh interpreter has imported after ``code``."""
+    code += f"\nimport sys; print('loaded:', *{HEAVY | {'typer', 'rich'}!r} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    return set(out.stdout.rpartition("loaded:")[2].split())
+
+
 def test_importing_comcat_is_light() -> None:
-    code = "import sys, comcat; print(*{'matplotlib', 'datasets', 'sklearn', 'typer'} & set(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.split() == []
+    code = "import comcat, comcat.customize; dir(comcat); hasattr(comcat, 'nonsense'); comcat.ComcatError"
+    assert loaded_by(code) == set()
+
+
+def test_help_and_mistyped_options_are_light() -> None:
+    """Neither help nor a usage error of any command imports more than what reads the command line."""
+    code = """
+from typer.testing import CliRunner
+import typer
+from comcat.cli import app
+root = typer.main.get_command(app)
+def walk(command, words):
+    yield words
+    for name, child in getattr(command, "commands", {}).items():
+        yield from walk(child, [*words, name])
+lines = [(words + [last], code) for words in walk(root, []) for last, code in (("--help", 0), ("--nonsense", 2))]
+lines += [(["nonsense"], 2), (["compres"], 2), (["--version"], 0), (["adapter", "nonsense"], 2), (["compress"], 2)]
+assert len(lines) > 25
+for words, code in lines:
+    assert CliRunner().invoke(app, words).exit_code == code, words
+"""
+    assert loaded_by(code) == {"typer", "rich"}
+
+
+@pytest.mark.parametrize("package", [comcat, customize], ids=lambda p: p.__name__)
+def test_type_checkers_are_told_the_names_that_are_imported_on_first_use(package: ModuleType) -> None:
+    tree = ast.parse(Path(package.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If) and node.test.id == "TYPE_CHECKING")
+    assert {alias.name: node.module for node in block.body for alias in node.names} == package._homes
+    assert {*package._homes} | {*vars(errors), "__version__"} >= {*package.__all__} <= {*dir(package)}
 
 
 def test_types_are_shipped() -> None:

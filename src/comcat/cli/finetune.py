@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..data.training import Augmentation
+from ..training.augmentation import Augmentation
 from ..training.config import FinetuneConfig
 from ..training.process import process_index
 from ..training.settings import check_fields, read_yaml

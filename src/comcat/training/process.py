@@ -1,4 +1,7 @@
-"""This process and its peers, through Hugging Face Accelerate: one device, many, or many machines."""
+"""This process and its peers, through Hugging Face Accelerate: one device, many, or many machines.
+
+PyTorch is imported inside: the command line asks for the number of its process before it knows what it will do.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
 from ..errors import ComcatError, TrainingError
-from .randomness import PROCESS, isolated
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,9 +44,12 @@ def accelerated(precision: str, seed: int, cpu: bool = False) -> Iterator[Accele
     Raises:
         TrainingError: the precision is not to be had on this device, or neither DDP nor FSDP 2 distributes.
     """
+    import torch
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from accelerate.utils import DataLoaderConfiguration, DistributedType, GradientAccumulationPlugin
+
+    from .randomness import PROCESS, isolated
 
     states = (AcceleratorState, GradientState, PartialState)
     saved = [dict(state._shared_state) for state in states]
@@ -95,6 +98,8 @@ def explained(resume: str) -> Iterator[None]:
     except ComcatError:
         raise
     except (RuntimeError, ConnectionError, EOFError) as error:
+        import torch
+
         text = str(error)
         if not isinstance(error, RuntimeError):
             # A worker died while it handed over a batch; the notice of its death, on its way, names it.
@@ -115,6 +120,8 @@ def explained(resume: str) -> Iterator[None]:
 
 
 def _is_distributed(error: Exception) -> bool:
+    import torch
+
     return isinstance(error, getattr(torch.distributed, "DistError", ()))
 
 
