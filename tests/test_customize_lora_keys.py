@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comcat.customize.lora_keys import METADATA_KEY, read_lora, to_diffusers, to_kohya
+from comcat.customize.lora_config import METADATA_KEY, LoraConfig
+from comcat.customize.lora_keys import read_lora, to_diffusers, to_kohya
 from comcat.customize.lora_math import LoraWeights
 from comcat.errors import CheckpointError
 
@@ -204,8 +205,15 @@ OLD = "unet." + PATH.replace("attn1.", "attn1.processor.")
 )
 def test_layouts_of_all_ages_are_read(down: str, up: str) -> None:
     lora = LoraWeights(torch.randn(2, 3), torch.randn(5, 2))
-    found = read_lora({down: lora.down, up: lora.up}, NAMES)
+    tensors = {down: lora.down, up: lora.up}
+    if down.startswith("base_model"):  # its alpha stands beside the file
+        with pytest.raises(
+            CheckpointError, match=r"alpha stands in adapter_config\.json, which is not beside it.*--lora-alpha"
+        ):
+            read_lora(tensors, NAMES)
+    found = read_lora(tensors, NAMES, config=LoraConfig(lora_alpha=2))
     assert found.unmatched == []
+    assert bool(found.notes) == (not down.startswith("base_model"))
     assert_same(found.factors, {"unet": {PATH: lora}}, exact=True)
 
 

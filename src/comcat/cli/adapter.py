@@ -83,6 +83,9 @@ def convert(
     ] = "float16",
     prompt: Prompts = None,
     data_free: DataFree = False,
+    lora_alpha: Annotated[
+        float | None, opt.Option("--lora-alpha", help="Alpha of a LoRA that does not say it, to comcat.", metavar="X")
+    ] = None,
     partial: Annotated[
         bool, opt.Option("--partial", help="Leave out of a LoRA what products cannot express, and name it.")
     ] = False,
@@ -108,7 +111,7 @@ def convert(
         if to != "comcat":
             check_output_file(embedding_path(out), overwrite)
         if to == "comcat":
-            document = _to_comcat(screen, file, out, base, rank, storage, scale, partial, variant, device)
+            document = _to_comcat(screen, file, out, base, rank, storage, scale, lora_alpha, partial, variant, device)
         else:
             document = _to_lora(screen, file, out, to, base, lora_rank, scale, prompt, data_free, variant, device)
     screen.result({"out": str(out), "bytes": out.stat().st_size, **document})
@@ -122,6 +125,7 @@ def _to_comcat(
     rank: int | None,
     storage: Any,
     scale: float | None,
+    lora_alpha: float | None,
     partial: bool,
     variant: str | None,
     device: str,
@@ -139,7 +143,11 @@ def _to_comcat(
     if rank is None:
         raise typer.BadParameter("say which rank the adapter's products are to have, e.g. 4", param_hint="--rank")
     pipe = _open(base, variant, device)
-    handle, conversion = import_lora(pipe, file, rank=rank, name=adapter_name(out), partial=partial)
+    handle, conversion = import_lora(
+        pipe, file, rank=rank, name=adapter_name(out), partial=partial, lora_alpha=lora_alpha
+    )
+    for note in conversion.notes:
+        screen.note(note)
     if scale is not None:
         handle.scale = scale
     handle.info["base"] = base

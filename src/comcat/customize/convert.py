@@ -53,11 +53,12 @@ class Conversion:
     """The result of a conversion.
 
     Attributes:
-        dropped: what the other format cannot hold, by name.
+        dropped: what the other format cannot hold, by name; notes: what had to be taken for granted.
     """
 
     errors: list[LayerError]
     dropped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def relative(self) -> float:
@@ -69,6 +70,7 @@ class Conversion:
         return {
             "relative_error": self.relative,
             "dropped": self.dropped,
+            "notes": self.notes,
             "layers": [vars(error) for error in self.errors],
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ModelError
 from ..hosts.seam import Site
-from ..reader import read_tensors
+from ..reader import FLOAT8, PLAIN, read_tensors
 from ..wording import some
 from .adapter import Adapter, attach, new_adapter
 from .components import components, find_sites
 from .convert import Conversion, LayerError
 from .forms import PARTS, Form, Part, base, form_of, has_key_biases, has_output, output_projection, update_of
-from .lora_keys import read_lora
+from .lora_config import config_beside
+from .lora_keys import is_pefts_own, read_lora
 from .lora_math import LoraWeights, lora_to_product
 
 
@@ -29,6 +31,7 @@ def import_lora(
     name: str = "lora",
     scale: float = 1.0,
     partial: bool = False,
+    lora_alpha: float | None = None,
 ) -> tuple[Adapter, Conversion]:
     """Put an ordinary LoRA on a pipeline as added products of ``rank`` per head.
 
@@ -38,22 +41,31 @@ def import_lora(
     Args:
         partial: leave out what added products cannot express (feed-forward layers, convolutions, queries and keys that
             are normalized); without it, such a file is refused.
+        lora_alpha: of a file that does not say what its alpha is, nor has an ``adapter_config.json`` beside it.
 
     Raises:
-        CheckpointError: no LoRA, one of another model, or, without ``partial``, parts that cannot be expressed.
+        CheckpointError: no LoRA, one of another model, one whose alpha nothing states, or, without ``partial``, parts
+            that cannot be expressed.
         ModelError: the rank is below 1 or above a head width; the name is taken.
     """
     if rank < 1:
         raise ModelError(f"the rank is {rank}, but must be a whole number from 1 to the head width")
-    metadata, tensors = read_tensors(path)
+    if lora_alpha is not None and not math.isfinite(lora_alpha):
+        raise ModelError(f"lora_alpha is {lora_alpha}, but must be a finite number")
+    metadata, tensors = read_tensors(path, dtypes=PLAIN | FLOAT8)
     models = components(pipe)
-    lora = read_lora(tensors, {c: dict(m.named_modules()) for c, m in models.items()}, metadata)
+    modules = {c: dict(m.named_modules()) for c, m in models.items()}
+    beside = config_beside(Path(path)) if any(is_pefts_own(key, tensors) for key in tensors) else None
+    lora = read_lora(tensors, modules, metadata, config=beside, lora_alpha=lora_alpha)
     left_out = list(lora.unmatched)
     handle = new_adapter(pipe, name, scale)
     errors: list[LayerError] = []
     for component, found in lora.factors.items():
         model = models[component]
-        found = {key.removeprefix("text_model."): LoraWeights(*pair) for key, pair in found.items()}
+        found = {
+            key.removeprefix("text_model."): _fitting(f"{component}.{key}", modules[component][key], *pair)
+            for key, pair in found.items()
+        }
         used: set[str] = set()
         for site in find_sites(component, model)[0].values():
             used |= _import_layer(handle, component, site, model, found, rank, errors, left_out)
@@ -67,7 +79,24 @@ def import_lora(
         raise CheckpointError(f"'{path}' changes no attention layer of this model")
     handle.requires_grad_(False)
     attach(handle)
-    return handle, Conversion(errors, left_out)
+    return handle, Conversion(errors, left_out, lora.notes)
+
+
+def _fitting(name: str, module: Any, down: Tensor, up: Tensor) -> LoraWeights:
+    """Factors of a layer's own shape; those of a linear layer may be stored as 1 x 1 convolutions."""
+    if isinstance(module, nn.Linear):
+        down, up = down.flatten(1), up.flatten(1)
+    shapes = [
+        (getattr(module, f"{way}_features", None), getattr(module, f"{way}_channels", None)) for way in ("in", "out")
+    ]
+    for found, wanted in zip((down.shape[1], up.shape[0]), shapes, strict=True):
+        size = wanted[0] if wanted[0] is not None else wanted[1]
+        if size is not None and found != size and getattr(module, "groups", 1) == 1:
+            raise CheckpointError(
+                f"the factors of {name} are for a layer of {down.shape[1]} inputs and {up.shape[0]} outputs, not for "
+                "this one; the LoRA was made for another base model"
+            )
+    return LoraWeights(down, up)
 
 
 def _import_layer(

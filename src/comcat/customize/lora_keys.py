@@ -12,16 +12,17 @@ Text encoders carry the prefix ``text_model.`` in files, whether or not the inst
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
 from ..wording import some
+from .lora_config import CONFIG_NAME, LoraConfig, configs_in, scale
 from .lora_math import LoraWeights
 
 #: What a LoRA changes: component -> module path -> (down, up).
@@ -29,9 +30,6 @@ LoraFactors = Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]
 
 #: Blocks per stage of the encoder of an SDXL UNet, its sampler included; the distilled ones keep it.
 SDXL_STAGE = 3
-
-#: Header entry in which diffusers stores the PEFT configuration of a LoRA file.
-METADATA_KEY = "lora_adapter_metadata"
 
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 _KOHYA_PREFIXES = {
@@ -51,7 +49,29 @@ _UNSUPPORTED = {
     "glora": "GLoRA",
     ".diff": "weight-difference",
     "lora_B.bias": "LoRA-with-bias",
+    "scale_weight": "scaled float8",
+    "weight_scale": "scaled float8",
+    "scale_inv": "scaled float8",
+    "quant_state": "quantized",
+    ".scalar": "LyCORIS-with-scalar",
 }
+#: Parts of names by which one knows what a file was made for, and in whose layout.
+_FAMILIES = (
+    (
+        ("double_blocks", "single_blocks"),
+        "FLUX in its original layout (for a pipeline of diffusers, load the file with "
+        "load_lora_weights and write it again with save_lora_weights)",
+    ),
+    (
+        ("joint_blocks",),
+        "Stable Diffusion 3 in its original layout (for a pipeline of diffusers, load the file with "
+        "load_lora_weights and write it again with save_lora_weights)",
+    ),
+    (("single_transformer_blocks",), "FLUX"),
+    (("input_blocks", "output_blocks", "lora_te2_", "text_encoder_2"), "Stable Diffusion XL"),
+    (("down_blocks", "up_blocks", "mid_block"), "the UNet of Stable Diffusion"),
+    (("transformer_blocks",), "a transformer such as FLUX, Stable Diffusion 3 or PixArt"),
+)
 _HALF = re.compile(r"(.+?)(?:[._]lora\.|\.lora_linear_layer\.|\.lora_)(down|up|A|B)(?:\.\w+)?\.weight")
 _ALPHA = re.compile(r"(.+?)(?:[._]lora|\.lora_linear_layer)?\.alpha")
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -62,6 +82,7 @@ class LoraFile(NamedTuple):
 
     factors: dict[str, dict[str, LoraWeights]]  # component -> module path -> (down, up), ``W + up @ down``
     unmatched: list[str]  # entries that belong to no module of the model, as the file names them
+    notes: list[str]  # what had to be taken for granted
 
 
 def to_diffusers(factors: LoraFactors) -> dict[str, Tensor]:
@@ -124,6 +145,9 @@ def read_lora(
     tensors: Mapping[str, Tensor],
     module_names: Mapping[str, Iterable[str]],
     metadata: Mapping[str, str] | None = None,
+    *,
+    config: LoraConfig | None = None,
+    lora_alpha: float | None = None,
 ) -> LoraFile:
     """Read a LoRA in the layout of diffusers (PEFT, or one of its two older ones) or of kohya.
 
@@ -132,14 +156,16 @@ def read_lora(
         module_names: component -> paths of its modules (``dict(model.named_modules())``), to which the underscores of
             kohya are resolved.
         metadata: the header of the safetensors file, where diffusers stores alphas.
+        config: what PEFT has written beside the file; it counts for entries that PEFT has named.
+        lora_alpha: alpha of all layers for which nothing in the file says what theirs is.
 
     Returns:
-        ``LoraFile``; alpha / rank is folded into ``up``, half precision is widened to float32, and convolutions keep
-        their shape.
+        ``LoraFile``; alpha / rank is folded into ``up``, half precision and float8 are widened to float32, and
+        convolutions keep their shape.
 
     Raises:
-        CheckpointError: another method than LoRA, a layer with one factor only or factors that do not fit, or a file in
-            which nothing belongs to the model.
+        CheckpointError: another method than LoRA, an alpha that nothing states, a layer with one factor only or factors
+            that do not fit, or a file in which nothing belongs to the model.
     """
     _refuse_other_methods(tensors)
     halves: dict[str, dict[str, Tensor]] = {}
@@ -149,13 +175,14 @@ def read_lora(
         if match := _HALF.fullmatch(key):
             halves.setdefault(match[1], {})["down" if match[2] in ("down", "A") else "up"] = tensor
         elif match := _ALPHA.fullmatch(key):
-            alphas[match[1]] = float(tensor)
+            alphas[match[1]] = _number(key, tensor)
         else:
             unmatched.append(key)
     modules = {component: set(names) for component, names in module_names.items()}
     flat = _flat_names(modules)
-    config = _peft_config(metadata)
+    stated = configs_in(metadata or {})
     factors: dict[str, dict[str, LoraWeights]] = {}
+    silent = []  # layers about whose alpha the file says nothing
     for stem, pair in halves.items():
         found = flat.get(stem) or _resolve(stem, modules)
         if found is None:
@@ -164,13 +191,45 @@ def read_lora(
         component, path = found
         if path in factors.setdefault(component, {}):
             raise CheckpointError(f"two entries of the LoRA file change {component}.{path}; it mixes layouts")
-        scale = _Scale(alphas[stem]) if stem in alphas else _configured(path, config.get(component))
-        factors[component][path] = _scaled(stem, pair, scale)
+        down, up = _checked(stem, pair)
+        rank, names = down.shape[0], (path, f"text_model.{path}")
+        beside = config if is_pefts_own(stem, tensors) else None
+        if stem in alphas:
+            factor = scale(alphas[stem], rank)
+        elif (known := stated.get(component) or beside) is not None:
+            factor = known.factor(names, rank)
+        elif lora_alpha is not None:
+            silent.append(stem)
+            factor = scale(lora_alpha, rank)
+        elif is_pefts_own(stem, tensors):
+            raise CheckpointError(
+                f"this LoRA is as PEFT saves it, and its alpha stands in {CONFIG_NAME}, which is not beside it. Put it "
+                "there, or give the alpha: --lora-alpha (in Python lora_alpha=); for rsLoRA alpha times the square "
+                "root of the rank"
+            )
+        elif alphas:
+            raise CheckpointError(
+                f"the LoRA file holds an alpha for other layers, but none for {stem!r}; it is incomplete. Get a whole "
+                "one, or give the alpha of such layers: --lora-alpha (in Python lora_alpha=)"
+            )
+        else:
+            silent.append(stem)
+            factor = 1.0
+        factors[component][path] = _scaled(stem, down, up, factor)
     if not any(factors.values()):
         raise CheckpointError(
-            f"nothing in the LoRA file belongs to this model ({some(unmatched)}); is it made for another base model?"
+            f"nothing in the LoRA file belongs to this model ({some(unmatched)}){_family(unmatched)}; is it made for "
+            "another base model?"
         )
-    return LoraFile(factors, unmatched)
+    if lora_alpha is not None and not silent:
+        raise CheckpointError("the LoRA file says itself what its alpha is; leave --lora-alpha (lora_alpha) out")
+    notes = []
+    if silent and lora_alpha is None:
+        notes.append(
+            "the LoRA file does not say what its alpha is; its factors are taken as they are (alpha = rank), as "
+            "diffusers takes them. If it was trained with another one, give --lora-alpha"
+        )
+    return LoraFile(factors, unmatched, notes)
 
 
 def _refuse_other_methods(tensors: Mapping[str, Tensor]) -> None:
@@ -180,48 +239,52 @@ def _refuse_other_methods(tensors: Mapping[str, Tensor]) -> None:
                 raise CheckpointError(f"{method} files cannot be read, only ordinary LoRA ones (found {key!r})")
 
 
-class _Scale(NamedTuple):
-    alpha: float | None = None  # as much as the rank
-    root: bool = False  # divide by the square root of the rank (rsLoRA)
+def is_pefts_own(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether an entry is named as PEFT names those of one model; its alpha is never in such a file."""
+    if name.startswith("base_model.model."):
+        return True
+    stem = name.partition(".lora_A")[0]
+    bare = stem.partition(".")[0] not in _COMPONENTS and "." in stem
+    return bare and any(f"{stem}.lora_A{which}.weight" in tensors for which in ("", ".default"))
 
 
-def _configured(path: str, config: Mapping[str, Any] | None) -> _Scale:
-    """Scale of a module by the PEFT configuration: the first pattern that ends its path, else the common alpha."""
-    if not config:
-        return _Scale()
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in (path, f"text_model.{path}")):
-            alpha = value
-            break
-    return _Scale(alpha, bool(config.get("use_rslora")))
+def _number(key: str, tensor: Tensor) -> float:
+    value = float(tensor) if tensor.numel() == 1 and not tensor.is_complex() else float("nan")
+    if tensor.dtype == torch.bool or not math.isfinite(value):
+        raise CheckpointError(f"the LoRA file is damaged: {key!r} is no number")
+    return value
 
 
-def _scaled(stem: str, pair: dict[str, Tensor], scale: _Scale) -> LoraWeights:
-    """The factors of ``W + up @ down`` without any further scale."""
+def _checked(stem: str, pair: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Both factors of a layer, as float32 or float64."""
     if len(pair) < 2:
         raise CheckpointError(f"the LoRA file holds only the {next(iter(pair))} factor of {stem!r}; it is incomplete")
-    down, up = pair["down"], pair["up"]
-    rank = down.shape[0]
-    if down.dim() < 2 or down.dim() != up.dim() or up.shape[1] != rank:
+    for name, half in pair.items():
+        if not half.is_floating_point():
+            raise CheckpointError(
+                f"the {name} factor of {stem!r} is {half.dtype}, not of floating point; it is no LoRA's"
+            )
+    down, up = (half if half.dtype == torch.float64 else half.float() for half in (pair["down"], pair["up"]))
+    rank = down.shape[0] if down.dim() else 0
+    if rank < 1 or down.dim() < 2 or down.dim() != up.dim() or up.shape[1] != rank or not up.numel():
         raise CheckpointError(f"the factors of {stem!r} do not fit: {tuple(down.shape)} and {tuple(up.shape)}")
-    if down.dtype in (torch.float16, torch.bfloat16):
-        down, up = down.float(), up.float()
-    alpha = rank if scale.alpha is None else scale.alpha
-    factor = alpha / (rank**0.5 if scale.root else rank)
-    return LoraWeights(down, up if factor == 1 else up * factor)
+    return down, up
 
 
-def _peft_config(metadata: Mapping[str, str] | None) -> dict[str, dict[str, Any]]:
-    """The PEFT configuration of every component, as diffusers stores it: flat, with the component as prefix."""
-    config: dict[str, dict[str, Any]] = {}
-    for key, value in json.loads((metadata or {}).get(METADATA_KEY, "{}")).items():
-        component, _, name = key.partition(".")
-        config.setdefault(component, {})[name] = value
-    for component, entries in config.items():
-        if entries.get("use_dora"):
-            raise CheckpointError(f"DoRA files cannot be read, only ordinary LoRA ones (metadata of {component})")
-    return {component: entries for component, entries in config.items() if "lora_alpha" in entries}
+def _scaled(stem: str, down: Tensor, up: Tensor, factor: float) -> LoraWeights:
+    """The factors of ``W + up @ down`` without any further scale."""
+    up = up if factor == 1 else up * factor
+    if not (down.isfinite().all() and up.isfinite().all()):
+        raise CheckpointError(f"the factors of {stem!r} hold NaN or infinite values; use an intact file")
+    return LoraWeights(down, up)
+
+
+def _family(names: Iterable[str]) -> str:
+    """What the names in a file say of the model that it is for."""
+    for marks, kind in _FAMILIES:
+        if any(mark in name for name in names for mark in marks):
+            return f", whose names are those of {kind}"
+    return ""
 
 
 def _file_path(component: str, path: str) -> str:
