@@ -143,18 +143,6 @@ def test_fisher_of_the_classifier_is_that_of_the_softmax() -> None:
     torch.testing.assert_close(sampled / 200, exact, rtol=0, atol=0.01)
 
 
-def test_fisher_needs_a_classifier() -> None:
-    with pytest.raises(CalibrationError, match="has no classifier"):
-        calibrated(vit(num_classes=0), fisher=True)
-
-
-def test_fisher_is_seeded() -> None:
-    model = vit()
-    first, again, other = (calibrated(model, fisher=True, seed=s) for s in (0, 0, 1))
-    same(first, again, rtol=0, atol=0)
-    assert not torch.equal(first.moments["head"]["grad"], other.moments["head"]["grad"])
-
-
 @pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224"])
 def test_fisher_of_a_model_with_two_heads(name: str) -> None:
     from conftest import VIT
@@ -362,13 +350,27 @@ def test_every_site_has_statistics() -> None:
     assert list(found.moments) == list(found.shapes) == [site.name for site in find_sites(model).sites]
 
 
-NOT_YET = "an error of the model or of Python passes through"
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.zeros(2, 3, 28, 28), r"does not run on images of size \(3, 28, 28\)"),
+        (torch.zeros(2, 1, 14, 21), r"does not run on images of size \(1, 14, 21\)"),
+        (torch.zeros(0, 3, 14, 21), "holds 0 images"),
+        (torch.zeros(2, 3, 14, 21, dtype=torch.uint8), "2 images of torch.uint8; the model needs floating-point"),
+        (torch.zeros(2, 3, 14, 21, device="meta"), "holds meta images"),
+        (torch.zeros(2, 3, 14, 21).to_sparse(), "holds sparse images"),
+        ((), "not an empty tuple"),
+        ({"text": "a"}, "not a dictionary of text"),
+    ],
+)
+def test_images_that_the_model_does_not_take_are_refused(batch: Any, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        comcat.calibrate(vit(), [batch])
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 28, 28), (2, 1, 14, 21), (0, 3, 14, 21)])
-def test_images_that_the_model_does_not_take_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(comcat.ComcatError):
-        comcat.calibrate(vit(), [torch.zeros(shape)])
+def test_batches_may_be_dictionaries() -> None:
+    model = vit()
+    same(calibrated(model), comcat.calibrate(model, [{"labels": 0, "pixel_values": images(model, 96, seed=2)}]))
 
 
 @pytest.mark.parametrize("meta", [{"format": 1}, {"shapes": {}}])

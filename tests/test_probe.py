@@ -32,8 +32,7 @@ REPLAYED = set(HOSTS) - {"parallel things"}
 
 def prober_of(model: nn.Module) -> tuple[Prober, Inventory]:
     inventory = find_sites(model)
-    classifier = any(site.kind == "head" for site in inventory.sites)
-    return Prober(model, images(model, 11), classifier, batch_size=4), inventory
+    return Prober(model, images(model, 11), batch_size=4), inventory
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -70,7 +69,7 @@ def test_features_are_compared_by_relative_error() -> None:
     model = vit(num_classes=0)
     prober, _ = prober_of(model)
     assert prober.divergence(prober.reference) == 0
-    assert prober.divergence(prober.reference.mean(0).expand(11, -1)) == pytest.approx(1)
+    assert prober.divergence((prober.reference[0].mean(0).expand(11, -1),)) == pytest.approx(1)
 
 
 def test_full_width_diverges_nowhere() -> None:
@@ -134,12 +133,12 @@ def test_probes_are_cached_with_the_calibration(monkeypatch: pytest.MonkeyPatch,
 def test_probing_is_not_worse_than_uniform_on_its_own_images() -> None:
     model = vit(embed_dim=48, num_heads=3, mlp_ratio=2.0)
     calibration = calibrated(model, 64, probe_images=64)
-    prober = Prober(model, calibration.images, classifier=True)
+    prober = Prober(model, calibration.images, "classes")
     lost = {}
     for method in ("uniform", "probe"):
         plan = comcat.plan(model, comcat.Budget(params=0.7), calibration, method)
         with torch.no_grad():
-            lost[method] = prober.divergence(comcat.compress(model, plan, calibration)(calibration.images).float())
+            lost[method] = prober.divergence((comcat.compress(model, plan, calibration)(calibration.images).float(),))
         if method == "probe":
             assert plan.estimate["divergence"] == pytest.approx(lost["probe"], rel=1e-3)
     assert lost["probe"] < lost["uniform"]

@@ -78,10 +78,10 @@ def test_plain_data_for_json() -> None:
 
 
 def test_a_wrong_size_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"does not run on an input of size \(3, 15, 21\)"):
+    with pytest.raises(ModelError, match=r"does not run on images of size \(3, 15, 21\)"):
         comcat.profile(vit(), (3, 15, 21))
     model = vit()
-    with pytest.raises(ModelError, match=r"does not run on an input of size \(3, 15, 21\)"):
+    with pytest.raises(ModelError, match=r"does not run on images of size \(3, 15, 21\)"):
         site_shapes(model, find_sites(model), (3, 15, 21))
     assert not any(m._forward_pre_hooks for m in model.modules())
 

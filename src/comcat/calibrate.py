@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from .calibration import Calibration
 from .cost import Shape
 from .errors import CalibrationError
+from .fingerprint import fingerprint
 from .hosts import find_sites
-from .modes import frozen
+from .modes import exclusive, frozen
+from .outputs import Draw, Outputs
 from .progress import Progress
+from .running import exact, explained, images_of, wide
 from .sites import AttentionSite, FFNSite, Site, check_finite
 
 
@@ -44,17 +47,18 @@ class Moment:
         if not self.count:
             n = rows.shape[-1]
             self.shift = torch.zeros_like(rows[..., :1, :]) if centred else rows.mean(-2, keepdim=True)
-            self.sum = rows.new_zeros(*rows.shape[:-2], n, dtype=torch.float64)
-            self.outer = rows.new_zeros(*rows.shape[:-2], n, n, dtype=torch.float64)
+            home = wide(rows.device)
+            self.sum = rows.new_zeros(*rows.shape[:-2], n, dtype=torch.float64, device=home)
+            self.outer = rows.new_zeros(*rows.shape[:-2], n, n, dtype=torch.float64, device=home)
         rows = rows - self.shift
         self.count += rows.shape[-2]
         # In place: a new sum per batch would leave the heap full of holes, and memory grow with the images.
-        self.sum += rows.sum(-2)
-        self.outer += rows.mT @ rows
+        self.sum += rows.sum(-2).to(self.sum.device)
+        self.outer += (rows.mT @ rows).to(self.sum.device)
 
     @property
     def mean(self) -> Tensor:
-        return self.shift.double().squeeze(-2) + self.sum / self.count
+        return self.shift.to(self.sum).squeeze(-2) + self.sum / self.count
 
     @property
     def covariance(self) -> Tensor:
@@ -120,8 +124,8 @@ class _Recorder:
 
     def _accumulate(self, name: str, value: Tensor) -> None:
         if name not in self.sums:
-            self.sums[name] = torch.zeros_like(value, dtype=torch.float64)
-        self.sums[name] += value
+            self.sums[name] = torch.zeros_like(value, dtype=torch.float64, device=wide(value.device))
+        self.sums[name] += value.to(self.sums[name].device)
 
     def _qkv(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         assert isinstance(self.site, AttentionSite)
@@ -136,7 +140,8 @@ class _Recorder:
     def _add_qk_grad(self, q: Tensor, grad: Tensor) -> None:
         """``A = Q^T dL/dQ`` per image and head: the gradient of the loss in the product's own coordinates."""
         q, grad = (t.unflatten(0, (self.images, -1)).flatten(1, 2).transpose(1, 2) for t in (q, grad))
-        A = (q.mT @ grad).double()  # (images, heads, d, d)
+        A = q.mT @ grad
+        A = A.to(wide(A.device)).double()  # (images, heads, d, d)
         self._accumulate("qk_rows", (A @ A.mT).sum(0))
         self._accumulate("qk_cols", (A.mT @ A).sum(0))
 
@@ -190,31 +195,50 @@ def calibrate(
     probe_images: int = 256,
     seed: int = 0,
     progress: Progress | None = None,
+    outputs: str | None = None,
 ) -> Calibration:
     """Collect the statistics from which any number of plans and compressed models can be made.
 
+    Activations are those of the model in its own dtype: a caller's autocast is switched off, and float32 products are
+    computed in float32. Statistics are summed in float64.
+
     Args:
         model: a model whose layers comcat knows (see :func:`comcat.hosts.find_sites`); run in evaluation mode.
-        batches: iterable of (B, 3, H, W) tensors, or of (images, labels), whose labels are not used.
+        batches: iterable of (B, 3, H, W) tensors, of (images, labels) whose labels are not used, or of dictionaries
+            with ``pixel_values``.
         fisher: also collect output-gradient moments, with one backward pass per batch.
         probe_images: how many images to keep for probing, a random sample of all.
         progress: called as ``progress("calibrate", batches done, batches in all or None)``.
+        outputs: what the model returns, one of :data:`comcat.outputs.KINDS`; by default inferred from it, which cannot
+            tell ``labels`` (several of which may apply) or several ``values`` from ``classes``.
 
     Raises:
         CalibrationError: no images, images of differing sizes, or non-finite images or activations.
-        ModelError: nothing to compress, or non-finite weights.
+        ModelError: nothing to compress, non-finite weights, or outputs that comcat cannot read.
     """
+    with exclusive(model):
+        return _calibrate(model, batches, fisher, probe_images, seed, progress, outputs)
+
+
+def _calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    fisher: bool,
+    probe_images: int,
+    seed: int,
+    progress: Progress | None,
+    kind: str | None,
+) -> Calibration:
     inventory = find_sites(model)
     check_finite(model)
-    if fisher and not any(site.kind == "head" for site in inventory.sites) and not getattr(model, "num_classes", 0):
-        raise CalibrationError("fisher=True draws labels from the model's prediction, but this model has no classifier")
     recorders = [_Recorder(site, fisher) for site in inventory.sites]
     parameter = next(model.parameters())
-    generator = torch.Generator(device=parameter.device).manual_seed(seed)
+    outputs = Outputs(model, kind)
+    draw = Draw(outputs, torch.Generator(device=parameter.device).manual_seed(seed))
     sample = Reservoir(probe_images, seed)
     total = len(batches) if isinstance(batches, Sized) else None
     size: tuple[int, ...] | None = None
-    with _recording(recorders), frozen(model), torch.set_grad_enabled(fisher):
+    with frozen(model), _recording(recorders), torch.set_grad_enabled(fisher), exact(parameter.device):
         for done, batch in enumerate(batches):
             images = _images(batch, done, size)
             size = tuple(images.shape[1:])
@@ -222,10 +246,11 @@ def calibrate(
             for recorder in recorders:
                 recorder.images = len(images)
             images = images.to(parameter.device, parameter.dtype)
-            try:
-                _backward(model, images, generator) if fisher else model(images)
-            except (RuntimeError, AssertionError) as error:
-                raise CalibrationError(f"the model does not run on images of size {size}: {error}") from error
+            with explained(images, CalibrationError):
+                images.requires_grad_(fisher)
+                found = outputs(model(images), len(images))
+                if fisher:  # the gradients reach the hooks, nothing is stored
+                    torch.autograd.grad(draw.loss(found), images)
             if progress:
                 progress("calibrate", done + 1, total)
     if not sample.seen or size is None:
@@ -240,32 +265,15 @@ def calibrate(
         num_images=sample.seen,
         input_size=size,
         fisher=fisher,
+        outputs=outputs.kind,
+        weights=fingerprint(model),
     )
 
 
 def _images(batch: Any, index: int, size: tuple[int, ...] | None) -> Tensor:
-    images = batch[0] if isinstance(batch, (tuple, list)) else batch
-    if not isinstance(images, Tensor) or images.dim() != 4:
-        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise CalibrationError(f"batch {index} must be a (B, C, H, W) tensor or (images, labels), not {got}")
-    if not len(images) or not images.is_floating_point():
-        raise CalibrationError(
-            f"batch {index} holds {len(images)} images of {images.dtype}; the model needs floating-point images, "
-            "normalized as in its training"
-        )
+    images = images_of(batch, f"batch {index}", CalibrationError)
     if size is not None and tuple(images.shape[1:]) != size:
         raise CalibrationError(f"batch {index} holds images {tuple(images.shape[1:])}, but the first held {size}")
     if not torch.isfinite(images).all():
         raise CalibrationError(f"batch {index} holds NaN or infinite pixels")
-    return images.detach()
-
-
-def _backward(model: nn.Module, images: Tensor, generator: torch.Generator) -> None:
-    """Gradients of the loss at labels drawn from the prediction; they reach the hooks, nothing is stored."""
-    images = images.requires_grad_(True)
-    logits = model(images)
-    if isinstance(logits, (tuple, list)):
-        logits = torch.stack(list(logits)).mean(0)
-    labels = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
-    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-    torch.autograd.grad(loss, images)
+    return images

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cost import Shape
 from .errors import CalibrationError
 from .files import atomic_file, tensor_bytes
+from .fingerprint import BUCKETS, Distance, Fingerprint, distance, fingerprint
+from .outputs import KINDS
 from .sites import Inventory, moment_shapes
 
 FORMAT = 1
 _SEPARATOR = "::"
+_WEIGHTS = "comcat.weights"
+#: Distances of weights (see :mod:`comcat.fingerprint`) up to which they count as the same, and as a near relative.
+SAME, NEAR = 1e-5, 0.1
 
 
 @dataclass
@@ -25,7 +31,9 @@ class Calibration:
     """Second moments by site and name, the shape of the data there, and a sample of images for probing.
 
     ``moments[site][name]`` are float64 tensors on the CPU; :mod:`comcat.factors` documents the names. ``probes`` caches
-    measured sensitivities, so that a second plan from the same calibration costs nothing.
+    measured sensitivities, so that a second plan from the same calibration costs nothing. ``outputs`` is the kind of
+    the model's outputs (:data:`comcat.outputs.KINDS`) and ``weights`` the fingerprint of its weights; both are None in
+    files of earlier versions.
     """
 
     moments: dict[str, dict[str, Tensor]]
@@ -35,9 +43,15 @@ class Calibration:
     input_size: tuple[int, ...]  # (C, H, W)
     fisher: bool = False
     probes: dict[str, Any] = field(default_factory=dict)
+    outputs: str | None = None
+    weights: Fingerprint | None = None
 
-    def check(self, inventory: Inventory) -> None:
-        """Raise CalibrationError, naming the module, unless this belongs to a model with these sites."""
+    def check(self, inventory: Inventory, model: nn.Module | None = None) -> None:
+        """Raise CalibrationError, naming the module, unless this belongs to a model with these sites.
+
+        With ``model`` its weights count too. Warns where they differ by up to 10 % of their length in every layer (a
+        cast to half precision, a little fine-tuning), and refuses them beyond; :meth:`rebind` takes them all the same.
+        """
         for site in inventory.sites:
             moments = self.moments.get(site.name)
             if moments is None or site.name not in self.shapes:
@@ -56,10 +70,35 @@ class Calibration:
                 raise CalibrationError(
                     f"the calibration of '{site.name}' holds NaN or infinite values in '{damaged[0]}'; calibrate again"
                 )
+        if model is not None:
+            self._check_weights(self.distance(model, inventory))
+
+    def distance(self, model: nn.Module, inventory: Inventory) -> Distance:
+        """How far the weights of ``model`` are from those that were calibrated; 0 where that is not known."""
+        return distance(self.weights or {}, model, inventory)
+
+    def _check_weights(self, far: Distance) -> None:
+        if far.relative <= SAME:
+            return
+        text = f"the weights of the model differ from those that were calibrated by {100 * far.relative:.3g} % in "
+        text += f"'{far.layer}'"
+        if far.relative > NEAR:
+            raise CalibrationError(
+                f"{text}, where {100 * NEAR:.0f} % are allowed: the calibration was made for another model, or for "
+                "other weights. Calibrate this model; or call calibration.rebind(model) to use the statistics as they "
+                "are"
+            )
+        warnings.warn(f"{text}; its statistics are used all the same. Calibrate again if it was trained", stacklevel=4)
+
+    def rebind(self, model: nn.Module) -> None:
+        """Take these statistics for those of ``model``, whatever its weights are; measured probes are forgotten."""
+        self.weights = fingerprint(model)
+        self.probes.clear()
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically."""
         tensors = {f"{site}{_SEPARATOR}{name}": t for site, ms in self.moments.items() for name, t in ms.items()}
+        tensors |= {f"{_WEIGHTS}{_SEPARATOR}{name}": t for name, t in (self.weights or {}).items()}
         tensors["images"] = self.images
         meta = {
             "format": FORMAT,
@@ -68,6 +107,7 @@ class Calibration:
             "input_size": self.input_size,
             "fisher": self.fisher,
             "probes": self.probes,
+            "outputs": self.outputs,
         }
         with atomic_file(path) as file:
             file.write(tensor_bytes(tensors, {"comcat_calibration": json.dumps(meta)}))
@@ -96,6 +136,12 @@ class Calibration:
         for key, tensor in tensors.items():
             site, _, name = key.partition(_SEPARATOR)
             moments.setdefault(site, {})[name] = tensor
+        weights = moments.pop(_WEIGHTS, None)
+        kind = meta.get("outputs")
+        if any(t.shape != (BUCKETS + 1,) or t.dtype != torch.float64 for t in (weights or {}).values()) or (
+            kind is not None and kind not in KINDS
+        ):
+            raise CalibrationError(f"calibration '{path}' is damaged: its weights or outputs; calibrate again")
         try:
             return cls(
                 moments=moments,
@@ -105,6 +151,8 @@ class Calibration:
                 input_size=tuple(meta["input_size"]),
                 fisher=meta["fisher"],
                 probes=meta["probes"],
+                outputs=kind,
+                weights=weights,
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise CalibrationError(f"calibration '{path}' is damaged: {error}; calibrate again") from error

@@ -98,7 +98,7 @@ def compress_(
     plan.check(inventory)
     check_finite(model)
     if calibration is not None:
-        calibration.check(inventory)
+        calibration.check(inventory, model)
     size = tuple(calibration.input_size if calibration is not None else default_input_size(model))
     earlier: Compression | None = getattr(model, "comcat", None)
     source = earlier.source if earlier else describe(model)

@@ -1,4 +1,4 @@
-"""Accuracy, agreement and throughput of a classifier."""
+"""Accuracy, agreement and throughput of a model, whatever its outputs are."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import contextlib
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .errors import DataError, ModelError
+from .modes import evaluating, exclusive
+from .outputs import Outputs, divergence
 from .progress import Progress
+from .running import explained, images_of, labels_of
+from .scores import Score, check_labels
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,14 @@ class Evaluation:
     """What :func:`evaluate` measured.
 
     Attributes:
-        top1, top5: accuracy in percent; ``top5`` counts the best five outputs, or all where there are fewer.
-        loss: mean cross-entropy in nats.
+        top1, top5: accuracy in percent, of images or, for maps, of pixels; ``top5`` counts the best five outputs, or
+            all where there are fewer. NaN for outputs that are labels or values.
+        loss: mean cross-entropy in nats; mean squared error for values.
         images: number of images.
         images_per_second: speed of the model alone, without reading images; the first batch warms up and is
             left out where there are several.
+        outputs: the kind of the outputs, one of :data:`comcat.outputs.KINDS`.
+        metrics: what else belongs to the kind (see :class:`comcat.scores.Score`); empty for classes.
     """
 
     top1: float
@@ -34,9 +40,20 @@ class Evaluation:
     loss: float
     images: int
     images_per_second: float
+    outputs: str = "classes"
+    metrics: dict[str, float] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, float | int]:
-        return asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; of outputs that are no classes, their kind and their metrics instead of what they lack."""
+        found: dict[str, Any] = {"loss": self.loss, "images": self.images, "images_per_second": self.images_per_second}
+        if self.outputs in ("classes", "maps"):
+            found = {"top1": self.top1, "top5": self.top5, **found}
+        return found if self.outputs == "classes" else {**found, "outputs": self.outputs, "metrics": self.metrics}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Evaluation:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**{"top1": float("nan"), "top5": float("nan"), **data})
 
 
 @dataclass(frozen=True)
@@ -44,17 +61,29 @@ class Agreement:
     """How close a model stays to its reference.
 
     Attributes:
-        same: images on which both answer the same class, in percent.
-        kl: mean Kullback-Leibler divergence from the reference's prediction to the model's, in nats.
+        same: images on which both answer the same class, in percent; pixels of maps, single labels of labels; NaN for
+            values and features.
+        kl: mean Kullback-Leibler divergence from the reference's prediction to the model's, in nats; for values and
+            features the squared error over the reference's own variance.
         images: number of images.
+        outputs: the kind of the outputs.
+        cosine: mean cosine of both outputs, of features.
     """
 
     same: float
     kl: float
     images: int
+    outputs: str = "classes"
+    cosine: float | None = None
 
-    def to_dict(self) -> dict[str, float | int]:
-        return asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; of outputs that are no classes, their kind and the error instead of the divergence."""
+        if self.outputs == "classes":
+            return {"same": self.same, "kl": self.kl, "images": self.images}
+        if self.outputs in ("labels", "maps"):
+            return {"same": self.same, "kl": self.kl, "images": self.images, "outputs": self.outputs}
+        cosine = {"cosine": self.cosine} if self.outputs == "features" else {}
+        return {"relative_error": self.kl, **cosine, "images": self.images, "outputs": self.outputs}
 
 
 def evaluate(
@@ -64,54 +93,65 @@ def evaluate(
     device: torch.device | str | None = None,
     amp_dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    outputs: str | None = None,
 ) -> Evaluation:
-    """Classify every image of ``loader`` and compare with its label.
+    """Run every image of ``loader`` and compare with its label.
 
     Args:
-        model: maps (B, C, H, W) images to (B, classes) logits. Its mode is restored afterwards.
-        loader: batches of (images, labels).
+        model: maps (B, C, H, W) images to its outputs, e.g. (B, classes) logits. Its mode is restored afterwards.
+        loader: batches of (images, labels), or dictionaries with ``pixel_values`` and ``labels``.
         device: where to compute; the device of the model by default. The model is moved there, and back.
         amp_dtype: run under autocast in this type, e.g. ``torch.bfloat16``.
         progress: called as ``progress("evaluate", batches done, batches in all)``.
+        outputs: the kind of the outputs, one of :data:`comcat.outputs.KINDS`; by default as the model and its labels
+            have it: class numbers go with classes or maps, other labels with values.
 
     Raises:
-        ModelError: the logits are not finite, or not (B, classes).
+        ModelError: the outputs are not finite or of another kind, the model does not run on these images, or there is
+            no such device.
         DataError: there are no images, an image has no label, or a label that the model has no output for.
     """
-    correct1 = correct5 = images = timed = 0
-    loss = seconds = 0.0
+    images = timed = 0
+    seconds = 0.0
     total = _length(loader)
+    score: Score | None = None
     with _inference(model, device) as (device, dtype):
+        read = Outputs(model, outputs)
         for done, batch in enumerate(loader, start=1):
-            inputs, labels = _split(batch)
+            inputs, labels = images_of(batch, f"batch {done - 1}"), labels_of(batch)
             inputs, labels = inputs.to(device, dtype), labels.to(device)
+            if read.kind is None:
+                read.kind = _kind_by(labels)
             start = _now(device)
-            logits = _logits(model, inputs, amp_dtype)
+            output = _forward(model, inputs, amp_dtype, read)[0]
             elapsed = _now(device) - start
-            _check(logits, labels)
+            kind = str(read.kind)
+            labels = check_labels(kind, output, labels)
+            score = score or Score(kind)
             if done == 1 and total != 1:
                 warm_up = (elapsed, len(labels))
             else:
                 seconds, timed = seconds + elapsed, timed + len(labels)
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (batch, 5)
-            hits = best == labels[:, None]
-            correct1 += int(hits[:, 0].sum())
-            correct5 += int(hits.sum())
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            score.add(output, labels)
             images += len(labels)
             if progress:
                 progress("evaluate", done, total)
-    if not images:
+    if score is None:
         raise DataError("there are no images to evaluate on. Check the loader")
     if not timed:  # a loader of unknown length that held a single batch
         seconds, timed = warm_up
+    found = score.result()
+    shown = {name: found.pop(name, float("nan")) for name in ("top1", "top5", "loss")}
     return Evaluation(
-        top1=100 * correct1 / images,
-        top5=100 * correct5 / images,
-        loss=loss / images,
-        images=images,
-        images_per_second=timed / max(seconds, 1e-9),
+        **shown, images=images, images_per_second=timed / max(seconds, 1e-9), outputs=str(read.kind), metrics=found
     )
+
+
+def _kind_by(labels: torch.Tensor) -> str | None:
+    """Class numbers, one an image or a pixel, say what the outputs are; other labels leave it to the model."""
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        return None
+    return {1: "classes", 3: "maps"}.get(labels.ndim)
 
 
 def agreement(
@@ -121,35 +161,58 @@ def agreement(
     *,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
+    outputs: str | None = None,
 ) -> Agreement:
     """Compare the predictions of two models on the images of ``loader``; labels are not used.
 
+    Args:
+        outputs: the kind of both models' outputs; by default that of the reference.
+
     Raises:
-        ModelError: the logits of a model are not finite, or the models have different outputs.
+        ModelError: the outputs of a model are not finite, or the models have different outputs.
         DataError: there are no images.
     """
-    same = images = 0
-    kl = 0.0
+    same = kl = cosine = 0.0
+    images = 0
     total = _length(loader)
-    with _inference(model, device) as (device, dtype), _inference(reference, device) as (_, ref_dtype):
+    with (
+        exclusive(model, reference),
+        _inference(model, device) as (device, dtype),
+        _inference(reference, device) as (_, ref_dtype),
+    ):
+        read = Outputs(reference, outputs, unknown="classes")
         for done, batch in enumerate(loader, start=1):
-            inputs = (batch if isinstance(batch, torch.Tensor) else batch[0]).to(device)
-            ours = _logits(model, inputs.to(dtype), None)
-            theirs = _logits(reference, inputs.to(ref_dtype), None)
-            if ours.shape != theirs.shape:
+            inputs = images_of(batch, f"batch {done - 1}").to(device)
+            theirs = _forward(reference, inputs.to(ref_dtype), None, read)
+            ours = _forward(model, inputs.to(dtype), None, Outputs(model, read.kind))
+            if [t.shape for t in ours] != [t.shape for t in theirs]:
                 raise ModelError(
-                    f"the models have {ours.shape[-1]} and {theirs.shape[-1]} outputs. Compare models of the "
-                    "same classes"
+                    f"the models have {ours[0].shape[1:].numel()} and {theirs[0].shape[1:].numel()} outputs. Compare "
+                    "models of the same classes"
                 )
-            same += int((ours.argmax(1) == theirs.argmax(1)).sum())
-            p, q = theirs.log_softmax(1), ours.log_softmax(1)
-            kl += float(F.kl_div(q, p, log_target=True, reduction="sum"))
-            images += len(inputs)
+            kind, count = str(read.kind), len(inputs)
+            ours = tuple(t.to(r.dtype) for t, r in zip(ours, theirs, strict=True))
+            kl += count * divergence(kind, theirs, ours)
+            if read.per_class:
+                same += count * float((ours[0].argmax(1) == theirs[0].argmax(1)).double().mean())
+            elif kind == "labels":
+                same += count * float(((ours[0] > 0) == (theirs[0] > 0)).double().mean())
+            elif kind == "features":
+                rows = zip(ours, theirs, strict=True)
+                cosines = [torch.cosine_similarity(o.flatten(1), t.flatten(1)).mean() for o, t in rows]
+                cosine += count * float(torch.stack(cosines).mean())
+            images += count
             if progress:
                 progress("compare", done, total)
     if not images:
         raise DataError("there are no images to compare on. Check the loader")
-    return Agreement(same=100 * same / images, kl=kl / images, images=images)
+    return Agreement(
+        same=100 * same / images if read.per_class or kind == "labels" else float("nan"),
+        kl=kl / images,
+        images=images,
+        outputs=kind,
+        cosine=cosine / images if kind == "features" else None,
+    )
 
 
 def throughput(models: Sequence[nn.Module], images: torch.Tensor, seconds: float = 2.0) -> list[float]:
@@ -164,14 +227,15 @@ def throughput(models: Sequence[nn.Module], images: torch.Tensor, seconds: float
         The speed at the median time per batch, for each model.
     """
     times: list[list[float]] = [[] for _ in models]
-    with contextlib.ExitStack() as stack:
+    with exclusive(*models), contextlib.ExitStack() as stack:
         places = [stack.enter_context(_inference(model, None)) for model in models]
         begin = time.perf_counter()
         while len(times[0]) < 4 or time.perf_counter() - begin < seconds:
             for model, (device, dtype), spent in zip(models, places, times, strict=True):
                 batch = images.to(device, dtype)
                 start = _now(device)
-                model(batch)
+                with explained(batch):
+                    model(batch)
                 spent.append(_now(device) - start)
     return [len(images) / max(statistics.median(spent[1:]), 1e-9) for spent in times]
 
@@ -181,52 +245,34 @@ def _inference(model: nn.Module, device: torch.device | str | None) -> Iterator[
     """``model`` in evaluation mode on ``device``; every submodule's mode and the device are restored."""
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     home = first.device
-    device = torch.device(device) if device is not None else home
-    training = [m for m in model.modules() if m.training]
-    try:
-        model.eval().to(device)
-        # Not inference mode: what a model caches in it could never be trained with.
-        with torch.no_grad():
-            yield device, first.dtype
-    finally:
-        model.to(home)
-        for module in training:
-            module.training = True
+    with evaluating(model):
+        try:
+            target = torch.device(device) if device is not None else home
+            torch.empty(0, device=target)
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"there is no device {str(device)!r} here: {error}. Choose another device") from error
+        try:
+            with explained(torch.empty(0, device=target)):
+                model.to(target)
+            # Not inference mode: what a model caches in it could never be trained with.
+            with torch.no_grad():
+                yield target, first.dtype
+        finally:
+            model.to(home)
 
 
-def _logits(model: nn.Module, inputs: torch.Tensor, amp_dtype: torch.dtype | None) -> torch.Tensor:
-    """Logits in at least float32, checked for shape and NaN."""
-    with torch.autocast(inputs.device.type, amp_dtype, enabled=amp_dtype is not None):
-        logits = model(inputs)
-    if isinstance(logits, tuple):  # distilled models in training mode; here a host of its own
-        logits = logits[0]
-    if logits.ndim != 2 or not logits.shape[1]:
+def _forward(
+    model: nn.Module, inputs: torch.Tensor, amp_dtype: torch.dtype | None, read: Outputs
+) -> tuple[torch.Tensor, ...]:
+    """Outputs in at least float32, checked for kind and NaN."""
+    with explained(inputs), torch.autocast(inputs.device.type, amp_dtype, enabled=amp_dtype is not None):
+        found = read(model(inputs), len(inputs))
+    if not all(torch.isfinite(tensor).all() for tensor in found):
         raise ModelError(
-            f"the model returns a tensor of shape {tuple(logits.shape)}, not (batch, classes). Give it a classifier"
-        )
-    if not torch.isfinite(logits).all():
-        raise ModelError(
-            "the logits hold NaN or infinite values. Check the weights and the normalization of the images"
+            "the outputs hold NaN or infinite values. Check the weights and the normalization of the images"
             + (f", or compute in float32 instead of {amp_dtype}" if amp_dtype else "")
         )
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _check(logits: torch.Tensor, labels: torch.Tensor) -> None:
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0:
-        raise DataError("some images have no label (-1). Evaluate on a labelled split")
-    if high >= logits.shape[1]:
-        raise DataError(
-            f"the label {high} is none of the model's, which has {logits.shape[1]} outputs "
-            f"(0 to {logits.shape[1] - 1}). Use the data that the model was trained for"
-        )
-
-
-def _split(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], torch.Tensor):
-        return batch[0], batch[1]
-    raise DataError("evaluation needs batches of (images, labels). Give a loader that delivers both")
+    return found
 
 
 def _length(loader: Iterable[Any]) -> int | None:
@@ -237,6 +283,6 @@ def _length(loader: Iterable[Any]) -> int | None:
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
     return time.perf_counter()

@@ -2,30 +2,63 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+_free = threading.Condition()
+#: Which thread works with a module, and how many times over, by the module's id while it does.
+_busy: dict[int, tuple[int, int]] = {}
+
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module's own mode comes back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+def exclusive(*models: nn.Module) -> Iterator[None]:
+    """No other thread works with these models, or with a part of them, inside; it waits until they are free.
+
+    Around everything that hooks, freezes, swaps or switches the modes of a model. A thread may enter again. What is
+    to be used together is asked for together, so that two threads never wait for each other.
+    """
+    me = threading.get_ident()
+    # Held, so that no id is given to another module meanwhile.
+    modules = list({id(module): module for model in models for module in model.modules()}.values())
+    with _free:
+        _free.wait_for(lambda: all(_busy.get(id(module), (me, 0))[0] == me for module in modules))
+        for module in modules:
+            _busy[id(module)] = (me, _busy.get(id(module), (me, 0))[1] + 1)
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        with _free:
+            for module in modules:
+                left = _busy[id(module)][1] - 1
+                if left:
+                    _busy[id(module)] = (me, left)
+                else:
+                    del _busy[id(module)]
+            _free.notify_all()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, in this thread alone; every module's own mode comes back afterwards."""
+    with exclusive(model):
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no parameter gradients; both as before afterwards."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
     with evaluating(model):
+        wanted = [p for p in model.parameters() if p.requires_grad]
         for p in wanted:
             p.requires_grad_(False)
         try:
@@ -38,9 +71,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """``model`` on ``device``, and where it was before afterwards."""
-    home = next(model.parameters()).device
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to(home)
+    with exclusive(model):
+        home = next(model.parameters()).device
+        model.to(device)
+        try:
+            yield
+        finally:
+            model.to(home)

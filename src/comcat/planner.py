@@ -14,21 +14,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from .allocate import Options, allocate, out_of_reach, site_options
-from .calibration import Calibration
+from .calibration import SAME, Calibration
 from .cost import Cost, break_even, parts_cost, shown, site_cost
 from .curves import Curve, linear_size, probed_curve, spectrum_curve, uniform_curve
 from .errors import BudgetError, PlanError
 from .factors import SiteFactors, site_factors
 from .hosts import find_sites
 from .latency import LatencyTable
-from .modes import evaluating
+from .modes import evaluating, exclusive
 from .plan import Budget, Plan
 from .probe import Prober, levels, probe_images, probe_key
 from .profile import default_input_size, profile, site_shapes
 from .progress import Progress
+from .running import exact, still
 from .sites import PARTS, Choice, Inventory, Site, check_finite, check_parts, select_parts
 
 METHODS = ("uniform", "spectrum", "probe")
@@ -36,6 +37,8 @@ METHODS = ("uniform", "spectrum", "probe")
 FFN_FORMS = ("auto", "low-rank", "neurons")
 #: Parts whose widths count up to their full width; the others only up to break-even.
 WIDTHS = ("qk", "vo", "neurons")
+#: A divergence up to this is rounding.
+_NOTHING = 1e-12
 Curves = dict[str, dict[str, Curve]]
 Solution = tuple[dict[str, Choice], float]
 
@@ -83,7 +86,8 @@ def plan(
     if method == "probe" and (calibration is None or not len(calibration.images)):
         raise PlanError("method 'probe' measures on images: give a calibration made with probe_images > 0")
     multiple = default_multiple(budget) if rank_multiple is None else rank_multiple
-    return Planner(model, budget, calibration, method, parts, multiple, input_size, progress, latency, ffn).plan()
+    with exclusive(model), exact(next(model.parameters()).device), still(model):
+        return Planner(model, budget, calibration, method, parts, multiple, input_size, progress, latency, ffn).plan()
 
 
 def default_multiple(budget: Budget) -> int:
@@ -112,7 +116,8 @@ def check_budget(
         parts = [part for part in parts if part != "head"]
     # Whether there will be images to refit neurons on is not known here, so both forms of the FFN count.
     multiple = default_multiple(budget) if rank_multiple is None else rank_multiple
-    Planner(model, budget, None, "probe", parts, multiple, input_size, None, latency).refuse_unreachable()
+    with exclusive(model):
+        Planner(model, budget, None, "probe", parts, multiple, input_size, None, latency).refuse_unreachable()
 
 
 class Planner:
@@ -157,7 +162,7 @@ class Planner:
         inventory = find_sites(model)
         check_finite(model)
         if calibration is not None:
-            calibration.check(inventory)
+            calibration.check(inventory, model)
         size = tuple(input_size or (calibration.input_size if calibration else default_input_size(model)))
         self.shapes = (
             calibration.shapes
@@ -173,7 +178,6 @@ class Planner:
         if not sites:
             raise PlanError(f"no layer of this model has a part among {', '.join(parts)}")
         self.inventory = Inventory(sites, inventory.dense)
-        self.classifier = any(s.kind == "head" for s in inventory.sites)
         moments = calibration.to(next(model.parameters()).device).moments if calibration else {}
         self.factors: dict[str, SiteFactors[Any]] = {s.name: site_factors(s, moments.get(s.name)) for s in sites}
         whole = self.dense[budget.unit]
@@ -195,6 +199,7 @@ class Planner:
         self.refuse_unreachable()
         if self.method == "probe":
             return self._probed()
+        self._refuse_zero_gradients()
         curves = {s.name: self._unmeasured(s) for s in self.inventory.sites}
         return self.as_plan(self.solve(curves))
 
@@ -268,7 +273,7 @@ class Planner:
         assert self.calibration is not None
         images = probe_images(self.calibration, self.dense["macs"])
         with evaluating(self.model):
-            prober = Prober(self.model, images, self.classifier)
+            prober = self.prober(images)
             prober.record(self.inventory)
             curves = self._measure(prober, len(images))
             choices, loss = self.solve(curves)
@@ -276,10 +281,17 @@ class Planner:
             divergence = prober.measure_all({name: module for new in swaps for name, module in new.items()})
         return self.as_plan((choices, loss), divergence=divergence)
 
+    def prober(self, images: Tensor) -> Prober:
+        """Of the dense model; outputs as in the calibration."""
+        return Prober(self.model, images, self.calibration.outputs if self.calibration is not None else None)
+
     def _measure(self, prober: Prober, images: int) -> Curves:
         """One curve per part from a few measured levels; what the calibration already knows is not measured again."""
         assert self.calibration is not None
-        known = self.calibration.probes.setdefault(f"n={images}", {})
+        known: dict[str, float] = {}
+        if self.calibration.distance(self.model, self.inventory).relative <= SAME:  # they are probes of this model
+            kind = "" if prober.outputs.per_class else f",{prober.outputs.kind}"
+            known = self.calibration.probes.setdefault(f"n={images}{kind}", {})
         work = [
             (site, part, width)
             for site in self.inventory.sites
@@ -295,7 +307,36 @@ class Planner:
             measured.setdefault((site.name, part), {})[width] = known[key]
             if self.progress:
                 self.progress("probe", done + 1, len(work))
+        self._refuse_flat([known[probe_key(*one)] for one in work], str(prober.outputs.kind))
         curves: Curves = {site.name: {} for site in self.inventory.sites}
         for (name, part), points in measured.items():
             curves[name][part] = probed_curve(self.factors[name], part, points)
         return curves
+
+    # -- measures that tell nothing --------------------------------------------------------------------------------
+
+    def _refuse_zero_gradients(self) -> None:
+        if self.method != "spectrum" or self.calibration is None or not self.calibration.fisher:
+            return
+        gradients = [
+            moment
+            for site in self.inventory.sites
+            for name, moment in self.calibration.moments[site.name].items()
+            if name.endswith("grad") or name.startswith("qk_")
+        ]
+        if not any(bool(moment.any()) for moment in gradients):
+            raise PlanError(
+                "every gradient of the calibration is zero, so no layer can be told from another: the outputs, taken "
+                f"for {self.calibration.outputs or 'classes'}, do not depend on the images. Calibrate again with the "
+                "right outputs=, or choose the method 'uniform'"
+            )
+
+    def _refuse_flat(self, measured: list[float], kind: str) -> None:
+        bad = [value for value in measured if not np.isfinite(value)]
+        if not measured or (not bad and max(measured) > _NOTHING):
+            return
+        what = "not finite" if bad else "zero at every cut"
+        raise PlanError(
+            f"the measured divergence is {what}, so no layer can be told from another: outputs that are {kind} do not "
+            "change with the weights. Calibrate again with the right outputs=, or choose the method 'uniform'"
+        )

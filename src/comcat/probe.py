@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .calibration import Calibration
+from .errors import ModelError
 from .factors import SiteFactors
+from .outputs import Outputs, divergence
+from .running import explained
 from .sites import Choice, Inventory, Site
 
 
@@ -58,36 +60,35 @@ class Prober:
     Args:
         model: the model to change; it is used in evaluation mode and left as it was.
         images: (n, C, H, W) sample; batch_size: how many at a time.
-        classifier: whether the outputs are logits, compared by KL divergence (nats per image); other outputs are
-            compared by squared error relative to their variance.
+        kind: of the outputs, which says how they are compared (see :mod:`comcat.outputs`); None infers it.
+
+    Attributes:
+        reference: the dense outputs, tensors (n, ...).
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, classifier: bool, batch_size: int = 64) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, kind: str | None = None, batch_size: int = 64) -> None:
         parameter = next(model.parameters())
         self.model = model
-        self.classifier = classifier
+        self.outputs = Outputs(model, kind)
         self.batches = images.to(parameter.device, parameter.dtype).split(batch_size)
         self.blocks: list[str] = []
         self.recorded: dict[str, list[Tensor]] = {}
         self.reference = self._outputs()
 
     @torch.no_grad()
-    def _outputs(self, replay: _Replay | None = None, recorded: list[Tensor] | None = None) -> Tensor:
+    def _outputs(self, replay: _Replay | None = None, recorded: list[Any] | None = None) -> tuple[Tensor, ...]:
         outputs = []
         for i, batch in enumerate(self.batches):
             if replay is not None and recorded is not None:
                 replay.output = recorded[i]
-            out = self.model(batch)
-            outputs.append((torch.stack(list(out)).mean(0) if isinstance(out, (tuple, list)) else out).float())
-        return torch.cat(outputs)
+            with explained(batch):
+                outputs.append(self.outputs(self.model(batch), len(batch)))
+        return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
-    def divergence(self, outputs: Tensor) -> float:
-        """Mean over the images of KL(dense || changed), or the relative squared error."""
-        if self.classifier:
-            dense, changed = self.reference.log_softmax(-1), outputs.log_softmax(-1)
-            return float(F.kl_div(changed, dense, log_target=True, reduction="batchmean").clamp_min(0))
-        spread = self.reference - self.reference.mean(0)
-        return float((outputs - self.reference).square().sum() / spread.square().sum().clamp_min(1e-30))
+    def divergence(self, outputs: tuple[Tensor, ...]) -> float:
+        """How far ``outputs`` are from the dense ones, in the unit of their kind."""
+        assert self.outputs.kind is not None
+        return divergence(self.outputs.kind, self.reference, outputs)
 
     def record(self, inventory: Inventory) -> None:
         """Record the outputs of the dense blocks for replay.
@@ -112,10 +113,17 @@ class Prober:
         whole = [n for n in candidates if len(recorded[n]) == len(self.batches)]
         if len(whole) == len(candidates) and all(isinstance(o, Tensor) for n in whole for o in recorded[n]):
             self.blocks, self.recorded = whole, recorded
-            if any(not torch.equal(self._replayed(i), outputs) for i in range(len(whole))):
+            if not all(self._exact(i, outputs) for i in range(len(whole))):
                 self.blocks, self.recorded = [], {}
 
-    def _replayed(self, last: int) -> Tensor:
+    def _exact(self, last: int, outputs: tuple[Tensor, ...]) -> bool:
+        try:
+            replayed = self._replayed(last)
+        except ModelError:  # what skipped blocks pass on has another shape than what they would return
+            return False
+        return all(torch.equal(ours, theirs) for ours, theirs in zip(replayed, outputs, strict=True))
+
+    def _replayed(self, last: int) -> tuple[Tensor, ...]:
         """Outputs when the blocks up to and including ``last`` are replayed."""
         replay = _Replay()
         stand_ins: dict[str, nn.Module] = {name: _Skip() for name in self.blocks[:last]}

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .cost import Shape
 from .errors import ModelError
 from .modes import evaluating, frozen
+from .running import explained
 from .sites import Inventory
 
 
@@ -40,13 +41,30 @@ class Profile:
 
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W) that the model was built for: its patch embedding's size, else that of its data config."""
-    config = getattr(model, "pretrained_cfg", None)
-    size = tuple(config["input_size"]) if isinstance(config, dict) and config.get("input_size") else (3, 224, 224)
-    embed = getattr(model, "patch_embed", None)
-    grid = getattr(embed, "img_size", None)
-    channels = getattr(getattr(embed, "proj", None), "in_channels", size[0])
-    return (channels, *(grid if grid is not None else size[1:]))
+    """(C, H, W) that the model was built for.
+
+    From the first module of it, the outermost first, that says so: the size of its patch embedding, its
+    ``config.image_size`` (Transformers) or its ``pretrained_cfg`` (timm); (3, 224, 224) where none does.
+    """
+    for module in model.modules():
+        embed = getattr(module, "patch_embed", None)
+        grid = getattr(embed, "img_size", None)
+        config = getattr(module, "pretrained_cfg", None)
+        listed = _sizes(config.get("input_size")) if isinstance(config, dict) else ()
+        pixels = _sizes(getattr(getattr(module, "config", None), "image_size", None))
+        channels = getattr(getattr(embed, "proj", None), "in_channels", None)
+        channels = channels or getattr(getattr(module, "config", None), "num_channels", None)
+        channels = channels or (listed[0] if len(listed) == 3 else 3)
+        for size in (_sizes(grid), pixels, listed[-2:]):
+            if len(size) in (1, 2):
+                return (channels, size[0], size[-1])
+    return (3, 224, 224)
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    """Pixels from a number, a pair or a triple; empty for anything else."""
+    found = value if isinstance(value, (tuple, list)) else (value,)
+    return tuple(found) if all(type(n) is int and n > 0 for n in found) else ()
 
 
 def profile(model: nn.Module, input_size: Sequence[int] | None = None) -> Profile:
@@ -65,11 +83,8 @@ def profile(model: nn.Module, input_size: Sequence[int] | None = None) -> Profil
         raise ModelError(f"{type(model).__name__} has no parameters to count")
     image = torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype)
     counter = FlopCounterMode(display=False)
-    try:
-        with frozen(model), counter, torch.no_grad():  # the counter trips over leaves passed as inputs
-            model(image)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"the model does not run on an input of size {size}: {error}") from error
+    with explained(image), frozen(model), counter, torch.no_grad():  # the counter trips over leaves passed as inputs
+        model(image)
     counts = {name.partition(".")[2]: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
     modules = {
         name: ModuleCost(sum(p.numel() for p in module.parameters()), counts.get(name, 0))
@@ -103,11 +118,10 @@ def site_shapes(model: nn.Module, inventory: Inventory, input_size: Sequence[int
     first = [(site.name, next(iter(site.linears.values()))) for site in inventory.sites]
     handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in first]
     parameter = next(model.parameters())
+    image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     try:
-        with evaluating(model), torch.no_grad():
-            model(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"the model does not run on an input of size {tuple(input_size)}: {error}") from error
+        with explained(image), evaluating(model), torch.no_grad():
+            model(image)
     finally:
         for handle in handles:
             handle.remove()

@@ -44,7 +44,7 @@ def spectra(model: nn.Module, calibration: Calibration | None = None) -> list[Sp
     inventory = find_sites(model)
     check_finite(model)
     if calibration is not None:
-        calibration.check(inventory)
+        calibration.check(inventory, model)
     found = []
     for site in inventory.sites:
         factors = site_factors(site, calibration.moments[site.name] if calibration else None)

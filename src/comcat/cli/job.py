@@ -102,7 +102,7 @@ class Job:
         path = self.settings.calibration_file
         if path is not None and path.is_file():
             self.calibration = Calibration.load(path)
-            self.calibration.check(inventory)
+            self.calibration.check(inventory, self.model)
             self._check_calibration(self.calibration, path)
 
     def _check_budget(self) -> None:

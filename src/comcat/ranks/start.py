@@ -11,7 +11,7 @@ from ..latency import LatencyTable
 from ..modes import evaluating
 from ..plan import Budget, Plan
 from ..planner import Planner, default_method, default_multiple, plan
-from ..probe import Prober, probe_images
+from ..probe import probe_images
 from ..progress import Progress
 from ..sites import PARTS
 
@@ -46,7 +46,7 @@ def best_training_free(
         for name, module in planner.factors[site.name].build(first.layers.get(site.name, {})).items()
     }
     with evaluating(model):
-        prober = Prober(model, probe_images(calibration, planner.dense["macs"]), planner.classifier)
+        prober = planner.prober(probe_images(calibration, planner.dense["macs"]))
         divergence = prober.measure_all(modules)
     first.estimate["divergence"] = divergence
     return first if divergence <= probed.estimate["divergence"] else probed

@@ -41,7 +41,7 @@ class Milestone:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Milestone:
-        return cls(data["step"], data["epoch"], Evaluation(**data["evaluation"]))
+        return cls(data["step"], data["epoch"], Evaluation.from_dict(data["evaluation"]))
 
 
 class Run:
