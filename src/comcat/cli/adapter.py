@@ -34,11 +34,13 @@ LoraRank = Annotated[int | None, opt.Option("--lora-rank", min=1, help="Cut the 
 @command
 def info(file: File, json_output: opt.Json = False) -> None:
     """What an adapter file holds, without its base model."""
+    from ..customize.contents import check_contents
     from ..customize.formats import read_adapter
     from ..report.format import count, size
 
     screen = Screen(json_output)
     header, tensors = read_adapter(file)
+    check_contents(header, tensors, file)
     parameters = sum(t.numel() for t in tensors.values())
     document = {**asdict(header), "bytes": file.stat().st_size, "parameters": parameters}
     for line in _lines(header, f"{size(file.stat().st_size)}, {count(parameters)} parameters"):

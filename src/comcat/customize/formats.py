@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from ..added import AddedLayer, held
 from ..errors import CheckpointError, ModelError
-from ..files import atomic_file, tensor_bytes
+from ..files import atomic_file
 from ..hosts.seam import Site
 from ..reader import read_tensors
 from ..wording import some
 from . import adapter as adapters_
 from .adapter import Adapter
 from .components import DENOISERS, components, denoiser, find_sites, fingerprint, text_encoders
+from .contents import check_checksum, not_finite, pack
 from .header import KEY, STORAGES, Entry, Header, Part, Storage
 from .tokens import Token, check_new
 
@@ -64,13 +65,7 @@ def write_adapter(handle: Adapter, path: Path, storage: Storage = "float32") -> 
     if storage not in STORAGES:
         raise CheckpointError(f"storage is {storage!r}; choose one of {', '.join(STORAGES)}")
     stored = encode(handle.state_dict(), storage)
-    bad = _not_finite(stored)
-    if bad:
-        raise CheckpointError(
-            f"adapter {handle.name!r} has NaN or infinite values in {some(bad)}, or values too large for {storage}; "
-            "nothing was written"
-        )
-    content = tensor_bytes(stored, {KEY: header(handle, storage).to_json()})
+    content = pack(header(handle, storage), stored)
     with atomic_file(path) as file:
         file.write(content)
     return path
@@ -146,15 +141,12 @@ def read_adapter(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
             else f"'{path}' is no adapter of comcat: its metadata lack the entry '{KEY}'"
         )
     found = Header.from_json(metadata[KEY], path)
+    check_checksum(metadata, tensors, path)
     _check_stored(tensors, path)
-    bad = _not_finite(tensors)
+    bad = not_finite(tensors)
     if bad:
         raise CheckpointError(f"'{path}' holds NaN or infinite values in {some(bad)}; use an intact file")
     return found, decode(tensors)
-
-
-def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    return [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
 
 
 def _check_stored(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -86,7 +86,7 @@ class Header:
                 raise CheckpointError(f"'{path}' is stored as {header.storage!r}, which is not known; upgrade comcat")
             header._check()
             return header
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ModelError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, ModelError) as error:
             raise CheckpointError(f"the metadata of '{path}' is damaged: {error!r}") from error
 
     def _check(self) -> None:
@@ -103,7 +103,10 @@ class Header:
             "comcat": isinstance(self.comcat, str),
             "model": all(isinstance(part.model, str) and isinstance(part.fingerprint, str) for part in parts),
             "rank": all(_is_int(entry.rank) and isinstance(entry.signature, str) for entry in entries),
-            "biases": all(isinstance(entry.biases, list) for entry in entries),
+            "biases": all(
+                isinstance(entry.biases, list) and all(isinstance(name, str) for name in entry.biases)
+                for entry in entries
+            ),
         }
         wrong = [name for name, right in checks.items() if not right]
         if wrong:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..files import atomic_file, tensor_bytes
+from ..files import atomic_file
 from ..reader import read_tensors
 from .adapter import check_scale
+from .contents import check_contents, pack
 from .formats import encode, read_adapter
 from .header import KEY, Storage
 
@@ -20,7 +21,8 @@ def is_adapter(path: str | Path) -> bool:
 def restore_adapter(path: str | Path, out: str | Path, storage: Storage, scale: float | None = None) -> None:
     """Write the same adapter with other numbers: float32, float16, bfloat16 or int8, perhaps at another strength."""
     header, tensors = read_adapter(path)
+    check_contents(header, tensors, Path(path))
     header = replace(header, storage=storage, scale=header.scale if scale is None else check_scale(scale))
-    content = tensor_bytes(encode(tensors, storage), {KEY: header.to_json()})
+    content = pack(header, encode(tensors, storage))
     with atomic_file(out) as file:
         file.write(content)
