@@ -342,7 +342,7 @@ def test_unreadable_plan_files_are_refused(tmp_path: Any) -> None:
         ({"blocks.0.attn": {"vo": "all"}}, r"vo is 'all', but must be an integer"),
         ({"blocks.0.attn": {"rank": 3}}, r"'blocks\.0\.attn': unknown part 'rank'; possible are qk, vo"),
         ({"blocks.1.mlp": {"neurons": 18}}, r"'blocks\.1\.mlp': neurons is 18, but must be .* from 1 to 17"),
-        ({"blocks.1.mlp": {"neurons": 3, "fc1": 2}}, r"'blocks\.1\.mlp': give either 'neurons' or"),
+        ({"blocks.1.mlp": {"neurons": 3, "fc1": 4}}, r"'blocks\.1\.mlp': fc1 is 4, but must be .* from 1 to 3"),
         ({"head": {"fc1": 2}}, "'head': unknown part 'fc1'; possible are rank"),
         ({"head": {"rank": 12}}, "'head': rank is 12, but must be an integer from 1 to 11"),
     ],

@@ -49,6 +49,7 @@ PUBLIC = [
     "measure_latency",
     "plan",
     "profile",
+    "restore_",
     "save",
     "search",
     "spectra",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .calibrate import calibrate
     from .calibration import Calibration
     from .checkpoint import load, save
-    from .compress import LayerReport, Report, compress, compress_
+    from .compress import LayerReport, Report, compress, compress_, restore_
     from .evaluate import Agreement, Evaluation, agreement, evaluate, throughput
     from .finetune import FinetuneConfig, FinetuneResult, finetune
     from .latency import LatencyTable
@@ -72,6 +72,7 @@ __all__ = [
     "measure_latency",
     "plan",
     "profile",
+    "restore_",
     "save",
     "search",
     "spectra",

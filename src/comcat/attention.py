@@ -10,7 +10,10 @@ head width: the scores are approximated, so their temperature must stay. Source:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,8 +47,28 @@ def attend(
     return out[..., :r_vo] if r_vo < r_qk else out
 
 
+def masked(scores: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """Scores (batch, heads, tokens, tokens) under a boolean or additive mask, as fused attention takes it."""
+    if is_causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        return scores.masked_fill(future, float("-inf"))
+    if attn_mask is None:
+        return scores
+    if attn_mask.dtype == torch.bool:
+        return scores.masked_fill(~attn_mask, float("-inf"))
+    return scores + attn_mask
+
+
+# Both look at what they are given (widths, masks), which a symbolic trace does not know: one node each in its graph.
+torch.fx.wrap("attend")
+torch.fx.wrap("masked")
+
+
 class LowRankAttention(nn.Module):
     """Self-attention with per-head ranks, a stand-in for timm's ``Attention`` with the same call.
+
+    With ``fused_attn = False`` the attention map exists, as in timm: it comes from ``softmax`` and passes the module
+    ``attn_drop``, whose hooks see it.
 
     Args:
         dim: input width D.
@@ -57,6 +80,8 @@ class LowRankAttention(nn.Module):
         dim_out: output width, default ``dim``.
         q_norm, k_norm: normalization of queries and keys; only with ``qk_rank == head_dim``.
         norm, gate: normalization and gating between attention and output; only with ``vo_rank == head_dim``.
+        attn_drop, proj_drop: dropout rates, or the modules of the original layer, which then keep their hooks.
+        fused_attn: one fused call, or the attention map by itself.
     """
 
     def __init__(
@@ -70,12 +95,13 @@ class LowRankAttention(nn.Module):
         dim_out: int | None = None,
         qkv_bias: bool = True,
         proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
+        attn_drop: float | nn.Module = 0.0,
+        proj_drop: float | nn.Module = 0.0,
         q_norm: nn.Module | None = None,
         k_norm: nn.Module | None = None,
         norm: nn.Module | None = None,
         gate: nn.Module | None = None,
+        fused_attn: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -88,13 +114,14 @@ class LowRankAttention(nn.Module):
         self.scale = scale
         width = num_heads * (2 * qk_rank + vo_rank)
         self.qkv = nn.Linear(dim, width, bias=qkv_bias, device=device, dtype=dtype)
-        self.q_norm = q_norm or nn.Identity()
-        self.k_norm = k_norm or nn.Identity()
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.norm = norm or nn.Identity()
+        self.q_norm = nn.Identity() if q_norm is None else q_norm
+        self.k_norm = nn.Identity() if k_norm is None else k_norm
+        self.attn_drop = attn_drop if isinstance(attn_drop, nn.Module) else nn.Dropout(attn_drop)
+        self.norm = nn.Identity() if norm is None else norm
         self.gate = gate
         self.proj = nn.Linear(num_heads * vo_rank, dim_out or dim, bias=proj_bias, device=device, dtype=dtype)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = proj_drop if isinstance(proj_drop, nn.Module) else nn.Dropout(proj_drop)
+        self.fused_attn = fused_attn
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(batch, tokens, D) to (batch, tokens, D_out); ``attn_mask`` boolean or additive, as timm passes it."""
@@ -102,19 +129,20 @@ class LowRankAttention(nn.Module):
             [self.num_heads * self.qk_rank, self.num_heads * self.qk_rank, self.num_heads * self.vo_rank], -1
         )
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        z = attend(
-            self.q_norm(q),
-            self.k_norm(k),
-            v,
-            self.scale,
-            attn_mask,
-            self.attn_drop.p if self.training else 0.0,
-            is_causal,
-        )
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.fused_attn:
+            dropout: Any = self.attn_drop.p if self.training else 0.0
+            z = attend(q, k, v, self.scale, attn_mask, dropout, is_causal)
+        else:
+            attn = masked((q * self.scale) @ k.transpose(-2, -1), attn_mask, is_causal)
+            z = self.attn_drop(self._softmax(attn)) @ v
         z = self.norm(z.transpose(1, 2).flatten(2))
         if self.gate is not None:
             z = z * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(z))
+
+    def _softmax(self, attn: Tensor) -> Tensor:
+        return attn.softmax(dim=-1)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, qk_rank={self.qk_rank}, vo_rank={self.vo_rank}"

@@ -23,6 +23,7 @@ from .fingerprint import fingerprint
 from .hosts import find_sites
 from .modes import exclusive, frozen
 from .outputs import Draw, Outputs
+from .plain import check_plain
 from .progress import Progress
 from .running import exact, explained, images_of, wide
 from .sites import AttentionSite, FFNSite, Site, check_finite
@@ -216,6 +217,7 @@ def calibrate(
         CalibrationError: no images, images of differing sizes, or non-finite images or activations.
         ModelError: nothing to compress, non-finite weights, or outputs that comcat cannot read.
     """
+    check_plain(model)
     with exclusive(model):
         return _calibrate(model, batches, fisher, probe_images, seed, progress, outputs)
 

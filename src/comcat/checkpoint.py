@@ -22,6 +22,7 @@ from .errors import CheckpointError, ModelError, PlanError
 from .files import CONFIG_NAME, atomic_directory, tensor_bytes
 from .hosts import find_sites
 from .modes import evaluating
+from .plain import check_plain
 from .plan import Plan
 from .profile import default_input_size
 from .skeleton import empty_modules
@@ -49,6 +50,7 @@ def save(
     Raises:
         CheckpointError: the directory is in use, the disk is full, or the architecture cannot be rebuilt.
     """
+    check_plain(model)
     made = getattr(model, "comcat", None)
     plan, report, source = (made.plan, made.report, made.source) if made else (Plan({}), None, describe(model))
     if source is None:

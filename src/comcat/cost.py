@@ -41,7 +41,8 @@ def attention_cost(site: AttentionSite, qk: Any, vo: Any, shape: Shape) -> Cost:
     params = D * inner + H * vo * D_out
     params = params + (inner if site.qkv.bias is not None else 0)
     params = params + (D_out if site.proj.bias is not None else np.where(vo < d, D_out, 0))
-    macs = shape.tokens * (D * inner + H * vo * D_out + 2 * shape.sequence * H * np.maximum(qk, vo))
+    products = 2 * np.maximum(qk, vo) if site.fused else qk + vo
+    macs = shape.tokens * (D * inner + H * vo * D_out + shape.sequence * H * products)
     return Cost(params, macs)
 
 
@@ -81,7 +82,16 @@ def site_cost(site: Site, choice: Choice, shape: Shape) -> Cost:
         cost = attention_cost(site, choice.get("qk", d), choice.get("vo", d), shape)
         return Cost(int(cost.params), int(cost.macs))
     if isinstance(site, FFNSite) and "neurons" in choice:
-        return neurons_cost(site, choice["neurons"], shape.tokens)
+        total, width = neurons_cost(site, choice["neurons"], shape.tokens), choice["neurons"]
+        sizes = {
+            "fc1": (site.fc1.in_features, width, site.fc1.bias is not None),
+            "fc2": (width, site.fc2.out_features, True),
+        }
+        for fc, (inner, outer, bias) in sizes.items():
+            if fc in choice:
+                low = low_rank_cost(inner, outer, choice[fc], shape.tokens)
+                total = total + low - linear_cost(inner, outer, bias, shape.tokens)
+        return total
     total = Cost(0, 0)
     for part, linear in site.linears.items():
         rank = choice.get("rank" if part == "linear" else part)

@@ -19,7 +19,7 @@ from . import factorize
 from .factorize import NeuronOrder, Projection, QKFactors
 from .heads import HeadWeights, as_parameter, flatten_heads, zeros_like_bias
 from .linear import LowRankLinear
-from .sites import AttentionSite, Choice, FFNSite, HeadSite, Site
+from .sites import AttentionSite, Choice, FFNSite, HeadSite, Site, check_choice
 from .skeleton import empty_modules
 
 Moments = Mapping[str, Tensor]
@@ -54,6 +54,16 @@ class SiteFactors(ABC, Generic[SiteT]):
             errors = self.errors(part)
             total += float(errors[rank] / errors[0].clamp_min(1e-300))
         return total
+
+    def ridge(self, choice: Choice) -> float | None:
+        """The largest relative ridge that the moments behind ``choice`` need; None without moments."""
+        if not self.moments:
+            return None
+        return max(factorize.ridge_used(moment) for moment in self._moments_of(choice))
+
+    @abstractmethod
+    def _moments_of(self, choice: Choice) -> list[Tensor]:
+        """The second moments from which the parts of ``choice`` are factored."""
 
 
 class AttentionFactors(SiteFactors[AttentionSite]):
@@ -91,6 +101,10 @@ class AttentionFactors(SiteFactors[AttentionSite]):
         H, d = self.site.num_heads, self.site.head_dim
         blocks = self.moments["z"].view(H, d, H, d)
         return torch.stack([blocks[h, :, h] for h in range(H)])
+
+    def _moments_of(self, choice: Choice) -> list[Tensor]:
+        products = [self.moments["q"], self.moments["k"]] if "qk" in choice else []
+        return [*products, self._value_moments] if "vo" in choice else products
 
     def energy(self, part: str) -> Tensor:
         # Heads of one layer share a rank: a component of the layer is one component of every head.
@@ -216,21 +230,43 @@ class FFNFactors(SiteFactors[FFNSite]):
             return self.moments["h"]
         return torch.diag(self.site.fc1.weight.detach().double().square().sum(-1))
 
+    def _moments_of(self, choice: Choice) -> list[Tensor]:
+        return [self.moments["x" if part == "fc1" else "h"] for part in choice]
+
     def energy(self, part: str) -> Tensor:
         if part == "neurons":
             return -self.neurons.errors.diff()
         return self.projection(part).gains
 
     def build(self, choice: Choice) -> dict[str, nn.Module]:
-        new = empty_modules(self.site, choice)
         if "neurons" in choice:
-            self._fill_neurons(choice["neurons"], *new.values())
-            return new
+            check_choice(self.site, choice)
+            return self._narrowed(choice)
+        new = empty_modules(self.site, choice)
         for part, mean in (("fc1", "x_mean"), ("fc2", "h_mean")):
             if part in choice:
                 small, linear = new[f"{self.site.name}.{part}"], self.site.linears[part]
                 _fill_linear(small, linear, self.projection(part), self.moments.get(mean))
         return new
+
+    def _narrowed(self, choice: Choice) -> dict[str, nn.Module]:
+        """Fewer neurons; ranks that are asked for too are those of the narrowed matrices."""
+        linears = empty_modules(self.site, {"neurons": choice["neurons"]})
+        self._fill_neurons(choice["neurons"], *linears.values())
+        ranks = {part: rank for part, rank in choice.items() if part != "neurons"}
+        if not ranks:
+            return linears
+        keep = self.neurons.order[: choice["neurons"]].sort().values
+        axes = {"h": 2, "h_mean": 1, "fc1_grad": 2}  # of the moments that are about hidden units
+        moments = {
+            name: (m[keep][:, keep] if axes[name] == 2 else m[keep]) if name in axes else m
+            for name, m in self.moments.items()
+        }
+        fc1, fc2 = linears.values()
+        assert isinstance(fc1, nn.Linear)
+        assert isinstance(fc2, nn.Linear)
+        low = FFNFactors(FFNSite(self.site.name, self.site.module, fc1, fc2), moments).build(ranks)
+        return {**linears, **low}
 
     def _fill_neurons(self, count: int, new1: Any, new2: Any) -> None:
         fc1, fc2 = self.site.fc1, self.site.fc2
@@ -254,6 +290,9 @@ class HeadFactors(SiteFactors[HeadSite]):
     @cached_property
     def projection(self) -> Projection:
         return _linear_projection(self.site.module, self.moments.get("x"), self.moments.get("grad"))
+
+    def _moments_of(self, choice: Choice) -> list[Tensor]:
+        return [self.moments["x"]]
 
     def energy(self, part: str) -> Tensor:
         return self.projection.gains

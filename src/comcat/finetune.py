@@ -20,6 +20,7 @@ from torch import nn
 
 from .evaluate import Evaluation
 from .modes import frozen, placed
+from .plain import check_plain
 from .progress import Progress
 from .training.checks import check_batches, check_models, check_same, digest
 from .training.config import FinetuneConfig
@@ -102,6 +103,7 @@ def finetune(
         CheckpointError: a checkpoint cannot be written.
     """
     config = config or FinetuneConfig()
+    check_plain(student)
     begin = time.perf_counter()
     notes: list[str] = []
 

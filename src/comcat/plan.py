@@ -14,11 +14,12 @@ from .cost import shown
 from .errors import BudgetError, PlanError
 from .files import atomic_file
 from .hosts import find_sites
+from .plain import check_plain
 from .sites import Choice, FFNSite, Inventory, check_choice
 
 FORMAT = 1
 UNITS = ("params", "macs", "latency")
-_FIELDS = {"comcat_plan", "method", "budget", "layers", "estimate"}
+_FIELDS = {"comcat_plan", "method", "budget", "layers", "estimate", "input_size"}
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,22 @@ class Plan:
     """Widths by module name; what is not listed stays dense.
 
     ``layers`` maps e.g. ``"blocks.0.attn"`` to ``{"qk": 24, "vo": 20}``, ``"blocks.0.mlp"`` to ``{"neurons": 300}``
-    or ``{"fc1": 40, "fc2": 50}``, ``"head"`` to ``{"rank": 8}``. ``estimate`` holds what the planner expected.
+    or ``{"fc1": 40, "fc2": 50}``, ``"head"`` to ``{"rank": 8}``. ``estimate`` holds what the planner expected,
+    with MACs at ``input_size`` (C, H, W); None where that is not known.
     """
 
     layers: dict[str, Choice]
     method: str = "manual"
     budget: dict[str, Any] | None = None
     estimate: dict[str, float] = field(default_factory=dict)
+    input_size: tuple[int, ...] | None = None
 
     def to_json(self) -> str:
         """One layer per line, so that a plan reads and diffs well."""
         layers = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in self.layers.items())
         head = {"comcat_plan": FORMAT, "method": self.method, "budget": self.budget, "estimate": self.estimate}
+        if self.input_size is not None:
+            head["input_size"] = list(self.input_size)
         lines = ",\n ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in head.items())
         return f'{{{lines},\n "layers": {{\n{layers}\n}}}}\n'
 
@@ -124,7 +129,12 @@ class Plan:
         bad = [name for name, choice in data["layers"].items() if not isinstance(choice, dict)]
         if bad:
             raise PlanError(f"layer '{bad[0]}': the widths must be an object such as {{\"qk\": 24}}")
-        return cls(data["layers"], data.get("method", "manual"), data.get("budget"), data.get("estimate") or {})
+        size = data.get("input_size")
+        if size is not None:
+            if not isinstance(size, list | tuple) or not all(type(n) is int and n > 0 for n in size):
+                raise PlanError(f"input_size must be a list of positive integers (C, H, W), not {size!r}")
+            size = tuple(size)
+        return cls(data["layers"], data.get("method", "manual"), data.get("budget"), data.get("estimate") or {}, size)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -164,6 +174,7 @@ def full_rank_plan(model: nn.Module, ffn: str = "low-rank") -> Plan:
     """
     if ffn not in ("low-rank", "neurons"):
         raise PlanError(f"ffn must be 'low-rank' or 'neurons', not {ffn!r}")
+    check_plain(model)
     layers = {}
     for site in find_sites(model).sites:
         full = dict(site.full)

@@ -25,6 +25,7 @@ from .factors import SiteFactors, site_factors
 from .hosts import find_sites
 from .latency import LatencyTable
 from .modes import evaluating, exclusive
+from .plain import check_plain
 from .plan import Budget, Plan
 from .probe import Prober, levels, probe_images, probe_key
 from .profile import default_input_size, profile, site_shapes
@@ -159,6 +160,7 @@ class Planner:
         if method == "uniform" and len(parts) > 1:
             parts = tuple(part for part in parts if part != "head")
         self.parts = parts
+        check_plain(model)
         inventory = find_sites(model)
         check_finite(model)
         if calibration is not None:
@@ -169,6 +171,7 @@ class Planner:
             if calibration is not None and size == tuple(calibration.input_size)
             else site_shapes(model, inventory, size)
         )
+        self.size = size
         dense = profile(model, size)
         self.dense = {"params": dense.params, "macs": dense.macs}
         if latency is not None:
@@ -250,7 +253,7 @@ class Planner:
         estimate |= measured
         budget = {self.budget.unit: self.budget.value, "of": self.budget.of}
         layers = {name: choice for name, choice in choices.items() if choice}
-        return Plan(layers, method=self.method, budget=budget, estimate=estimate)
+        return Plan(layers, method=self.method, budget=budget, estimate=estimate, input_size=self.size)
 
     def _unmeasured(self, site: Site) -> dict[str, Curve]:
         """Curves that need no images."""

@@ -7,8 +7,7 @@ is checked against a full pass first and abandoned where the model does not allo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,19 +19,7 @@ from .factors import SiteFactors
 from .outputs import Outputs, divergence
 from .running import explained
 from .sites import Choice, Inventory, Site
-
-
-@contextmanager
-def swapped(model: nn.Module, new: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put modules in place by name, and the old ones back afterwards."""
-    old = {name: model.get_submodule(name) for name in new}
-    for name, module in new.items():
-        model.set_submodule(name, module)
-    try:
-        yield
-    finally:
-        for name, module in old.items():
-            model.set_submodule(name, module)
+from .swap import swapped
 
 
 class _Skip(nn.Module):

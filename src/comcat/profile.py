@@ -111,7 +111,8 @@ def site_shapes(model: nn.Module, inventory: Inventory, input_size: Sequence[int
         def record(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0]
             tokens = x.numel() // x.shape[-1]
-            shapes[name] = Shape(tokens, x.shape[1] if x.dim() == 3 else tokens)
+            before = shapes[name].tokens if name in shapes else 0  # a layer that is called several times in one pass
+            shapes[name] = Shape(before + tokens, x.shape[1] if x.dim() == 3 else tokens)
 
         return record
 

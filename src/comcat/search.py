@@ -24,6 +24,7 @@ from .calibrate import calibrate
 from .calibration import Calibration
 from .errors import ComcatError, TrainingError
 from .latency import LatencyTable
+from .plain import check_plain
 from .plan import Budget, Plan
 from .progress import Progress
 from .ranks.alternation import Alternation
@@ -83,6 +84,7 @@ def search(
         BudgetError: out of reach, or not below the dense model. TrainingError: as for :func:`comcat.finetune`.
     """
     config = config or SearchConfig()
+    check_plain(model)
     refuse_evaluation_data(train_loader)
     directory = Path(out) if out is not None else None
     remark = note or (lambda text: None)

@@ -2,7 +2,8 @@
 
 A host (``hosts/``) finds the sites; everything after it works on sites alone. A *choice* says how wide a site
 shall be, e.g. ``{"qk": 24, "vo": 20}``, ``{"neurons": 300}``, ``{"fc1": 40, "fc2": 50}`` or ``{"rank": 8}``; a part
-that the choice does not name stays dense, and the empty choice is the dense layer.
+that the choice does not name stays dense, and the empty choice is the dense layer. An FFN that was reduced twice has
+both: ranks within its neurons.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class AttentionSite:
     """Self-attention with H heads of width d: ``qk`` and ``vo`` ranks from 1 to d.
 
     ``build(qk_rank, vo_rank)`` returns an empty ``LowRankAttention`` with everything else of the original;
-    a part with a reason in ``dense_parts`` must keep its width.
+    a part with a reason in ``dense_parts`` must keep its width. ``fused`` says whether queries and values run at one
+    width, that of the wider, as fused kernels want it.
     """
 
     name: str
@@ -46,6 +48,7 @@ class AttentionSite:
     head_dim: int
     build: Callable[[int, int], nn.Module]
     dense_parts: dict[str, str] = field(default_factory=dict)
+    fused: bool = True
     kind: ClassVar = "attention"
 
     @property
@@ -123,6 +126,9 @@ class Inventory:
         for site in self.sites:
             if site.name == name:
                 return site
+        for entry in self.dense:
+            if entry.name == name or entry.name.startswith(f"{name}."):
+                raise PlanError(f"layer '{name}' ({entry.cls}) cannot be reduced: {entry.reason}")
         raise PlanError(f"layer '{name}' is not in this model; its layers are {_some([s.name for s in self.sites])}")
 
 
@@ -148,8 +154,6 @@ def check_parts(parts: Iterable[str]) -> tuple[str, ...]:
 
 def check_choice(site: Site, choice: Choice) -> None:
     """Raise PlanError, naming the module, unless ``choice`` can be built at ``site``."""
-    if site.kind == "ffn" and "neurons" in choice and len(choice) > 1:
-        raise PlanError(f"layer '{site.name}': give either 'neurons' or the ranks 'fc1' and 'fc2', not both")
     for part, width in choice.items():
         if part not in site.full:
             reason = getattr(site, "dense_parts", {}).get(part)
@@ -157,10 +161,11 @@ def check_choice(site: Site, choice: Choice) -> None:
                 reason = getattr(site, "neurons_dense", None)
             why = f"'{part}' cannot be reduced ({reason})" if reason else f"unknown part '{part}'"
             raise PlanError(f"layer '{site.name}': {why}; possible are {', '.join(site.full)}")
-        if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= site.full[part]:
-            raise PlanError(
-                f"layer '{site.name}': {part} is {width!r}, but must be an integer from 1 to {site.full[part]}"
-            )
+        limit = site.full[part]
+        if part in ("fc1", "fc2") and isinstance(choice.get("neurons"), int):
+            limit = min(limit, choice["neurons"])
+        if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= limit:
+            raise PlanError(f"layer '{site.name}': {part} is {width!r}, but must be an integer from 1 to {limit}")
 
 
 def check_finite(model: nn.Module) -> None:

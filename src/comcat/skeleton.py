@@ -12,7 +12,7 @@ from .sites import AttentionSite, Choice, FFNSite, HeadSite, Site, check_choice
 
 
 def empty_modules(site: Site, choice: Choice) -> dict[str, nn.Module]:
-    """Uninitialized stand-ins by full name; empty for the dense choice.
+    """Uninitialized stand-ins by full name, in the mode of the site; empty for the dense choice.
 
     Raises:
         PlanError: the choice cannot be built at this site.
@@ -22,19 +22,33 @@ def empty_modules(site: Site, choice: Choice) -> dict[str, nn.Module]:
         return {}
     if isinstance(site, AttentionSite):
         return {site.name: site.build(choice.get("qk", site.head_dim), choice.get("vo", site.head_dim))}
+    new = _linears(site, choice)
+    for module in new.values():
+        module.train(site.module.training)
+    return new
+
+
+def _linears(site: FFNSite | HeadSite, choice: Choice) -> dict[str, nn.Module]:
     if isinstance(site, FFNSite) and "neurons" in choice:
-        fc1, fc2, width = site.fc1, site.fc2, choice["neurons"]
-        return {
-            f"{site.name}.fc1": nn.Linear(fc1.in_features, width, bias=fc1.bias is not None, **like(fc1)),
-            # The second bias takes up the mean of the dropped neurons.
-            f"{site.name}.fc2": nn.Linear(width, fc2.out_features, bias=True, **like(fc2)),
-        }
+        return {f"{site.name}.{fc}": module for fc, module in _narrow(site, choice).items()}
     names = {"rank": site.name} if isinstance(site, HeadSite) else {p: f"{site.name}.{p}" for p in choice}
     new: dict[str, nn.Module] = {}
     for part, rank in choice.items():
         linear = site.linears["linear" if part == "rank" else part]
         new[names[part]] = LowRankLinear(linear.in_features, linear.out_features, rank, **like(linear))
     return new
+
+
+def _narrow(site: FFNSite, choice: Choice) -> dict[str, nn.Module]:
+    fc1, fc2, width = site.fc1, site.fc2, choice["neurons"]
+    # The second bias takes up the mean of the dropped neurons.
+    sizes = {"fc1": (fc1.in_features, width, fc1.bias is not None), "fc2": (width, fc2.out_features, True)}
+    return {
+        fc: LowRankLinear(inner, outer, choice[fc], **like(site.linears[fc]))
+        if fc in choice
+        else nn.Linear(inner, outer, bias=bias, **like(site.linears[fc]))
+        for fc, (inner, outer, bias) in sizes.items()
+    }
 
 
 def like(linear: nn.Linear) -> dict[str, Any]:

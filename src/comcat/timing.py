@@ -21,11 +21,12 @@ from .errors import CalibrationError, ModelError
 from .hosts import find_sites
 from .latency import Grid, LatencyTable, LayerTimes, layer_key, nested
 from .modes import evaluating
-from .probe import swapped
+from .plain import check_plain
 from .profile import default_input_size, profile, site_shapes
 from .progress import Progress
 from .sites import AttentionSite, Choice, Site
 from .skeleton import empty_modules
+from .swap import swapped
 
 #: Widths off this multiple fill vector units badly: on a CPU they take as long as the next multiple, or longer.
 MULTIPLE = 8
@@ -58,6 +59,7 @@ def measure_latency(
     """
     if batch_size < 1 or rounds < 1 or widths < 2:
         raise CalibrationError("latency is measured with a batch size and rounds of 1 or more, and 2 widths or more")
+    check_plain(model)
     inventory = find_sites(model)
     size = tuple(input_size or default_input_size(model))
     dense, shapes = profile(model, size), site_shapes(model, inventory, size)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import ModelError
 from ..sites import Inventory
-from . import timm
+from . import changed, timm
 
 
 def find_sites(model: nn.Module) -> Inventory:
@@ -20,9 +20,34 @@ def find_sites(model: nn.Module) -> Inventory:
     """
     inventory = timm.find_sites(model)
     if not inventory.sites:
-        seen = sorted({f"{d.cls} ({d.reason})" for d in inventory.dense if "." in d.name})[:4]
-        raise ModelError(
-            f"{type(model).__name__} has no layer that comcat can compress exactly; it knows timm models built on "
-            f"Attention + Mlp and Swin v1" + (f". Left dense: {'; '.join(seen)}" if seen else "")
-        )
+        raise ModelError(_nothing(model, inventory))
     return inventory
+
+
+def _nothing(model: nn.Module, inventory: Inventory) -> str:
+    seen = sorted({f"{d.cls} ({d.reason})" for d in inventory.dense if "." in d.name})
+    left = f". Left dense: {'; '.join(seen[:3])}" + (", ..." if len(seen) > 3 else "") if seen else ""
+    if any("already low-rank" in d.reason for d in inventory.dense):
+        return f"every layer of this {type(model).__name__} that comcat can reduce is {changed.ALREADY}"
+    library = next((name for name, what in _LIBRARIES.items() if type(model).__module__.startswith(name)), None)
+    advice = (
+        ""
+        if library is None
+        else (
+            f". This is a model of {_LIBRARIES[library]}: build the same architecture with timm.create_model and "
+            "convert the weights to it"
+        )
+    )
+    return (
+        f"{type(model).__name__} has no layer that comcat can compress exactly; it knows timm models built on "
+        f"Attention + Mlp and Swin v1{advice}{left}"
+    )
+
+
+#: Libraries whose models are often brought along, by the beginning of their modules' names.
+_LIBRARIES = {
+    "torchvision.": "torchvision",
+    "transformers.": "transformers",
+    "open_clip.": "open_clip",
+    "diffusers.": "diffusers, which comcat.customize adapts but does not compress",
+}

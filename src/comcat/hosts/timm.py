@@ -5,7 +5,7 @@ Classes are matched exactly: a subclass may override ``forward``, and then nothi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from timm.layers import GluMlp, Mlp
 from timm.layers.attention import Attention
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from ..attention import LowRankAttention
 from ..heads import is_identity
+from ..linear import LowRankLinear
 from ..sites import AttentionSite, FFNSite, HeadSite, Inventory, LeftDense, Site
+from .changed import ALREADY, Sharing, changed, patched
 
 _ROPE = "rotary position embedding acts between the projections and the scores"
 _REASONS = {
@@ -28,38 +30,65 @@ _REASONS = {
 }
 
 
+#: Everything that the two attention classes own; a layer with more was changed by somebody, in a way unknown here.
+_ATTENTION_OWNS = {
+    "qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop",
+    "softmax", "relative_position_bias_table", "relative_position_index",
+}  # fmt: skip
+_MLP_OWNS = {"fc1", "act", "drop1", "norm", "fc2", "drop2"}
+
+
 def find_sites(model: nn.Module) -> Inventory:
-    """Sites of a timm model in the order of ``model.named_modules()``, which is that of the forward pass."""
+    """Sites of a timm model in the order of ``model.named_modules()``, which is that of the forward pass.
+
+    A module with several names is one site, under the first of them. A layer whose weights also belong to another layer
+    stays dense.
+    """
     sites: list[Site] = []
     dense: list[LeftDense] = []
+    reasons: dict[str, str] = {}  # of layers that would be sites but for these
+    shared = Sharing(model)
     for name, module in model.named_modules():
         site = _site(name, module)
         if site is None:
             continue
+        reason = site if isinstance(site, str) else shared.reason(site.module, list(site.linears.values()))
+        if reason:
+            reasons[name] = reason
+            continue
+        assert not isinstance(site, str)
         sites.append(site)
-        for part, reason in getattr(site, "dense_parts", {}).items():
-            dense.append(LeftDense(f"{name} ({part})", type(module).__name__, reason))
-    sites += [HeadSite(name, module) for name, module in _classifiers(model)]
+        for part, why in getattr(site, "dense_parts", {}).items():
+            dense.append(LeftDense(f"{name} ({part})", type(module).__name__, why))
+    for name, module in _classifiers(model):
+        reason = changed(module) or shared.reason(module, [module])
+        if reason:
+            reasons[name] = reason
+        else:
+            sites.append(HeadSite(name, module))
     whole = {site.name for site in sites}
     covered = {id(linear) for site in sites for linear in site.linears.values()}
-    rest = [entry for entry in _uncovered(model, covered) if entry.name not in whole]
+    rest = [entry for entry in _uncovered(model, covered, reasons) if entry.name not in whole]
     return Inventory(sites, dense + rest)
 
 
-def _site(name: str, module: Any) -> Site | None:
+def _site(name: str, module: Any) -> Site | str | None:
+    """A site, or why a layer that would be one is none."""
     if type(module) is Attention or type(module) is WindowAttention:
-        return _attention_site(name, module)
-    if type(module) in (Mlp, GluMlp) and type(module.fc1) is nn.Linear and type(module.fc2) is nn.Linear:
+        reason = patched(module, _ATTENTION_OWNS) or changed(module.qkv, "qkv") or changed(module.proj, "proj")
+        return reason or _attention_site(name, module)
+    if type(module) in (Mlp, GluMlp) and isinstance(module.fc1, (nn.Linear, LowRankLinear)):
+        found = patched(module, _MLP_OWNS) or changed(module.fc1, "fc1") or changed(module.fc2, "fc2")
+        if found:
+            return found
         reason = None if is_identity(getattr(module, "norm", None)) else "normalization over the hidden units"
         if type(module) is GluMlp:
             reason = "gated hidden units"
-        return FFNSite(name, module, module.fc1, module.fc2, reason)
+        return FFNSite(name, module, cast(nn.Linear, module.fc1), cast(nn.Linear, module.fc2), reason)
     return None
 
 
-def _attention_site(name: str, module: Any) -> AttentionSite | None:
-    if type(module.qkv) is not nn.Linear or type(module.proj) is not nn.Linear:
-        return None  # already low-rank, quantized or adapted by someone else
+def _attention_site(name: str, module: Any) -> AttentionSite | str:
     dense: dict[str, str] = {}
     if not (is_identity(getattr(module, "q_norm", None)) and is_identity(getattr(module, "k_norm", None))):
         dense["qk"] = "query-key normalization acts between the projections and the scores"
@@ -68,7 +97,7 @@ def _attention_site(name: str, module: Any) -> AttentionSite | None:
     elif getattr(module, "gate", None) is not None:
         dense["vo"] = "a gate acts between attention and output projection"
     if len(dense) == 2:
-        return None
+        return "normalization or gating acts on both products"
     head_dim = module.qkv.out_features // (3 * module.num_heads)
 
     def build(qk_rank: int, vo_rank: int) -> nn.Module:
@@ -84,20 +113,27 @@ def _attention_site(name: str, module: Any) -> AttentionSite | None:
             qkv_bias=module.qkv.bias is not None,
             # A reduced value carries its mean, and what it loses of it, into the output bias.
             proj_bias=module.proj.bias is not None or vo_rank < head_dim,
-            attn_drop=module.attn_drop.p,
-            proj_drop=module.proj_drop.p,
+            attn_drop=module.attn_drop,
+            proj_drop=module.proj_drop,
             q_norm=getattr(module, "q_norm", None),
             k_norm=getattr(module, "k_norm", None),
             norm=getattr(module, "norm", None),
             gate=getattr(module, "gate", None),
+            fused_attn=bool(getattr(module, "fused_attn", True)),
             device=module.qkv.weight.device,
             dtype=module.qkv.weight.dtype,
         )
         if isinstance(small, LowRankWindowAttention):
             small.take_window(module)
-        return small.train(module.training)
+        for own, value in vars(module).items():  # what somebody noted on the layer
+            if not own.startswith("_") and own not in vars(small) and own != "attn_dim":
+                setattr(small, own, value)
+        for fresh in (small, small.qkv, small.proj):  # the others are the original's, each in its own mode
+            fresh.training = module.training
+        return small
 
-    return AttentionSite(name, module, module.qkv, module.proj, module.num_heads, head_dim, build, dense)
+    fused = bool(getattr(module, "fused_attn", True))
+    return AttentionSite(name, module, module.qkv, module.proj, module.num_heads, head_dim, build, dense, fused)
 
 
 class LowRankWindowAttention(LowRankAttention, WindowAttention):
@@ -111,6 +147,7 @@ class LowRankWindowAttention(LowRankAttention, WindowAttention):
         """Take over window size and relative position bias of the original layer."""
         self.window_size = original.window_size
         self.window_area = original.window_area
+        self.softmax = original.softmax
         self.relative_position_bias_table = original.relative_position_bias_table
         self.register_buffer("relative_position_index", original.relative_position_index, persistent=False)
 
@@ -122,6 +159,9 @@ class LowRankWindowAttention(LowRankAttention, WindowAttention):
             bias = bias.repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
         return super().forward(x, bias)
 
+    def _softmax(self, attn: Tensor) -> Tensor:
+        return self.softmax(attn)
+
 
 def _classifiers(model: Any) -> list[tuple[str, nn.Linear]]:
     """The final linear layer(s); two for distilled DeiT."""
@@ -129,21 +169,33 @@ def _classifiers(model: Any) -> list[tuple[str, nn.Linear]]:
         return []
     found = model.get_classifier()
     heads = found if isinstance(found, (tuple, list)) else (found,)
-    wanted = {id(head) for head in heads if type(head) is nn.Linear}
+    wanted = {id(head) for head in heads if isinstance(head, nn.Linear)}
     return [(name, module) for name, module in model.named_modules() if id(module) in wanted]
 
 
-def _uncovered(model: nn.Module, covered: set[int]) -> list[LeftDense]:
+def _uncovered(model: nn.Module, covered: set[int], reasons: dict[str, str]) -> list[LeftDense]:
     """Modules that own linear layers which belong to no site, one entry each."""
     owners: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and id(module) not in covered:
-            owner = name.rpartition(".")[0] or name
+            owner = name if name in reasons else name.rpartition(".")[0] or name
+            while owner not in reasons and "." in owner and _is_part(model.get_submodule(owner)):
+                owner = owner.rpartition(".")[0]
             owners[owner] = model.get_submodule(owner)
-    return [LeftDense(name, type(module).__name__, _reason(module)) for name, module in owners.items()]
+    return [
+        LeftDense(name, type(module).__name__, reasons.get(name) or _reason(module)) for name, module in owners.items()
+    ]
+
+
+def _is_part(module: nn.Module) -> bool:
+    """Whether its linear layers are listed under the layer that it is a part of."""
+    return type(module).__name__ in ("LowRankLinear", "ParametrizedLinear", "ParametrizationList", "ModuleDict")
 
 
 def _reason(module: nn.Module) -> str:
-    if type(module) is Attention and type(module.qkv) is nn.Linear:
-        return "normalization or gating acts on both products"
+    if isinstance(module, (LowRankAttention, LowRankLinear)):
+        return ALREADY
+    base = next((c.__name__ for c in (Attention, WindowAttention, Mlp, GluMlp) if isinstance(module, c)), None)
+    if base is not None and type(module).__name__ not in _REASONS:
+        return f"a subclass of timm's {base}, whose forward may differ"
     return _REASONS.get(type(module).__name__, "not a layer that comcat knows to factor")
