@@ -109,6 +109,7 @@ _lazy.package(
         "measure_latency": "timing",
         "plan": "planner",
         "profile": "profile",
+        "restore_": "compress",
         "save": "checkpoint",
         "search": "search",
         "spectra": "spectra",
