@@ -254,7 +254,7 @@ def test_clip(implementation: str) -> None:
     holder = type("Pipe", (), {"unet": Holder(ap.Attention(14, heads=2, dim_head=7)), "text_encoder": encoder})()
     for seed, (name, rank) in enumerate((("one", 3), ("two", 2))):
         fill(customize.add_adapter(holder, name=name, scale=SCALES[name], text_encoder_rank=rank), seed)
-    layers = list(attn.adapters.values())
+    layers = list(attn.extras.values())
     x = noise(2, 7, 15)
     mask = torch.full((7, 7), -torch.inf, dtype=F64).triu(1)
     with torch.no_grad():

@@ -294,9 +294,11 @@ def test_interrupted_by_a_signal(place, tmp_path):
 def test_parsing(tmp_path):
     assert parse_seeds("0-3,7") == [0, 1, 2, 3, 7]
     assert parse_seeds(" 5 , 1-1,5") == [5, 1]
-    assert parse_adapter("dog.safetensors") == (Path("dog.safetensors"), None)
-    assert parse_adapter("dog.safetensors:-0.5") == (Path("dog.safetensors"), -0.5)
+    assert parse_adapter("dog.safetensors") == (Path("dog.safetensors"), None, None)
+    assert parse_adapter("dog.safetensors:-0.5") == (Path("dog.safetensors"), -0.5, None)
     (tmp_path / "a:1").write_text("")
-    assert parse_adapter(str(tmp_path / "a:1")) == (tmp_path / "a:1", None)
+    assert parse_adapter(str(tmp_path / "a:1")) == (tmp_path / "a:1", None, None)
+    assert parse_adapter("dog.safetensors:0.8,token=V2*") == (Path("dog.safetensors"), 0.8, "V2*")
+    assert parse_adapter("dog.safetensors,token=<d:1>") == (Path("dog.safetensors"), None, "<d:1>")
     assert slug("A photo of <V*>, äh!") == "a-photo-of-v-h"
     assert slug("***") == "prompt"

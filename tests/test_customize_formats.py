@@ -127,7 +127,7 @@ def test_tokens_and_text_encoders_come_back(name: str, tmp_path: Path) -> None:
     assert again.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
     torch.testing.assert_close(picture(pipe, "a V* dog"), expected, atol=1e-2, rtol=1e-3)
-    with pytest.raises(ModelError, match="knows 'V\\*' already"):
+    with pytest.raises(ModelError, match="has learned 'V\\*' already"):
         customize.load_adapter(pipe, path, name="second")
     again.remove()
     denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer

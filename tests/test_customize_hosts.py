@@ -79,7 +79,7 @@ def test_attention_slicing(name: str) -> None:
     expected = output(m, x)
     m.set_attention_slice(1)
     torch.testing.assert_close(output(m, x), expected, atol=1e-5, rtol=1e-5)
-    assert {type(p.base) for p in m.attn_processors.values()} == {ap.SlicedAttnProcessor}
+    assert {type(p) for p in m.attn_processors.values()} == {ap.SlicedAttnProcessor}
     two = fill(customize.add_adapter(m, name="two"), 2)
     two.remove()
     m.set_attention_slice(None)
@@ -100,8 +100,7 @@ def test_processors_that_diffusers_sets_keep_the_products() -> None:
     torch.testing.assert_close(output(m, x), expected, atol=1e-5, rtol=1e-5)
     m.set_attn_processor(m.attn_processors)
     torch.testing.assert_close(output(m, x), expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="set_default_attn_processor"):
-        m.set_default_attn_processor()  # refused by diffusers, which does not know the processors
+    m.set_default_attn_processor()
     torch.testing.assert_close(output(m, x), expected, atol=1e-5, rtol=1e-5)
     adapter.remove()
     m.set_default_attn_processor()
@@ -205,7 +204,7 @@ def test_offloaded_before_and_after(name: str) -> None:
     m, x, base, adapter = on(name)
     expected, state = output(m, x), adapter.state_dict()
     accelerate.cpu_offload(m, execution_device=torch.device("cpu"))
-    assert all(p.is_meta for p in adapter.parameters())
+    assert not any(p.is_meta for p in adapter.parameters())
     torch.testing.assert_close(output(m, x), expected, atol=1e-6, rtol=1e-6)
     assert all(torch.equal(value, state[key]) for key, value in adapter.state_dict().items())
     adapter.enabled = False
@@ -220,7 +219,7 @@ def test_offloaded_before_and_after(name: str) -> None:
     m = model(name, torch.float32)
     untrained = customize.add_adapter(m)
     accelerate.cpu_offload(m, execution_device=torch.device("cpu"))
-    assert all(p.is_meta for p in untrained.parameters())
+    assert not any(p.is_meta for p in untrained.parameters())
     assert torch.equal(output(m, x), base)
 
 

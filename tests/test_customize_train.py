@@ -15,10 +15,10 @@ from comcat import DataError, ModelError, TrainingError
 from comcat.customize import CustomizeConfig, adapters, add_adapter, digits, generate, load_adapter, save_adapter, train
 from comcat.customize.examples import Photos
 from comcat.customize.families import family_of
-from comcat.customize.generate import has_token
 from comcat.customize.objective import Noisy, Objective
 from comcat.customize.photos import Bucket, find_photos
 from comcat.customize.trainer import Trainer
+from comcat.customize.words import has_token
 
 PROMPT = "a photo of V*"
 TINY = {"rank": 1, "steps": 2, "log_every": 1, "buckets": 1.0, "checkpoint_every": 2, "validation_steps": 1}

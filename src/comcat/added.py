@@ -94,7 +94,7 @@ class AddedProduct(nn.Module):
     def is_zero(self) -> bool:
         """Whether A_k and A_o are zero, so that nothing is added. Waits for the device."""
         linears = (self.key,) if self.output is None else (self.key, self.output)
-        return not any(bool(held(linear, "weight").any()) for linear in linears)
+        return not any(bool(linear.weight.any()) for linear in linears)
 
     def project(self, x_q: Tensor, x_kv: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, D) to s q', k', s v' of (B, N, H, r)."""
@@ -116,6 +116,12 @@ class AddedLayer(nn.Module):
     def __getitem__(self, stream: str) -> AddedProduct:
         return cast(AddedProduct, self.streams[stream])
 
+    def follow(self, device: torch.device) -> None:
+        """Go where the layer computes: what moves its weights there, block by block, does not know of products."""
+        here = next(self.parameters()).device
+        if here != device and here.type != "meta":
+            self.to(device)
+
     def is_identity(self) -> bool:
         """Whether this layer has never added anything yet.
 
@@ -128,17 +134,6 @@ class AddedLayer(nn.Module):
             return True
         self._started = True
         return False
-
-
-def held(module: nn.Module, name: str) -> Tensor:
-    """A parameter of a module, also while Accelerate keeps its values elsewhere and a meta tensor in its place."""
-    parameter = cast(Tensor, module.get_parameter(name))
-    hook = getattr(module, "_hf_hook", None)
-    for one in getattr(hook, "hooks", [hook]):
-        values = getattr(one, "weights_map", None)
-        if parameter.is_meta and values is not None:
-            return cast(Tensor, values[name])
-    return parameter
 
 
 def call(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -162,6 +157,7 @@ def widen(
     """
     columns: list[list[Tensor]] = [[q], [k], [v]]
     for layer in layers:
+        layer.follow(q.device)
         parts = [layer[name].project(*x, layer.strength.value) for name, x in inputs.items()]
         for column, pieces in zip(columns, zip(*parts, strict=True), strict=True):
             column.append((pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)).to(column[0].dtype))

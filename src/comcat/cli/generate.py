@@ -26,7 +26,10 @@ def generate(
     prompts: Annotated[Path | None, opt.Option(metavar="FILE", help="A text file with a prompt on each line.")] = None,
     adapter: Annotated[
         list[str] | None,
-        opt.Option(metavar="FILE[:S]", help="Adapter, and its strength if not its own; repeatable."),
+        opt.Option(
+            metavar="FILE[:S][,token=WORD]",
+            help="Adapter; its strength and its learned word if not its own; repeatable.",
+        ),
     ] = None,
     seeds: Annotated[
         str, opt.Option(metavar="N,N-N", help="One image per prompt for each, e.g. 0-3,7.", rich_help_panel=IMAGES)
@@ -73,7 +76,7 @@ def generate(
         from ..customize.pictures import grid, save_png
 
         texts = read_prompts(prompt, prompts)
-        for path, _ in files:
+        for path, _, _ in files:
             read_adapter(path)  # what is wrong with a file is said before the base is read
         place = parse_device(device)
         precision = precision or ("fp16" if place.type == "cuda" else "no")
@@ -104,7 +107,8 @@ def generate(
         document = {
             "base": base,
             "adapters": [
-                {"file": str(p), "name": h.name, "scale": h.scale} for (p, _), h in zip(files, handles, strict=True)
+                {"file": str(p), "name": h.name, "scale": h.scale, "token": h.token.text if h.token else None}
+                for (p, _, _), h in zip(files, handles, strict=True)
             ],
             "images": [
                 {"file": p.name, "prompt": text, "seed": seed}
@@ -126,15 +130,20 @@ def generate(
     screen.result(document)
 
 
-def parse_adapter(text: str) -> tuple[Path, float | None]:
-    """``dog.safetensors:0.8`` -> (path, strength or None)."""
+def parse_adapter(text: str) -> tuple[Path, float | None, str | None]:
+    """``dog.safetensors:0.8,token=V2*`` -> (path, strength or None, word or None)."""
+    token = None
+    if not Path(text).exists():
+        head, found, tail = text.rpartition(",token=")
+        if found:
+            text, token = head, tail
     head, colon, tail = text.rpartition(":")
     if colon and not Path(text).exists():
         try:
-            return Path(head), float(tail)
+            return Path(head), float(tail), token
         except ValueError:
             pass
-    return Path(text), None
+    return Path(text), None, token
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -180,17 +189,17 @@ def check_outputs(out: Path, paths: Sequence[Path], overwrite: bool) -> None:
         raise CheckpointError(f"'{there[0]}' exists already; choose another --out or give --overwrite")
 
 
-def load_all(pipe: Any, files: Sequence[tuple[Path, float | None]]) -> list[Any]:
+def load_all(pipe: Any, files: Sequence[tuple[Path, float | None, str | None]]) -> list[Any]:
     """Load adapters; of two with the same name the later one is called by a number."""
     from ..customize.adapter import adapters
     from ..customize.formats import load_adapter, read_adapter
 
     handles = []
-    for path, scale in files:
+    for path, scale, token in files:
         name = read_adapter(path)[0].name
         taken = adapters(pipe)
         unique = next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if n not in taken)
-        handles.append(load_adapter(pipe, path, scale=scale, name=unique))
+        handles.append(load_adapter(pipe, path, scale=scale, name=unique, token=token))
     return handles
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..added import AddedLayer, Strength, held
+from ..added import AddedLayer, Strength
 from ..errors import ModelError
+from ..hosts import diffusers as denoisers
 from .components import components, denoiser, find_sites, host, text_encoders
-from .saving import keep_out_of_files
 from .targets import Ranks, Targets, choose
-from .tokens import Token, install, new_token
+from .tokens import Token, install, new_token, uninstall
 
 _ATTRIBUTE = "_comcat_adapters"
 NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -35,6 +35,7 @@ class Adapter:
         layers: (component, layer) -> the products, e.g. ("unet", "mid_block.attentions.0...attn1").
         token: the learned token, or None.
         info: what is written into the file beside the tensors: prompt, training summary.
+        left_out: parts of its file that the pipeline has no place for, e.g. "token" without a text encoder.
     """
 
     def __init__(self, pipe: Any, name: str, strength: Strength) -> None:
@@ -44,6 +45,8 @@ class Adapter:
         self.layers: dict[tuple[str, str], AddedLayer] = {}
         self.token: Token | None = None
         self.info: dict[str, Any] = {}
+        self.left_out: list[str] = []
+        self._modules: dict[tuple[str, str], nn.Module] = {}  # where the products are
 
     @property
     def scale(self) -> float:
@@ -70,17 +73,11 @@ class Adapter:
             found.setdefault(component, {})[name] = layer.rank
         return found
 
-    def _factors(self) -> Iterator[tuple[str, nn.Module, str]]:
-        """(name as in a file, module, name in the module) of every tensor of the products."""
-        for (component, name), layer in self.layers.items():
-            for path, module in layer.streams.named_modules():
-                for leaf, _ in module.named_parameters(recurse=False):
-                    yield f"{component}.{name}.{path}.{leaf}", module, leaf
-
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name as in a file, parameter), e.g. ``unet.mid_block...attn1.sample.query.weight``."""
-        for name, module, leaf in self._factors():
-            yield name, module.get_parameter(leaf)
+        for (component, name), layer in self.layers.items():
+            for leaf, parameter in layer.streams.named_parameters():
+                yield f"{component}.{name}.{leaf}", parameter
         if self.token is not None:
             for encoder, vectors in self.token.vectors.items():
                 yield f"token.{encoder}", vectors
@@ -99,8 +96,7 @@ class Adapter:
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
-        tensors = {name: held(module, leaf).detach() for name, module, leaf in self._factors()}
-        return {**{name: parameter.detach() for name, parameter in self.named_parameters()}, **tensors}
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
     def remove(self) -> None:
         """Take it off: :func:`remove_adapter`."""
@@ -113,9 +109,14 @@ class Adapter:
         new = Adapter(self.pipe, self.name, copy.deepcopy(self.strength, memo))
         memo[id(self)] = new
         new.pipe = copy.deepcopy(self.pipe if whole else model, memo)
-        new.layers = {k: copy.deepcopy(v, memo) for k, v in self.layers.items() if whole or k[0] == component}
+        mine = [key for key in self.layers if whole or key[0] == component]
+        new.layers = {key: copy.deepcopy(self.layers[key], memo) for key in mine}
+        new._modules = {key: copy.deepcopy(self._modules[key], memo) for key in mine if key in self._modules}
         new.token = copy.deepcopy(self.token, memo) if whole else None
         new.info = copy.deepcopy(self.info, memo)
+        new.left_out = [*self.left_out, *({key[0] for key in self.layers} - {key[0] for key in mine})]
+        if self.token is not None and not whole:
+            new.left_out.append("token")
         return new
 
     def __repr__(self) -> str:
@@ -223,37 +224,41 @@ def new_adapter(pipe: Any, name: str, scale: float) -> Adapter:
 
 
 def attach(handle: Adapter) -> None:
-    """Put a finished adapter on its pipeline; every check has been made before."""
+    """Put a finished adapter on its pipeline; every check has been made before.
+
+    Raises:
+        ModelError: a text encoder that is shared with another pipeline carries an adapter of this name.
+    """
     parts = components(handle.pipe)
-    for key, module in parts.items():
-        mine = {name: layer for (component, name), layer in handle.layers.items() if component == key}
-        sites, _ = find_sites(key, module) if mine else ({}, {})
-        for name, layer in mine.items():
-            host(key).attach(sites[name], handle.name, layer)
+    sites = {key: find_sites(key, parts[key])[0] for key in handle.ranks}
+    modules = {(key, name): sites[key][name].module for key, name in handle.layers}
+    taken = [key for (key, _), module in modules.items() if handle.name in getattr(module, "extras", {})]
+    if taken:
+        raise ModelError(
+            f"the {taken[0]} carries an adapter {handle.name!r} of another pipeline that shares it; choose another name"
+        )
+    for (key, name), layer in handle.layers.items():
+        host(key).attach(sites[key][name], handle.name, layer)
+    handle._modules = modules
     model = denoiser(handle.pipe)[1]
-    found = {**getattr(model, _ATTRIBUTE, {}), handle.name: handle}
-    setattr(model, _ATTRIBUTE, found)
+    setattr(model, _ATTRIBUTE, {**getattr(model, _ATTRIBUTE, {}), handle.name: handle})
     if handle.token is not None:
-        _install_tokens(handle.pipe, found)
-    for module in parts.values():
-        keep_out_of_files(module)
+        install(handle.pipe, handle.token)
+    denoisers.guard(model)
 
 
 def remove_adapter(pipe: Any, name: str) -> None:
-    """Take an adapter off. After the last one every module is what it was, its class and processor included.
+    """Take an adapter off, its token and its part in text encoders included, whichever pipeline shares them.
+
+    After the last one every module is what it was, its class and processor included.
 
     Raises:
         ModelError: there is no adapter of this name.
     """
     handle = get_adapter(pipe, name)
-    parts = {**components(handle.pipe), **components(pipe)}  # the text encoders too where only the model is given
-    by_component: dict[str, list[str]] = {}
-    for key, site_name in handle.layers:
-        by_component.setdefault(key, []).append(site_name)
-    for key, names in by_component.items():
-        sites, _ = find_sites(key, parts[key])
-        for site_name in names:
-            host(key).detach(sites[site_name].module, name)
+    for (key, _), module in handle._modules.items():
+        host(key).detach(module, name)
+    handle._modules = {}
     model = denoiser(pipe)[1]
     found = {key: value for key, value in adapters(pipe).items() if key != name}
     if found:
@@ -261,10 +266,8 @@ def remove_adapter(pipe: Any, name: str) -> None:
     else:
         delattr(model, _ATTRIBUTE)
     if handle.token is not None:
-        for owner in {id(owner): owner for owner in (handle.pipe, pipe)}.values():
-            _install_tokens(owner, found)
-    for module in parts.values():
-        keep_out_of_files(module)
+        uninstall(handle.token)
+    denoisers.guard(model)
 
 
 def set_adapters(pipe: Any, scales: Mapping[str, float]) -> None:
@@ -279,8 +282,3 @@ def set_adapters(pipe: Any, scales: Mapping[str, float]) -> None:
         handle.enabled = name in handles
         if name in handles:
             handle.scale = checked[name]
-
-
-def _install_tokens(pipe: Any, found: Mapping[str, Adapter]) -> None:
-    if not isinstance(pipe, nn.Module):
-        install(pipe, [(name, handle.token) for name, handle in found.items() if handle.token is not None])

@@ -9,6 +9,7 @@ strength, token, prompt, training. Stored as float32, float16, bfloat16, or int8
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..added import AddedLayer, held
+from ..added import AddedLayer
 from ..errors import CheckpointError, ModelError
 from ..files import atomic_file
-from ..hosts.seam import Site
+from ..hosts.seam import Site, place, precision
 from ..reader import read_tensors
 from ..wording import some
 from . import adapter as adapters_
@@ -62,6 +63,11 @@ def the_adapter(pipe: Any, name: str | None) -> Adapter:
 
 def write_adapter(handle: Adapter, path: Path, storage: Storage = "float32") -> Path:
     """:func:`save_adapter` for a handle."""
+    if handle.left_out:
+        raise CheckpointError(
+            f"adapter {handle.name!r} is not whole: this pipeline has no place for its {' and '.join(handle.left_out)}. "
+            "Save it from a pipeline that has, or keep the file it came from"
+        )
     if storage not in STORAGES:
         raise CheckpointError(f"storage is {storage!r}; choose one of {', '.join(STORAGES)}")
     stored = encode(handle.state_dict(), storage)
@@ -177,14 +183,19 @@ def load_adapter(
     *,
     scale: float | None = None,
     name: str | None = None,
+    token: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Adapter:
     """Put a saved adapter on a pipeline.
 
+    A pipeline without text encoders, whose prompts are encoded elsewhere, gets the products of the denoiser alone, and
+    a warning where the file has more.
+
     Args:
         scale: strength; the one in the file by default.
         name: the one in the file by default.
-        dtype: of the products; the model's own by default.
+        token: another word for the learned one, where two adapters were taught the same; the file's by default.
+        dtype: of the products; the one in which the model computes by default.
 
     Raises:
         CheckpointError: the file is no adapter, or belongs to another model; the layers that do not match are named.
@@ -194,14 +205,29 @@ def load_adapter(
     found, tensors = read_adapter(path)
     handle = adapters_.new_adapter(pipe, name or found.name, found.scale if scale is None else scale)
     handle.info = {"base": found.base.get("name"), "prompt": found.prompt, "training": found.training}
-    for component, part in found.components.items():
+    bare = isinstance(pipe, nn.Module)  # it has no prompt
+    encoders = text_encoders(pipe)
+    parts = dict(found.components)
+    if not bare and not encoders:
+        handle.left_out = [key for key in parts if hasattr(pipe, key) and getattr(pipe, key) is None]
+        parts = {key: part for key, part in parts.items() if key not in handle.left_out}
+    for component, part in parts.items():
         _add_layers(handle, component, part, path, dtype)
+    if found.token is not None and not encoders:
+        handle.left_out.append("token")
+    if token is not None and found.token is None:
+        raise ModelError(f"'{path}' has no learned word that could be called {token!r}; leave token out")
     expected = dict(handle.named_parameters())
-    if found.token is not None and not isinstance(pipe, nn.Module):
-        handle.token = _read_token(pipe, found, tensors, path, dtype)
+    if found.token is not None and encoders:
+        handle.token = _read_token(pipe, found, token, tensors, path, dtype)
         expected.update({f"token.{encoder}": v for encoder, v in handle.token.vectors.items()})
-    elif found.token is not None:  # a bare model has no prompt
-        tensors = {key: value for key, value in tensors.items() if not key.startswith("token.")}
+    tensors = {key: v for key, v in tensors.items() if key.partition(".")[0] not in handle.left_out}
+    if handle.left_out and not bare:
+        warnings.warn(
+            f"this pipeline has no text encoder: of '{path}', the {' and '.join(handle.left_out)} stay out. Encode its "
+            "prompts by a pipeline that has them",
+            stacklevel=2,
+        )
     _check_tensors(tensors, expected, path)
     with torch.no_grad():
         for key, parameter in expected.items():
@@ -250,10 +276,10 @@ def _base(handle: Adapter) -> str:
 
 
 def _read_token(
-    pipe: Any, found: Header, tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None
+    pipe: Any, found: Header, text: str | None, tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None
 ) -> Token:
     token = found.token or {}
-    text, count = token["text"], token["vectors"]
+    text, count = text or token["text"], token["vectors"]
     check_new(pipe, text, count)
     vectors = {}
     for encoder, module in text_encoders(pipe).items():
@@ -265,8 +291,7 @@ def _read_token(
                 f"the vectors of the token {text!r} for {encoder} are {shape} in '{path}', not "
                 f"{(count, table.weight.shape[1])}"
             )
-        device = held(table, "weight").device
-        vectors[encoder] = nn.Parameter(stored.to(device, dtype or table.weight.dtype))
+        vectors[encoder] = nn.Parameter(stored.to(place(table), dtype or precision(table)))
     return Token(text, vectors)
 
 

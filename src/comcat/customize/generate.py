@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +13,8 @@ from PIL import Image
 from ..errors import DataError
 from ..progress import Progress
 from .adapter import Adapter, adapters
+from .components import text_encoders, tokenizer_name
+from .words import has_token, learned, placeholders
 
 #: Entry of an image's ``info``: whether the pipeline's safety checker has taken offence at it.
 FLAGGED = "comcat_flagged"
@@ -43,8 +44,10 @@ def generate(
         Per prompt, the images of all seeds.
 
     Raises:
-        DataError: the pipeline does not take one of these, such as a negative prompt.
+        DataError: the pipeline does not take one of these, such as a negative prompt; or a learned word would be cut
+            off at the end of a prompt, or is not known to this pipeline.
     """
+    check_words(pipe, [*prompts, *([] if negative_prompt is None else [negative_prompt])])
     wanted = {
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
@@ -104,7 +107,8 @@ def check_prompts(pipe: Any, prompts: Sequence[str], *, without_token: bool = Fa
     """Refuse prompts that do not say what the adapters have learned.
 
     Raises:
-        DataError: there is no prompt, an empty one, or one without the token of an adapter that is on.
+        DataError: there is no prompt, an empty one, or one without the token of an adapter that is on, with a word that
+            nothing has learned, or so long that a learned word is cut off.
     """
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise DataError("a prompt is empty; say what to draw")
@@ -117,11 +121,59 @@ def check_prompts(pipe: Any, prompts: Sequence[str], *, without_token: bool = Fa
                 f"the prompt {lacking[0]!r} does not have {handle.token.text!r}, the word that {handle.name!r} has "
                 f"learned{_example(handle)}; write it in, or pass --without-token"
             )
+    check_words(pipe, prompts)
+    known = set().union(*(tokenizer.get_vocab() for tokenizer in _tokenizers(pipe).values()), set())
+    for prompt in prompts:
+        unknown = [] if without_token else [word for word in placeholders(prompt) if word not in known]
+        if unknown:
+            there = [handle.token.text for handle in adapters(pipe).values() if handle.token is not None]
+            raise DataError(
+                f"nothing on this pipeline has learned {unknown[0]!r} of the prompt {prompt!r}; learned are "
+                f"{', '.join(there) or 'no words'}. Give the adapter that has, or pass --without-token"
+            )
 
 
-def has_token(prompt: str, token: str) -> bool:
-    """Whether the tokenizer will see the token: as a whole word, in this spelling."""
-    return re.search(rf"(?<!\w){re.escape(token)}(?!\w)", prompt) is not None
+def check_words(pipe: Any, texts: Sequence[str]) -> None:
+    """Refuse texts whose learned words the pipeline would not see.
+
+    Raises:
+        DataError: a word stands behind the last token that a text encoder reads, or the pipeline has another tokenizer
+            than the one that has learned it.
+    """
+    for handle in adapters(pipe).values():
+        if handle.token is None:
+            continue
+        word = handle.token.text
+        for text in (text for text in texts if has_token(text, word)):
+            for name, tokenizer in _tokenizers(pipe).items():
+                if word not in learned(tokenizer):
+                    raise DataError(
+                        f"{word!r} in {text!r} is a word of the adapter {handle.name!r}, which was put on a pipeline "
+                        f"that shares this one's model, but not its {name}. Share text encoder and tokenizer too, e.g. "
+                        "by from_pipe, or load the adapter on a model of this pipeline's own"
+                    )
+                check_length(pipe, tokenizer, handle.token.words, text)
+
+
+def check_length(pipe: Any, tokenizer: Any, words: Sequence[str], text: str) -> None:
+    """Raise DataError where a tokenizer cuts off one of these learned words at the end of a text."""
+    convert = getattr(pipe, "maybe_convert_prompt", None)
+    whole = text if convert is None else convert(text, tokenizer)
+    ids = {learned(tokenizer)[word] for word in words}
+    found, room = tokenizer(whole, verbose=False).input_ids, tokenizer.model_max_length - 1  # the last one ends it
+    lost = [place for place, i in enumerate(found) if i in ids and place >= room]
+    if lost:
+        raise DataError(
+            f"the text {text!r} is {len(found)} tokens long, and {words[0]!r} stands at place {lost[0] + 1}: the text "
+            f"encoder reads {tokenizer.model_max_length}, the rest is cut off. Write the word further in front, or a "
+            "shorter text"
+        )
+
+
+def _tokenizers(pipe: Any) -> dict[str, Any]:
+    """The tokenizers of the CLIP text encoders."""
+    found = {tokenizer_name(name): getattr(pipe, tokenizer_name(name), None) for name in text_encoders(pipe)}
+    return {name: tokenizer for name, tokenizer in found.items() if tokenizer is not None}
 
 
 def _example(handle: Adapter) -> str:

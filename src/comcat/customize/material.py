@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,10 @@ from ..progress import Progress
 from ..wording import some
 from .config import CustomizeConfig
 from .families import Family
-from .generate import FLAGGED, generate, has_token
+from .generate import FLAGGED, generate
 from .photos import METADATA, Bucket, Photo, buckets, check_sizes, find_photos
 from .pictures import is_black, save_png
-
-#: A word that stands for something new: V*, <dog>.
-_PLACEHOLDER = re.compile(r"(?<![\w*<-])(?:[^\W\d][\w-]*\*|<[\w-]+>)(?![\w*])")
+from .words import has_token, placeholders
 
 _DRAWN = 4  # class images at a time
 _TRIES = 5  # to draw one that is not black
@@ -38,7 +35,7 @@ def find_token(captions: Sequence[str]) -> str | None:
     Raises:
         DataError: they hold different ones.
     """
-    found = list(dict.fromkeys(word for caption in captions for word in _PLACEHOLDER.findall(caption)))
+    found = list(dict.fromkeys(word for caption in captions for word in placeholders(caption)))
     if len(found) > 1:
         raise DataError(
             f"the captions hold several new words, {' and '.join(found[:3])}; say which to learn with --token"

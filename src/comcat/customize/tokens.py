@@ -1,26 +1,26 @@
 """Learned tokens: new words of the prompt with vectors of their own, beside the frozen embedding table.
 
 A token is a whole word, in exactly this spelling. One of several vectors is written once in the prompt; diffusers
-replaces ``V*`` by ``V* V*_1 ...`` where the tokenizer knows these names, as for textual inversion. The pipeline gets a
-copy of its tokenizer; the original comes back.
+replaces ``V*`` by ``V* V*_1 ...`` where the tokenizer knows these names, as for textual inversion.
+
+The word lives where it is read and looked up: in the tokenizer (:mod:`.words`) and in the text encoder, so that every
+pipeline that shares them knows it. Neither the tokenizer's vocabulary nor the table is touched.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+import itertools
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AddedToken
 
-from ..added import held
 from ..errors import ModelError
-from ..hosts import clip
+from ..hosts import clip, seam
 from .components import text_encoders, tokenizer_name
+from .words import learn, learned, unlearn
 
-_ORIGINAL = "_comcat_original"
+_ids = itertools.count(clip.FIRST_ID)
 
 
 class Token:
@@ -29,11 +29,15 @@ class Token:
     Attributes:
         text: as written in a prompt.
         vectors: text encoder -> (n, D) parameter.
+        ids: n numbers that stand for it between tokenizer and text encoder, in this process.
+        homes: the (tokenizer, text encoder) that know it.
     """
 
     def __init__(self, text: str, vectors: dict[str, nn.Parameter]) -> None:
         self.text = text
         self.vectors = vectors
+        self.ids = [next(_ids) for _ in range(self.count)]
+        self.homes: list[tuple[Any, nn.Module]] = []
 
     @property
     def count(self) -> int:
@@ -62,7 +66,8 @@ def new_token(
     vectors = {}
     for name, encoder in encoders.items():
         tokenizer = getattr(pipe, tokenizer_name(name))
-        table = held(_embedding(encoder), "weight").detach()
+        embedding = embedding_of(encoder)
+        table = seam.values(encoder, embedding, "weight").detach()
         if init is None:
             spread, mean = table.float().std(0), table.float().mean(0)
             rows = mean.cpu() + spread.cpu() * torch.randn(count, table.shape[1], generator=generator)
@@ -76,7 +81,7 @@ def new_token(
             if max(ids) >= len(table):
                 raise ModelError(f"{init!r} is a learned token itself; start {text!r} from words of the tokenizer")
             rows = table[[ids[min(i, len(ids) - 1)] for i in range(count)]].float()
-        vectors[name] = nn.Parameter(rows.to(table.device, dtype or table.dtype))
+        vectors[name] = nn.Parameter(rows.to(seam.place(embedding), dtype or seam.precision(embedding)))
     return Token(text, vectors)
 
 
@@ -96,7 +101,17 @@ def check_new(pipe: Any, text: str, count: int) -> None:
     if count > 1 and not hasattr(pipe, "maybe_convert_prompt"):
         raise ModelError(f"{type(pipe).__name__} reads one vector per word; give the token {text!r} 1 vector")
     for encoder in text_encoders(pipe):
-        tokenizer = getattr(pipe, tokenizer_name(encoder))
+        tokenizer = getattr(pipe, tokenizer_name(encoder), None)
+        if tokenizer is None:
+            raise ModelError(
+                f"the token {text!r} needs the {tokenizer_name(encoder)} of this pipeline beside its {encoder}"
+            )
+        if text in learned(tokenizer):
+            raise ModelError(
+                f"an adapter on this pipeline, or on one that shares its tokenizer, has learned {text!r} already; give "
+                f"this one another word, e.g. token={_another(text)!r} (FILE,token={_another(text)} on the command "
+                "line), or take the other off"
+            )
         vocabulary = tokenizer.get_vocab()
         if {text, f"{text}</w>", text.lower(), f"{text.lower()}</w>"} & vocabulary.keys():
             raise ModelError(f"the tokenizer knows {text!r} already; choose another word for the new token, e.g. 'V*'")
@@ -106,30 +121,34 @@ def check_new(pipe: Any, text: str, count: int) -> None:
             raise ModelError(f"one of the tokens {text!r} and {alike[0]!r} contains the other; choose another word")
 
 
-def install(pipe: Any, tokens: Sequence[tuple[str, Token]]) -> None:
-    """Make exactly these (adapter name, token) known to the pipeline; none: it is what it was."""
+def _another(text: str) -> str:
+    """``V*`` -> ``V2*``, ``<dog>`` -> ``<dog2>``: neither contains the other."""
+    return f"{text[:-1]}2{text[-1]}" if text[-1] in "*>" else f"{text[0]}2{text[1:]}"
+
+
+def install(pipe: Any, token: Token) -> None:
+    """Make a token known to the tokenizers and text encoders of the pipeline."""
     for name, encoder in text_encoders(pipe).items():
-        slot = tokenizer_name(name)
-        current = getattr(pipe, slot)
-        original = getattr(current, _ORIGINAL, current)
-        tokenizer = original
-        if tokens:
-            tokenizer = copy.deepcopy(original)
-            words = [word for _, token in tokens for word in token.words]
-            # Neither inside other words nor in other spellings, which would change what other prompts mean.
-            tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in words])
-            setattr(tokenizer, _ORIGINAL, original)
-            tokenizer.save_pretrained = original.save_pretrained  # what is saved is the base model
-        if tokenizer is not current:
-            setattr(pipe, slot, tokenizer)
-        rows = {
-            adapter: (tokenizer.convert_tokens_to_ids(token.words), token.vectors[name]) for adapter, token in tokens
-        }
-        clip.set_extra_rows(_embedding(encoder), rows)
-        _set_pooling(encoder, original.eos_token_id if tokens else None)
+        tokenizer = getattr(pipe, tokenizer_name(name))
+        learn(tokenizer, token.words, token.ids)
+        rows = clip.NewRows(token.ids, token.vectors[name])
+        seam.carry(clip.embeddings(encoder), clip.ExtraRows, str(token.ids[0]), rows)
+        token.homes.append((tokenizer, encoder))
+        _set_pooling(encoder, tokenizer.eos_token_id)
 
 
-def _embedding(encoder: Any) -> nn.Embedding:
+def uninstall(token: Token) -> None:
+    """Take a token out of where it was installed, and nothing else."""
+    for tokenizer, encoder in token.homes:
+        unlearn(tokenizer, token.words)
+        rows = clip.embeddings(encoder)
+        seam.drop(rows, clip.ExtraRows, str(token.ids[0]))
+        if not isinstance(rows, clip.ExtraRows):
+            _set_pooling(encoder, None)
+    token.homes.clear()
+
+
+def embedding_of(encoder: Any) -> nn.Embedding:
     table = encoder.get_input_embeddings()
     assert isinstance(table, nn.Embedding)
     return table

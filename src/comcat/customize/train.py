@@ -25,7 +25,7 @@ from .components import denoiser, find_sites, fingerprint
 from .config import CustomizeConfig
 from .examples import Photos
 from .families import Family, family_of
-from .generate import generate
+from .generate import check_words, generate
 from .guards import explained_memory, frozen, placed
 from .material import Note, check_token, class_photos, concept_photos, find_token, identity, shapes_for
 from .objective import Objective
@@ -110,6 +110,7 @@ def train(
             seed=config.seed,
         )
         try:
+            check_words(pipe, [photo.caption for photo in photos])
             with explained_memory():
                 priors = on_main(
                     accelerator,

@@ -12,20 +12,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.clip.modeling_clip import CLIPAttention, eager_attention_forward
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPTextEmbeddings, eager_attention_forward
 
 from ..added import AddedLayer, add_output, narrow, widen
-from .seam import Refusal, Site, Stream, change_class, derived, original_class, run_layers
+from ..errors import ModelError
+from .seam import Carries, Refusal, Site, Stream, carry, drop, run_layers
 
 STREAM = Stream("sample", "q_proj", "k_proj", "v_proj", "out_proj")
 
 
-class AddedAttention:
+class AddedAttention(Carries):
     """Mixin for ``CLIPAttention``."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """(B, N, D) to (B, N, D) and the attention weights, or None."""
-        layers = [cast(AddedLayer, layer) for layer in cast(Any, self).adapters.values()]
+        layers = [cast(AddedLayer, layer) for layer in self.extras.values()]
         weights: list[Any] = [None]
 
         def run(active: Sequence[AddedLayer]) -> Tensor:
@@ -63,25 +64,20 @@ def find_sites(model: nn.Module) -> Iterator[tuple[str, Site | Refusal]]:
 
 def attach(site: Site, name: str, layer: AddedLayer) -> None:
     """Put the products of adapter ``name`` into an attention layer."""
-    attn: Any = site.module
-    if not isinstance(attn, AddedAttention):
-        attn.adapters = nn.ModuleDict()
-        change_class(attn, derived(type(attn), AddedAttention))
-    layer.train(attn.training)
-    attn.adapters[name] = layer
+    carry(site.module, AddedAttention, name, layer)
 
 
 def detach(module: nn.Module, name: str) -> None:
     """Take adapter ``name`` out again; after the last one the layer is what it was."""
-    attn: Any = module
-    del attn.adapters[name]
-    if not len(attn.adapters):
-        change_class(attn, original_class(attn, AddedAttention))
-        del attn.adapters
+    drop(module, AddedAttention, name)
+
+
+#: Ids of learned words: above every vocabulary, and never the same for two words.
+FIRST_ID = 1 << 24
 
 
 class NewRows(nn.Module):
-    """The vectors (n, D) of one adapter's new tokens, and their n ids."""
+    """The vectors (n, D) of one learned word, and their n ids."""
 
     def __init__(self, ids: Sequence[int], vectors: nn.Parameter) -> None:
         super().__init__()
@@ -94,23 +90,34 @@ class NewRows(nn.Module):
         return rows
 
 
-class ExtraRows:
-    """Mixin for the token embedding: vectors of new tokens beside the frozen table."""
+class ExtraRows(Carries):
+    """Mixin for CLIP's text embeddings: vectors of learned words beside the table, whichever table is there."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        own = cast(Any, self)
-        rows = super().forward(input.clamp(max=own.num_embeddings - 1))  # type: ignore[misc]
-        for new in own.extra.values():
-            rows = new(input, rows)
+    def forward(
+        self, input_ids: Tensor | None = None, position_ids: Any = None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        if input_ids is not None and inputs_embeds is None:
+            if not torch.compiler.is_compiling():
+                self._check(input_ids)
+            inputs_embeds = self.look_up(input_ids)
+        return cast(Tensor, super().forward(input_ids, position_ids, inputs_embeds))  # type: ignore[misc]
+
+    def look_up(self, input_ids: Tensor) -> Tensor:
+        """(B, N) to (B, N, D)."""
+        rows = cast(Any, self).token_embedding(torch.where(input_ids < FIRST_ID, input_ids, 0))
+        for new in self.extras.values():
+            rows = new(input_ids, rows)
         return cast(Tensor, rows)
 
+    def _check(self, input_ids: Tensor) -> None:
+        wanted = set(input_ids[input_ids >= FIRST_ID].tolist())
+        if wanted - {token_id for new in self.extras.values() for token_id in new.ids}:
+            raise ModelError(
+                "this text encoder was given a learned word that it has no vectors of: the adapter was taken off, or "
+                "is on a pipeline with another text encoder. Load it on this one, and encode the prompt again"
+            )
 
-def set_extra_rows(embedding: nn.Embedding, rows: dict[str, tuple[Sequence[int], nn.Parameter]]) -> None:
-    """Let an embedding answer to new tokens: name -> (ids, vectors (n, D)); none: it is what it was."""
-    module: Any = embedding
-    if isinstance(embedding, ExtraRows):
-        del module.extra
-        change_class(embedding, original_class(embedding, ExtraRows))
-    if rows:
-        change_class(embedding, derived(type(module), ExtraRows))
-        module.extra = nn.ModuleDict({name: NewRows(ids, vectors) for name, (ids, vectors) in rows.items()})
+
+def embeddings(encoder: nn.Module) -> nn.Module:
+    """The module that looks up tokens and places."""
+    return next(module for module in encoder.modules() if isinstance(module, CLIPTextEmbeddings))

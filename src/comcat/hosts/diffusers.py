@@ -12,6 +12,8 @@ the added columns come after the norms and the rotary embedding and are free of 
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -26,26 +28,25 @@ from torch import Tensor, nn
 
 from ..added import AddedLayer, add_output, narrow, widen
 from ..errors import ModelError
-from .seam import Kind, Refusal, Site, Stream, change_class, derived, original_class, run_layers
+from .seam import Carries, Kind, Refusal, Site, Stream, carry, drop, run_layers
 
 SAMPLE = Stream("sample", "to_q", "to_k", "to_v", "to_out.0")
 CONTEXT = Stream("context", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
-class AddedProcessor(nn.Module):
+class AddedProcessor:
     """An attention processor that runs a layer with the products of any number of adapters.
 
     Attributes:
         base: the processor that was there; it runs the layer whenever nothing is added.
-        adapters: adapter name -> AddedLayer.
+        adapters: adapter name -> AddedLayer; the layer's own.
     """
 
     bases: tuple[type, ...] = ()
 
-    def __init__(self, base: Any) -> None:
-        super().__init__()
+    def __init__(self, base: Any, adapters: dict[str, Any]) -> None:
         self.base = base
-        self.adapters = nn.ModuleDict()
+        self.adapters = adapters
 
     @property
     def layers(self) -> list[AddedLayer]:
@@ -269,27 +270,62 @@ def _heads(
 FAMILIES: tuple[type[AddedProcessor], ...] = (ClassicProcessor, JointProcessor, FluxProcessor)
 
 
-class KeepsProducts:
-    """Mixin for an attention module: a processor that diffusers sets does not throw the products away."""
+class KeepsProducts(Carries):
+    """Mixin for an attention module. Diffusers sees and sets the base's processor; none throws the products away."""
 
-    def set_processor(self, processor: Any) -> None:
-        held = cast(nn.Module, self)._modules.get("processor")
-        if not isinstance(held, AddedProcessor) or isinstance(processor, AddedProcessor):
-            super().set_processor(processor)  # type: ignore[misc]
-        elif type(processor) in held.bases:
-            held.base = processor  # e.g. attention slicing switched on or off
+    place: str  # its name in its model
+
+    def get_processor(self, *args: Any, **kwargs: Any) -> Any:
+        return cast(Any, self).processor.base
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        held = self.__dict__.get("processor")
+        if name == "processor" and isinstance(held, AddedProcessor) and not isinstance(value, AddedProcessor):
+            check_processor(held, value)
+            held.base = value  # e.g. attention slicing switched on or off
         else:
-            raise ModelError(
-                f"{type(processor).__name__} would replace the products of {', '.join(held.adapters)}, and cannot run "
-                "them; remove these adapters first, or do without it"
-            )
+            super().__setattr__(name, value)
 
     def fuse_projections(self, *args: Any, **kwargs: Any) -> None:
-        held = cast(Any, self).processor
         raise ModelError(
-            f"the projections of a layer with the products of {', '.join(held.adapters)} cannot be fused; remove these "
+            f"the projections of a layer with the products of {', '.join(self.extras)} cannot be fused; remove these "
             "adapters first, or do without fused projections"
         )
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        if not prefix.endswith(f"{self.place}."):  # a part of the model alone, for another model
+            warnings.warn(
+                f"weights are copied out of a model that carries {', '.join(self.extras)}: they are the base's alone. "
+                "Load the adapter on the new model too where it is meant to draw with it",
+                stacklevel=2,
+            )
+        return super().state_dict(*args, prefix=prefix, **kwargs)  # type: ignore[misc]
+
+
+def check_processor(held: AddedProcessor, processor: Any) -> None:
+    """Raise ModelError for a processor that cannot run the products of a layer."""
+    if type(processor) not in held.bases:
+        raise ModelError(
+            f"{type(processor).__name__} would replace the products of {', '.join(held.adapters)}, and cannot run "
+            "them; remove these adapters first, or do without it"
+        )
+
+
+def guard(model: Any) -> None:
+    """While layers carry products, processors are set on all layers of a model or on none."""
+    if not any(isinstance(module, KeepsProducts) for module in model.modules()):
+        model.__dict__.pop("set_attn_processor", None)
+    elif hasattr(model, "set_attn_processor") and "set_attn_processor" not in model.__dict__:
+        model.set_attn_processor = functools.partial(_set_attn_processor, model)
+
+
+def _set_attn_processor(model: Any, processor: Any, *args: Any, **kwargs: Any) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, KeepsProducts):
+            given = processor.get(f"{name}.processor") if isinstance(processor, dict) else processor
+            if given is not None and not isinstance(given, AddedProcessor):
+                check_processor(cast(Any, module).processor, given)
+    type(model).set_attn_processor(model, processor, *args, **kwargs)
 
 
 def find_sites(model: nn.Module) -> Iterator[tuple[str, Site | Refusal]]:
@@ -332,23 +368,20 @@ def _family(attn: Any, processor: Any) -> type[AddedProcessor] | None:
 def attach(site: Site, name: str, layer: AddedLayer) -> None:
     """Put the products of adapter ``name`` into an attention layer."""
     attn: Any = site.module
-    if not isinstance(attn.processor, AddedProcessor):
+    first = not isinstance(attn, KeepsProducts)
+    carry(attn, KeepsProducts, name, layer)
+    if first:
+        attn.place = site.name
         family = _family(attn, attn.processor)
         assert family is not None
-        processor = family(attn.processor)
-        processor.train(attn.training)
-        attn.processor = processor
-        change_class(attn, derived(type(attn), KeepsProducts))
-    layer.train(attn.training)
-    attn.processor.adapters[name] = layer
+        attn.processor = family(attn.processor, attn.extras)
 
 
 def detach(module: nn.Module, name: str) -> None:
     """Take adapter ``name`` out again; after the last one the layer is what it was."""
     attn: Any = module
-    processor = attn.processor
-    del processor.adapters[name]
-    if not len(processor.adapters):
-        change_class(attn, original_class(attn, KeepsProducts))
-        del attn.processor  # a module in the place of a plain object
-        attn.processor = processor.base
+    base = attn.processor.base
+    drop(attn, KeepsProducts, name)
+    if not isinstance(attn, KeepsProducts):
+        del attn.place
+        attn.processor = base

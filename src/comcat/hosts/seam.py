@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..added import AddedLayer, AddedProduct, Strength
@@ -71,9 +72,8 @@ class Site:
 
     def new_layer(self, rank: int, strength: Strength, biases: Sequence[str] = (), dtype: Any = None) -> AddedLayer:
         """Products of ``rank`` for every stream, on this layer's device; ``biases``: e.g. "sample.query"."""
-        weight = self.linear(self.streams[0].query).weight
-        hook: Any = getattr(self.linear(self.streams[0].query), "_hf_hook", None)
-        offloaded = weight.is_meta and hook is not None  # Accelerate brings the weights when they are needed
+        query = self.linear(self.streams[0].query)
+        device = place(query)
         streams = {
             stream.name: AddedProduct(
                 *self.dims(stream),
@@ -82,8 +82,8 @@ class Site:
                 f"{stream.name}.query" in biases,
                 f"{stream.name}.key" in biases,
                 f"{stream.name}.value" in biases,
-                device=hook.execution_device if offloaded else weight.device,
-                dtype=dtype or weight.dtype,
+                device=device,
+                dtype=dtype or precision(query),
             )
             for stream in self.streams
         }
@@ -131,15 +131,111 @@ def _derived(base: type, mixin: type) -> type:
 
 
 def change_class(module: nn.Module, cls: type) -> None:
-    """Give a module another class; a ``forward`` that Accelerate's hooks have bound to it follows."""
+    """Give a module another class; a ``forward`` that Accelerate's or diffusers' hooks have bound to it follows."""
     old, own = type(module), module.__dict__
     module.__class__ = cls
+
+    def rebound(forward: Any) -> Any:
+        ours = getattr(forward, "__func__", None) is cast(Any, old).forward
+        return types.MethodType(cast(Any, cls).forward, module) if ours else forward
+
     for key in ("forward", "_old_forward"):
-        if getattr(own.get(key), "__func__", None) is cast(Any, old).forward:
-            own[key] = types.MethodType(cast(Any, cls).forward, module)
+        if key in own:
+            own[key] = rebound(own[key])
+    for call in getattr(own.get("_diffusers_hook"), "_fn_refs", ()):
+        call.forward, call.original_forward = rebound(call.forward), rebound(call.original_forward)
 
 
 def original_class(module: nn.Module, mixin: type) -> type:
     """The class that a module had before :func:`derived`."""
     cls = type(module)
-    return cls.__mro__[2] if issubclass(cls, mixin) else cls
+    return cls.__bases__[1] if issubclass(cls, mixin) else cls
+
+
+def place(module: nn.Module) -> torch.device:
+    """Where a layer computes, also while Accelerate keeps its weights elsewhere."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    tensors = [t for t in (*module.parameters(), *module.buffers())]
+    if tensors and tensors[0].is_meta and getattr(hook, "execution_device", None) is not None:
+        return torch.device(cast(Any, hook).execution_device)
+    return tensors[0].device if tensors else torch.get_default_device()
+
+
+def values(root: nn.Module, module: nn.Module, name: str) -> Tensor:
+    """A tensor of ``module`` inside ``root``, also while Accelerate or diffusers keep what it holds elsewhere."""
+    tensor = cast(Tensor, getattr(module, name))
+    hook: Any = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", [hook]):
+        kept = getattr(one, "weights_map", None)
+        if tensor.is_meta and kept is not None:
+            return cast(Tensor, kept[name])
+    for part in root.modules():  # group offloading to disk leaves uninitialized memory behind
+        registry: Any = getattr(part, "_diffusers_hook", None)
+        offloading = None if registry is None else registry.get_hook("group_offloading")
+        group = getattr(offloading, "group", None)
+        if getattr(group, "_is_offloaded_to_disk", False) and tensor in group.tensor_to_key:
+            with safe_open(group.safetensors_file_path, "pt") as file:
+                return cast(Tensor, file.get_tensor(group.tensor_to_key[tensor]))
+    return tensor
+
+
+def precision(module: nn.Module) -> torch.dtype:
+    """In which dtype a layer computes: its weight's own, unless that is a form of storage (8 bit, packed 4 bit)."""
+    if not _stored(weight := getattr(module, "weight", None)):
+        return cast(Tensor, weight).dtype
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    casting = None if registry is None else registry.get_hook("layerwise_casting")
+    for dtype in (getattr(casting, "compute_dtype", None), getattr(module, "compute_dtype", None)):
+        if dtype is not None:
+            return cast(torch.dtype, dtype)
+    bias = getattr(module, "bias", None)
+    return torch.float32 if _stored(bias) else cast(Tensor, bias).dtype
+
+
+def _stored(tensor: Any) -> bool:
+    return not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype.itemsize < 2
+
+
+class Carries:
+    """Mixin for a module of the host: ``extras``, name -> what it carries, a module each.
+
+    They move and are converted with the host, but are none of its submodules: what copies, saves, stores in 8 bit or
+    offloads the host's tensors finds the base model alone. They are never stored in fewer than 16 bits.
+    """
+
+    extras: dict[str, Any]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def wide(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return tensor.to(found.device) if found.dtype.itemsize < 2 else found
+
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for extra in self.extras.values():
+            extra._apply(wide)
+        return self
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)  # type: ignore[misc]
+        for extra in self.extras.values():
+            extra.train(mode)
+        return self
+
+
+def carry(module: nn.Module, mixin: type[Carries], name: str, extra: nn.Module) -> None:
+    """Let ``module`` carry ``extra``; the first one changes its class."""
+    own: Any = module
+    if not isinstance(module, mixin):
+        own.extras = {}
+        change_class(module, derived(type(module), mixin))
+    extra.train(module.training)
+    own.extras[name] = extra
+
+
+def drop(module: nn.Module, mixin: type[Carries], name: str) -> None:
+    """Take ``name`` out again; after the last one the module is what it was."""
+    own: Any = module
+    del own.extras[name]
+    if not own.extras:
+        change_class(module, original_class(module, mixin))
+        del own.extras
