@@ -123,7 +123,7 @@ GENERATE = {
     "steps": (["--prompt", PROMPT, "--steps", 0], 2, "Invalid value for '--steps'"),
     "strength": (["--prompt", PROMPT, "--adapter", "DOG:nan"], 1, "a strength must be a finite number, not nan"),
     "no strength": (["--prompt", PROMPT, "--adapter", "DOG:much"], 1, "cannot read '.*dog.safetensors:much'"),
-    "twice": (["--prompt", PROMPT, "--adapter", "DOG"], 1, r"the tokenizer knows 'V\*' already"),
+    "twice": (["--prompt", PROMPT, "--adapter", "DOG"], 1, r"has learned 'V\*' already"),
 }
 
 

@@ -65,7 +65,7 @@ def write_adapter(handle: Adapter, path: Path, storage: Storage = "float32") -> 
     """:func:`save_adapter` for a handle."""
     if handle.left_out:
         raise CheckpointError(
-            f"adapter {handle.name!r} is not whole: this pipeline has no place for its {' and '.join(handle.left_out)}. "
+            f"adapter {handle.name!r} is not whole: this pipeline has no place for its {', '.join(handle.left_out)}. "
             "Save it from a pipeline that has, or keep the file it came from"
         )
     if storage not in STORAGES:
@@ -224,8 +224,8 @@ def load_adapter(
     tensors = {key: v for key, v in tensors.items() if key.partition(".")[0] not in handle.left_out}
     if handle.left_out and not bare:
         warnings.warn(
-            f"this pipeline has no text encoder: of '{path}', the {' and '.join(handle.left_out)} stay out. Encode its "
-            "prompts by a pipeline that has them",
+            f"this pipeline has no text encoder: of '{path}', {', '.join(handle.left_out)} cannot be used. "
+            "Encode its prompts by a pipeline that has them",
             stacklevel=2,
         )
     _check_tensors(tensors, expected, path)

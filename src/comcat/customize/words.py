@@ -138,7 +138,7 @@ def learned(tokenizer: Any) -> dict[str, int]:
 
 def _original(tokenizer: Any) -> Any:
     """The tokenizer without learned words; it shares everything with it."""
-    cls = type(tokenizer).__bases__[1]
+    cls: Any = type(tokenizer).__bases__[1]
     base = cls.__new__(cls)
     base.__dict__.update({k: v for k, v in tokenizer.__dict__.items() if k not in (_WORDS, _READER)})
     return base

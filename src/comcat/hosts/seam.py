@@ -155,7 +155,7 @@ def original_class(module: nn.Module, mixin: type) -> type:
 def place(module: nn.Module) -> torch.device:
     """Where a layer computes, also while Accelerate keeps its weights elsewhere."""
     hook: Any = getattr(module, "_hf_hook", None)
-    tensors = [t for t in (*module.parameters(), *module.buffers())]
+    tensors = [*module.parameters(), *module.buffers()]
     if tensors and tensors[0].is_meta and getattr(hook, "execution_device", None) is not None:
         return torch.device(cast(Any, hook).execution_device)
     return tensors[0].device if tensors else torch.get_default_device()
@@ -172,7 +172,7 @@ def values(root: nn.Module, module: nn.Module, name: str) -> Tensor:
     for part in root.modules():  # group offloading to disk leaves uninitialized memory behind
         registry: Any = getattr(part, "_diffusers_hook", None)
         offloading = None if registry is None else registry.get_hook("group_offloading")
-        group = getattr(offloading, "group", None)
+        group: Any = getattr(offloading, "group", None)
         if getattr(group, "_is_offloaded_to_disk", False) and tensor in group.tensor_to_key:
             with safe_open(group.safetensors_file_path, "pt") as file:
                 return cast(Tensor, file.get_tensor(group.tensor_to_key[tensor]))
