@@ -144,7 +144,7 @@ def _to_comcat(
 
     if rank is None:
         raise typer.BadParameter("say which rank the adapter's products are to have, e.g. 4", param_hint="--rank")
-    pipe = _open(base, variant, device)
+    pipe = _open(screen, base, variant, device)
     handle, conversion = import_lora(
         pipe, file, rank=rank, name=adapter_name(out), partial=partial, lora_alpha=lora_alpha
     )
@@ -223,7 +223,7 @@ def _converted(
     from ..errors import DataError
 
     read_adapter(file)
-    pipe = _open(base, variant, device)
+    pipe = _open(screen, base, variant, device)
     handle = load_adapter(pipe, file, scale=scale)
     texts = prompts or ([handle.info["prompt"]] if handle.info.get("prompt") else [])
     if not texts and not data_free:
@@ -233,9 +233,9 @@ def _converted(
     return handle, factors, result, output_error(handle, factors, texts[0] if texts else "")
 
 
-def _open(base: str | None, variant: str | None, device: str) -> Any:
+def _open(screen: Screen, base: str | None, variant: str | None, device: str) -> Any:
     from ..customize.opening import open_pipeline
 
     if base is None:
         raise typer.BadParameter("the conversion needs the base model's weights", param_hint="--base")
-    return open_pipeline(base, "no", parse_device(device), variant)
+    return open_pipeline(base, "no", parse_device(device), variant, screen.note)

@@ -220,7 +220,7 @@ def _run(
     check_output_file(out, overwrite)
     if settings.precision == "fp16" and (cpu or parse_device("auto").type == "cpu"):
         raise TrainingError("precision fp16 needs a GPU; use bf16 or no")
-    pipe = open_pipeline(base, settings.precision, "cpu", variant)
+    pipe = open_pipeline(base, settings.precision, "cpu", variant, screen.note)
     try:
         handle = train(
             pipe,

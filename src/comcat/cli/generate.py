@@ -85,7 +85,7 @@ def generate(
         names = [f"{i:03d}-{slug(text)}" for i, text in enumerate(texts)]
         paths = [[out / f"{name}-seed{seed}.png" for seed in numbers] for name in names]
         check_outputs(out, [p for row in paths for p in row] + [out / "grid.png", out / "images.json"], overwrite)
-        pipe = open_pipeline(base, precision, place, variant)
+        pipe = open_pipeline(base, precision, place, variant, screen.note)
         handles = load_all(pipe, files)
         check_prompts(pipe, texts, without_token=without_token)
         rows = draw(
