@@ -58,7 +58,7 @@ def peak_over_model(name: str, rank: int) -> float:
     model = timm.create_model(name).eval()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     sites = [s for s in find_sites(model).sites if isinstance(s, AttentionSite)]
-    comcat.compress_(model, comcat.Plan({s.name: {"qk": rank, "vo": rank} for s in sites}))
+    comcat.compress_(model, comcat.Plan({s.name: {"qk": rank, "vo": rank} for s in sites}), keep_original=False)
     # Not getrusage: its peak is inherited from the process that started this one.
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return (int(peak.split()[1]) * 1024 - before) / size

@@ -82,6 +82,7 @@ class _Recorder:
         self.sums: dict[str, Tensor] = {}
         self.images = 0  # of the current batch
         self.shape: Shape | None = None
+        self.counting = True  # until the first batch is through
 
     def hooks(self) -> list[Any]:
         site = self.site
@@ -109,9 +110,10 @@ class _Recorder:
     def _output(self, name: str, grad_name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             x = args[0].detach()
-            if self.shape is None:
+            if self.counting and name != "h":  # the first layer of a site, as often as a pass calls it
                 tokens = x.numel() // x.shape[-1] // self.images
-                self.shape = Shape(tokens, x.shape[1] if x.dim() == 3 else tokens)
+                before = self.shape.tokens if self.shape is not None else 0
+                self.shape = Shape(before + tokens, x.shape[1] if x.dim() == 3 else tokens)
             self._add(name, x.flatten(0, -2))
             if self.fisher and out.requires_grad:
                 out.register_hook(lambda g: self._add_grad(grad_name, g))
@@ -246,7 +248,7 @@ def _calibrate(
             size = tuple(images.shape[1:])
             sample.add(images)
             for recorder in recorders:
-                recorder.images = len(images)
+                recorder.images, recorder.counting = len(images), done == 0
             images = images.to(parameter.device, parameter.dtype)
             with explained(images, CalibrationError):
                 images.requires_grad_(fisher)
