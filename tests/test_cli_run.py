@@ -195,3 +195,14 @@ def test_recipe_files(tmp_path: Path) -> None:
     (tmp_path / "dir").mkdir()
     with pytest.raises(TrainingError, match="cannot be read"):
         Recipe.read(tmp_path / "dir")
+
+
+def test_a_recipe_with_a_latency_budget(place: Path, tmp_path: Path) -> None:
+    recipe = {**TINY, "budget": {"latency": 0.95}, "search": {}}
+    recipe["compress"] = {**TINY["compress"], "method": "spectrum", "latency_batch": 2}
+    result = run(place, tmp_path / "out", recipe=recipe)
+    if result.code:  # whether a tiny model can be that much faster depends on the machine
+        assert "smallest reachable" in result.err or "out of reach" in result.err
+    else:
+        assert json.loads((tmp_path / "out" / "compressed" / "plan.json").read_text())["budget"] == {"latency": 0.95}
+    assert comcat.LatencyTable.load(tmp_path / "out" / "latency.json").batch_size == 2

@@ -233,8 +233,16 @@ def test_refusals():
         run(student, data=DataLoader(TensorDataset(x, -torch.ones(12).long()), batch_size=4))
     with pytest.raises(DataError, match="label 11 is none of the model's"):
         run(student, data=DataLoader(TensorDataset(x, torch.full((12,), 11)), batch_size=4))
-    with pytest.raises(DataError, match="labels must be class numbers"):
+    with pytest.raises(DataError, match="labels must be whole numbers"):
         run(student, data=DataLoader(TensorDataset(x, torch.rand(12)), batch_size=4))
+    with pytest.raises(DataError, match="look one-hot"):
+        run(student, data=DataLoader(TensorDataset(x, torch.eye(12)[:, :11]), batch_size=4))
+    with pytest.raises(DataError, match=r"images of torch.uint8"):
+        run(student, data=DataLoader(TensorDataset(x.byte(), torch.zeros(12).long()), batch_size=4))
+    with pytest.raises(ModelError, match=r"does not run on images of size \(3, 14, 20\)"):
+        run(student, data=DataLoader(TensorDataset(x[..., :20], torch.zeros(12).long()), batch_size=4))
+    with pytest.raises(ModelError, match=r"not return logits .* but values, which training does not learn"):
+        run(vit(num_classes=1))
     with pytest.raises(TrainingError, match="even number of images, not 3"):
         run(student, data=loader(student, batch_size=3), mixup=0.8)
     with pytest.raises(TrainingError, match="nothing to resume without out"):
@@ -242,3 +250,40 @@ def test_refusals():
     relu = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 224 * 224, 11))
     with pytest.raises(TrainingError, match="Sequential has no gradient checkpointing"):
         run(relu, data=DataLoader(TensorDataset(x, torch.zeros(12).long()), batch_size=4), grad_checkpointing=True)
+
+
+class Pictures(torch.utils.data.Dataset):
+    """As data sets of Transformers have it."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
+        return {"pixel_values": self.images[index], "labels": index % 11}
+
+
+class Named(torch.nn.Module):
+    """Logits under their name."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.model(x)}
+
+
+def test_dictionaries_in_and_out_train_alike():
+    plain, named = vit(dtype=torch.float32), Named(vit(dtype=torch.float32))
+    x = images(plain, 8)
+    pairs = DataLoader(TensorDataset(x, torch.arange(8)), batch_size=4)
+    run(plain, vit(seed=1, dtype=torch.float32), pairs, distillation="soft", max_steps=2)
+    given = DataLoader(Pictures(x), batch_size=4)
+    teacher = Named(vit(seed=1, dtype=torch.float32))
+    # The size of a wrapped model is that of what it wraps.
+    run(named, teacher, given, distillation="soft", max_steps=2)
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(named.state_dict()[f"model.{name}"], tensor, rtol=1e-4, atol=1e-5)

@@ -24,6 +24,7 @@ from .calibrate import calibrate
 from .calibration import Calibration
 from .errors import ComcatError, TrainingError
 from .latency import LatencyTable
+from .modes import exclusive
 from .plain import check_plain
 from .plan import Budget, Plan
 from .progress import Progress
@@ -33,7 +34,7 @@ from .ranks.data import refuse_evaluation_data, sample_images
 from .ranks.space import SearchSpace
 from .ranks.start import best_training_free
 from .sites import PARTS
-from .training.checks import check_same, count_classes
+from .training.checks import check_same, count_classes, refuse_half
 from .training.loading import Batches
 from .training.log import Log
 from .training.opening import how_to_go_on, interrupted, open_run
@@ -86,11 +87,13 @@ def search(
     config = config or SearchConfig()
     check_plain(model)
     refuse_evaluation_data(train_loader)
+    refuse_half(model, "model")
     directory = Path(out) if out is not None else None
     remark = note or (lambda text: None)
     with ExitStack() as stack:
         # Outermost: word of a dead worker can arrive while the rest is put away.
         stack.enter_context(explained(how_to_go_on(directory)))
+        stack.enter_context(exclusive(model))
         accelerator = stack.enter_context(accelerated(config.precision, config.seed, cpu))
         if getattr(accelerator, "is_fsdp2", False):
             raise TrainingError(

@@ -20,10 +20,11 @@ from .curves import linear_size
 from .errors import CalibrationError, ModelError
 from .hosts import find_sites
 from .latency import Grid, LatencyTable, LayerTimes, layer_key, nested
-from .modes import evaluating
+from .modes import evaluating, exclusive
 from .plain import check_plain
 from .profile import default_input_size, profile, site_shapes
 from .progress import Progress
+from .running import explained, still
 from .sites import AttentionSite, Choice, Site
 from .skeleton import empty_modules
 from .swap import swapped
@@ -60,6 +61,18 @@ def measure_latency(
     if batch_size < 1 or rounds < 1 or widths < 2:
         raise CalibrationError("latency is measured with a batch size and rounds of 1 or more, and 2 widths or more")
     check_plain(model)
+    with exclusive(model):
+        return _measured(model, batch_size, input_size, widths, rounds, progress)
+
+
+def _measured(
+    model: nn.Module,
+    batch_size: int,
+    input_size: Sequence[int] | None,
+    widths: int,
+    rounds: int,
+    progress: Progress | None,
+) -> LatencyTable:
     inventory = find_sites(model)
     size = tuple(input_size or default_input_size(model))
     dense, shapes = profile(model, size), site_shapes(model, inventory, size)
@@ -69,7 +82,8 @@ def measure_latency(
     if not kinds:
         raise ModelError("no layer of this model can be compressed, so none is timed")
     parameter = next(model.parameters())
-    images = torch.zeros(batch_size, *size, device=parameter.device, dtype=parameter.dtype)
+    # Of the same kind on both sides: some processors multiply zeros and tiny numbers at another speed.
+    images = _drawn(torch.empty(batch_size, *size, device=parameter.device, dtype=parameter.dtype))
     work = _Work(model, images, {key: _Kind(sites, widths) for key, sites in kinds.items()})
     rest = work.run(rounds, progress)
     layers = {key: kind.times() for key, kind in work.kinds.items()}
@@ -147,7 +161,7 @@ class _Work:
     @torch.no_grad()
     def run(self, rounds: int, progress: Progress | None) -> int:
         """Fill the kinds' seconds; returns the nanoseconds of everything between the layers."""
-        with evaluating(self.model):
+        with evaluating(self.model), still(self.model), explained(self.images):
             for turn in range(rounds):
                 for step in range(self.steps):
                     self._measure(turn, step)
@@ -193,8 +207,14 @@ class _Work:
             module.eval()
             for parameter in module.parameters():
                 if id(parameter) not in self.own:  # a norm or table that the layer shares with the dense one
-                    parameter.fill_(1 / 64)
+                    parameter.copy_(_drawn(parameter, 0.02))
         return new
+
+
+def _drawn(like: Tensor, scale: float = 1.0) -> Tensor:
+    """Normal numbers, the same at every call."""
+    numbers = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)) * scale
+    return numbers.to(like.device, like.dtype)
 
 
 class _HostClock:

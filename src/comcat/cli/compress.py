@@ -112,6 +112,14 @@ def compress(
             rich_help_panel=HOW,
         ),
     ] = None,
+    outputs: Annotated[
+        str | None,
+        opt.Option(
+            metavar="KIND",
+            help="What the model returns, where it cannot be told: classes, labels, values, features or maps.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
     data_free: Annotated[
         bool, opt.Option("--data-free", help="Use the weights only; no images needed.", rich_help_panel=HOW)
     ] = False,
@@ -209,6 +217,7 @@ def compress(
             calibration_images=calibration_images,
             calibration_file=calibration_file,
             fisher=fisher,
+            outputs=outputs,
             data_free=data_free,
             evaluate=not no_eval,
             calibration_split=calibration_split or split,

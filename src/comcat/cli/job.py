@@ -48,6 +48,7 @@ class Settings:
     workers: int | None
     seed: int
     search: Search | None
+    outputs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,11 @@ class Job:
 
         from ..calibration import Calibration
         from ..hosts import find_sites
+        from ..outputs import check_kind
         from ..sites import check_finite, check_parts
 
         check_parts(self.settings.parts)
+        check_kind(self.settings.outputs)
         torch.manual_seed(self.settings.seed)
         model = comcat.load_model(self.settings.model, checkpoint=checkpoint, model_args=args)
         self.model: nn.Module = model.to(device).eval()
@@ -194,6 +197,7 @@ class Job:
             self.model,
             batches,
             fisher=self._fisher(),
+            outputs=self.settings.outputs,
             seed=self.settings.seed,
             progress=self.screen.progress,
         )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 COMPRESSED, FINETUNED = "compressed", "finetuned"
 _SECTIONS = ("model", "model_args", "budget", "compress", "search", "finetune", "batch_size")
-_COMPRESS = ("method", "parts", "rank_multiple", "calibration_images")
+_COMPRESS = ("method", "parts", "rank_multiple", "calibration_images", "latency_batch")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         from ..errors import ComcatError, TrainingError
+        from ..plan import UNITS
         from ..ranks.config import SearchConfig
         from ..training.settings import check_fields
         from .finetune import merge
@@ -46,7 +47,7 @@ class Recipe:
         for name in ("budget", "model_args", "compress", "search", "finetune"):
             if not isinstance(getattr(self, name), dict):
                 raise TrainingError(f"the recipe's '{name}' must hold settings, one a line, such as 'epochs: 30'")
-        check_fields(self.budget, ["params", "macs"])
+        check_fields(self.budget, list(UNITS))
         check_fields(self.compress, list(_COMPRESS))
         if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
             raise TrainingError(f"the recipe's batch_size is {self.batch_size!r}, but must be a number of images")
@@ -226,8 +227,9 @@ class _Stages:
             method=method,
             parts=tuple(made.get("parts", ("qk", "vo", "ffn", "head"))),
             rank_multiple=made.get("rank_multiple"),
-            latency_file=None,
-            latency_batch=None,
+            # Kept, so that a resumed search goes on with the same timings.
+            latency_file=self.out / "latency.json" if self.budget.unit == "latency" else None,
+            latency_batch=made.get("latency_batch"),
             calibration_images=made.get("calibration_images"),
             calibration_file=None,
             fisher=None,

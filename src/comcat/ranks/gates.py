@@ -24,6 +24,8 @@ from ..factorize import REFIT_RIDGE, whitening
 from ..factors import AttentionFactors, FFNFactors, SiteFactors
 from ..heads import as_parameter, zeros_like_bias
 from ..linear import LowRankLinear
+from ..outputs import Outputs
+from ..running import explained
 from ..sites import AttentionSite, Choice, FFNSite, Site
 
 
@@ -229,5 +231,5 @@ class GatedModel(nn.Module):
         """(B, C, H, W) to logits (B, classes); two classifiers are averaged, as in evaluation."""
         with torch.autocast(images.device.type, enabled=False):  # the weights are few; they stay exact
             weights = self.weights(self.masks(probabilities))
-        logits = functional_call(self.model, weights, (images,))
-        return torch.stack(list(logits)).mean(0) if isinstance(logits, (tuple, list)) else logits
+        with explained(images):
+            return Outputs(self.model, "classes")(functional_call(self.model, weights, (images,)), len(images))[0]

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import CheckpointError, ModelError, TrainingError
 from ..files import CONFIG_NAME
 from ..modes import evaluating
+from ..outputs import Outputs
 from ..profile import default_input_size
+from ..running import explained
 from . import state
 from .config import FinetuneConfig
 from .settings import Settings
@@ -28,12 +30,7 @@ def check_models(student: nn.Module, teacher: nn.Module | None, config: Finetune
         ModelError: one of them does not classify, or they differ in classes or input size.
         TrainingError: a teacher is needed and there is none, or the student's weights are of half precision.
     """
-    dtypes = {p.dtype for p in student.parameters()} & {torch.float16, torch.bfloat16}
-    if dtypes:
-        raise TrainingError(
-            f"the student's weights are {dtypes.pop()}, too coarse for small updates; call student.float() and choose "
-            "precision bf16 or fp16"
-        )
+    refuse_half(student, "student")
     if config.needs_teacher and teacher is None:
         raise TrainingError(
             "distillation and feature_blocks need a teacher; give the dense model, or set distillation none"
@@ -64,14 +61,32 @@ def check_batches(config: FinetuneConfig, batch_size: int, images: int, drop_las
 
 
 def count_classes(model: nn.Module, role: str) -> int:
+    """The number of classes of a model.
+
+    Raises:
+        ModelError: its outputs are of another kind, or it does not run on images of the size it is made for.
+    """
     parameter = next(model.parameters())
     image = torch.zeros(1, *default_input_size(model), dtype=parameter.dtype, device=parameter.device)
-    with torch.no_grad(), evaluating(model):
-        out = model(image)
-    features = getattr(model, "num_classes", None) == 0  # timm: a model without its classifier
-    if features or not isinstance(out, Tensor) or out.ndim != 2 or out.shape[1] < 2:
-        raise ModelError(f"the {role} is no classifier: it does not return logits (batch, classes)")
+    outputs = Outputs(model, unknown="classes")
+    with explained(image), torch.no_grad(), evaluating(model):
+        out = outputs(model(image), 1)[0]
+    if outputs.kind != "classes":
+        raise ModelError(
+            f"the {role} is no classifier: it does not return logits (batch, classes), but {outputs.kind}, which "
+            "training does not learn"
+        )
     return out.shape[1]
+
+
+def refuse_half(model: nn.Module, role: str) -> None:
+    """Raise TrainingError if weights are too coarse to be trained."""
+    dtypes = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
+    if dtypes:
+        raise TrainingError(
+            f"the {role}'s weights are {dtypes.pop()}, too coarse for small updates; call {role}.float() and choose "
+            "precision bf16 or fp16"
+        )
 
 
 def _by(size: tuple[int, ...]) -> str:

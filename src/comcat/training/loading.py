@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..data.loading import BadImage
 from ..data.training import PerSample
-from ..errors import DataError, TrainingError
+from ..errors import TrainingError
+from ..running import images_of, labels_of
+from ..scores import check_labels
 from .randomness import EPOCH, isolated
 
 if TYPE_CHECKING:
@@ -100,22 +102,11 @@ class Batches:
     def _check(self, batch: Any) -> tuple[Tensor, Tensor]:
         if isinstance(batch, BadImage):
             raise batch.error()
-        if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not isinstance(batch[1], Tensor):
-            raise DataError("training needs batches of (images, labels). Give a loader that delivers both")
-        images, labels = batch[0], batch[1]
-        if labels.ndim != 1 or labels.is_floating_point():
-            raise DataError(f"labels must be class numbers of shape (batch,), not {tuple(labels.shape)} {labels.dtype}")
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0:
-            raise DataError("some images have no label (-1). Train on a labelled split")
-        if high >= self._classes:
-            raise DataError(
-                f"the label {high} is none of the model's, which has {self._classes} outputs (0 to "
-                f"{self._classes - 1}). Use the data that the model was trained for"
-            )
+        images, labels = images_of(batch), labels_of(batch)
+        labels = check_labels("classes", images.new_empty(len(images), self._classes), labels, "Train")
         for name, cause in getattr(batch, "skipped", ()):
             self.skipped[name] = cause
-        return images, labels.long()
+        return images, labels
 
 
 def _seeded(loader: DataLoader[Any], seed: int) -> DataLoader[Any]:

@@ -13,6 +13,8 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from ..errors import DataError, TrainingError
+from ..outputs import Outputs
+from ..running import explained
 from .average import Average
 from .config import FinetuneConfig
 from .features import Features, block_names
@@ -121,10 +123,11 @@ class Trainer:
             with isolated(MIXUP, config.seed, index, micro, self.accelerator.process_index):
                 images, labels = self._mixup(images.clone(), labels)
         theirs = None
-        if self._teacher is not None:
-            with torch.no_grad(), self.accelerator.autocast():
-                theirs = self._teacher(images)
-        outputs = self._run(images)
+        with explained(images):
+            if self._teacher is not None:
+                with torch.no_grad(), self.accelerator.autocast():
+                    theirs = _logits(self._teacher, self._teacher(images), len(images))
+            outputs = _logits(self.model, self._run(images), len(images))
         features = None
         if self._hooks:
             features = feature_loss(self._hooks[0].take(), self._hooks[1].take())
@@ -155,6 +158,13 @@ class Trainer:
     def _everywhere(self, tensor: Tensor) -> Tensor:
         gathered: Tensor = self.accelerator.gather(tensor[None])
         return gathered
+
+
+def _logits(model: nn.Module, raw: Any, count: int) -> Any:
+    """Logits (batch, classes), or the pair of a distilled model's two classifiers."""
+    if isinstance(raw, Tensor) or (isinstance(raw, tuple) and len(raw) == 2 and not isinstance(raw[1], tuple)):
+        return raw
+    return Outputs(model, "classes")(raw, count)[0]
 
 
 def _mixup(config: FinetuneConfig, num_classes: int) -> Mixup:
