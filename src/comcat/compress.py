@@ -17,10 +17,12 @@ from .errors import ModelError
 from .factors import Moments, site_factors
 from .hosts import find_sites
 from .hosts.changed import hooked
+from .modes import exclusive
 from .plain import check_plain
 from .plan import Plan
 from .profile import Profile, default_input_size, profile, site_shapes
 from .progress import Progress
+from .running import still
 from .sites import Choice, FFNSite, Inventory, LeftDense, Site, check_finite
 from .source import Source, describe
 from .swap import Place, swap, undo
@@ -134,6 +136,18 @@ def compress_(
             parameters of the result are not what the layers add up to. Whatever is raised, nothing has been changed.
     """
     check_plain(model)
+    with exclusive(model), still(model):
+        return _compress(model, plan, calibration, input_size, keep_original, progress)
+
+
+def _compress(
+    model: nn.Module,
+    plan: Plan,
+    calibration: Calibration | None,
+    input_size: Sequence[int] | None,
+    keep_original: bool,
+    progress: Progress | None,
+) -> Report:
     inventory = find_sites(model)
     plan.check(inventory)
     check_finite(model)
@@ -169,7 +183,7 @@ def compress_(
         undo(places)
         raise
     if notes:
-        warnings.warn("; ".join(notes), stacklevel=2)
+        warnings.warn("; ".join(notes), stacklevel=3)
     return report
 
 
@@ -187,7 +201,8 @@ def compress(
     """
     check_plain(model)
     try:
-        small = copy.deepcopy(model)
+        with exclusive(model):
+            small = copy.deepcopy(model)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise ModelError(f"the model cannot be copied ({error}); compress_ works on it in place") from error
     compress_(small, plan, calibration, input_size=input_size, keep_original=False, progress=progress)
