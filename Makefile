@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo demo-customize test setup lint types clean
+.PHONY: demo demo-customize test test-kernels setup lint types clean
 
 demo: setup
 	$(BIN)/comcat demo --out comcat-demo --overwrite
@@ -13,7 +13,11 @@ demo-customize: setup
 	$(BIN)/comcat demo customize --out comcat-demo-customize --overwrite
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# The numerical tests under other kernels: instruction sets and numbers of threads that this processor has.
+test-kernels: setup
+	$(BIN)/python benchmarks/kernels.py
 
 setup: $(STAMP)
 

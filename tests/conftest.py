@@ -21,8 +21,9 @@ from torch import Tensor, nn
 import comcat
 from comcat.profile import default_input_size
 
-# Tiny models do not gain from threads, and lose much where other work shares the cores.
-torch.set_num_threads(1)
+# Tiny models do not gain from threads, and lose much where other tests share the cores; child processes neither.
+os.environ["OMP_NUM_THREADS"] = THREADS = os.environ.get("COMCAT_TEST_THREADS", "1")
+torch.set_num_threads(int(THREADS))
 
 #: 3 heads of width 5, 17 hidden units, 2 x 3 patches, 11 classes.
 VIT = {
@@ -89,6 +90,12 @@ def images(model: nn.Module, count: int = 7, seed: int = 1) -> Tensor:
 
 def calibrated(model: nn.Module, count: int = 96, **args: Any) -> comcat.Calibration:
     return comcat.calibrate(model, images(model, count, seed=2).split(32), **args)
+
+
+def assert_same_outputs(a: Any, b: Any) -> None:
+    """Equal up to rounding: the same weights in memory of another layout may go through another kernel."""
+    eps = torch.finfo(b.dtype).eps
+    torch.testing.assert_close(a, b, rtol=0, atol=64 * eps * max(1.0, float(b.detach().abs().max())))
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Accuracy against hand-counted answers; modes restored; refusals."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from torch import nn
@@ -101,7 +103,17 @@ def test_agreement():
     assert other.kl == pytest.approx(float(p[0] - p[1]), rel=1e-5)
 
 
-def test_throughput_in_turns():
-    slow = nn.Sequential(Answers(), *[nn.Linear(300, 300) for _ in range(30)])
-    speeds = throughput([Answers(), slow], torch.randn(64, 300, 1, 1), seconds=0.1)
-    assert speeds[0] > speeds[1] > 0
+def test_throughput_in_turns(monkeypatch):
+    clock = [0.0]
+    turns = []
+
+    class Takes(Answers):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seconds = float(self.shift)
+            clock[0] += seconds if seconds in turns else 100  # the first pass warms up
+            turns.append(seconds)
+            return super().forward(x)
+
+    monkeypatch.setattr(import_module("comcat.evaluate"), "_now", lambda device: clock[0])
+    assert throughput([Takes(0.5), Takes(2.0)], torch.randn(64, 300, 1, 1), seconds=0) == [128, 32]
+    assert turns == [0.5, 2] * 4

@@ -191,11 +191,18 @@ class _Demo:
         self.columns.append(Measured(name, cost.params, cost.macs, size, result))
 
     def _same(self, small: nn.Module, again: nn.Module) -> bool:
-        """Whether a model that was saved and loaded computes exactly the same."""
+        """Whether a model that was saved and loaded is the same: its tensors bitwise, its outputs to rounding.
+
+        Tensors that are equal may lie differently in memory, and then go through kernels that round differently.
+        """
         import torch
 
+        tensors = again.state_dict()
+        if any(not torch.equal(tensor, tensors[name]) for name, tensor in small.state_dict().items()):
+            return False
         with torch.no_grad():
-            return all(torch.equal(small(images), again(images)) for images, _ in self.test_batches)
+            pairs = [(small(images), again(images)) for images, _ in self.test_batches]
+        return all(float((a - b).abs().max()) <= 1e-5 * float(a.abs().max()) for a, b in pairs)
 
     def write(self) -> None:
         """The picture, the report, and the saved model at the top of the directory."""
@@ -254,7 +261,7 @@ class _Demo:
         title = f"Handwritten digits, {len(self.test_data)} test images; fine-tuned in the last row only"
         out.print(tables.budgets(self.columns, title))
         folder = shlex.quote(str(self.out))
-        self.screen.done(f"the model at {SAVED:.0%}, saved and loaded again, computes exactly the same")
+        self.screen.done(f"the model at {SAVED:.0%}, saved and loaded again, is the same")
         self.screen.done(f"all of it in {seconds:.0f} s; see ", (self.out / "report.png", "bold"))
         args = " ".join(f"--model-arg {k}={v}" for k, v in demo.MODEL_ARGS.items())
         out.print("\nYour turn:", style="bold")
