@@ -11,7 +11,7 @@ from torch import Tensor, nn
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from diffusers import ControlNetModel, StableDiffusionImg2ImgPipeline
+from diffusers import ControlNetModel, StableDiffusionImg2ImgPipeline, UNetMotionModel
 from diffusers.models import attention_processor as ap
 
 from comcat import customize
@@ -157,8 +157,10 @@ def test_a_pipeline_without_text_encoder(files: dict[str, Path], tmp_path: Path,
 def test_prompts(files: dict[str, Path]) -> None:
     pipe = pipeline()
     customize.load_adapter(pipe, files["dog"])
-    for prompt in ("a V*", "a (V*:1.2) dog", "V*'s dog", '"V*".'):
+    for prompt in ("a V*", "a (V*) dog", "V*'s dog", '"V*".'):
         check_prompts(pipe, [prompt])
+    with pytest.warns(UserWarning, match=r"'\(V\*:1.2\)' is read as plain text"):
+        check_prompts(pipe, ["a (V*:1.2) dog"])
     long = "a " * (TOKENS - 3)
     check_words(pipe, [long + "V*"])
     with pytest.raises(DataError, match=f"'V\\*' stands at place {TOKENS}.*reads {TOKENS}"):
@@ -184,8 +186,8 @@ def test_what_counts_as_a_word(prompt: str, words: list[str]) -> None:
 # What else is done with the model
 
 
-def test_models_made_of_it_have_the_base_weights() -> None:
-    m, x, _, _ = on("sd1", name="dog")
+def test_models_made_of_it_have_the_base_weights(tmp_path: Path) -> None:
+    m, x, _, handle = on("sd1", name="dog")
     expected, state = output(m, x), m.state_dict()
     assert not any("extras" in key or "dog" in key for key in state)
     with pytest.warns(UserWarning, match="a model that carries dog"):
@@ -195,6 +197,11 @@ def test_models_made_of_it_have_the_base_weights() -> None:
     assert all(torch.equal(weights[key], state[key]) for key in shared)
     m.load_state_dict(state)
     assert torch.equal(output(m, x), expected)
+    with pytest.warns(UserWarning, match="a model that carries dog"):
+        motion = UNetMotionModel.from_unet2d(m)
+    assert all(torch.equal(value, state[key]) for key, value in motion.state_dict().items() if key in state)
+    path = customize.save_adapter(m, tmp_path / "dog.safetensors")
+    assert customize.load_adapter(motion, path).layers.keys() == handle.layers.keys()
 
 
 @pytest.mark.parametrize("first", ["casting", "adapter"])

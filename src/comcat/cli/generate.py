@@ -102,8 +102,8 @@ def generate(
         )
         for row, images in zip(paths, rows, strict=True):
             for path, image in zip(row, images, strict=True):
-                save_png(image, path)
-        save_png(grid(rows), out / "grid.png")
+                save_png(image, path, overwrite)
+        save_png(grid(rows), out / "grid.png", overwrite)
         document = {
             "base": base,
             "adapters": [
@@ -124,7 +124,7 @@ def generate(
         }
         from ..files import atomic_file
 
-        with atomic_file(out / "images.json") as file:
+        with atomic_file(out / "images.json", overwrite) as file:
             file.write((json.dumps(document, indent=1) + "\n").encode())
     screen.done(f"{sum(map(len, rows))} images in ", (out, "bold"), "; see ", (out / "grid.png", "bold"))
     screen.result(document)

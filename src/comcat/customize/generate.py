@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +20,9 @@ from .words import has_token, learned, placeholders
 
 #: Entry of an image's ``info``: whether the pipeline's safety checker has taken offence at it.
 FLAGGED = "comcat_flagged"
+
+#: An emphasis of other programs: (V*:1.2).
+_WEIGHT = re.compile(r"\([^()]*:\s*\d+(?:\.\d+)?\)")
 
 
 @torch.no_grad()
@@ -140,6 +145,13 @@ def check_words(pipe: Any, texts: Sequence[str]) -> None:
         DataError: a word stands behind the last token that a text encoder reads, or the pipeline has another tokenizer
             than the one that has learned it.
     """
+    weighted = [found[0] for text in texts if (found := _WEIGHT.search(text)) is not None]
+    if weighted:
+        warnings.warn(
+            f"{weighted[0]!r} is read as plain text: pipelines of diffusers know no weights. Encode the prompt with a "
+            "library that does, and pass prompt_embeds to the pipeline",
+            stacklevel=3,
+        )
     for handle in adapters(pipe).values():
         if handle.token is None:
             continue

@@ -33,9 +33,9 @@ def is_black(image: Image.Image) -> bool:
     return found[1] == 0
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
+def save_png(image: Image.Image, path: Path, overwrite: bool = True) -> None:
+    """Write a PNG, whole or not at all; without ``overwrite`` never in the place of a file, which is an error."""
     content = io.BytesIO()
     image.save(content, format="PNG")
-    with atomic_file(path) as file:
+    with atomic_file(path, overwrite) as file:
         file.write(content.getvalue())

@@ -97,7 +97,7 @@ class ExtraRows(Carries):
         self, input_ids: Tensor | None = None, position_ids: Any = None, inputs_embeds: Tensor | None = None
     ) -> Tensor:
         if input_ids is not None and inputs_embeds is None:
-            if not torch.compiler.is_compiling():
+            if not (torch.compiler.is_compiling() or input_ids.is_meta):
                 self._check(input_ids)
             inputs_embeds = self.look_up(input_ids)
         return cast(Tensor, super().forward(input_ids, position_ids, inputs_embeds))  # type: ignore[misc]
