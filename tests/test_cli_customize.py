@@ -75,7 +75,13 @@ def test_customize(place, dog):
     assert document["config"]["rank"] == 1
     assert document["bytes"] == out.stat().st_size
     run = Path(document["run"])
-    assert sorted(path.name for path in run.iterdir()) == ["class-images", "metrics.jsonl", "samples", "tensorboard"]
+    assert sorted(path.name for path in run.iterdir()) == [
+        ".comcat-run.json",
+        "class-images",
+        "metrics.jsonl",
+        "samples",
+        "tensorboard",
+    ]
     with Image.open(run / "samples" / "step-000003.png") as sheet:
         assert sheet.size == (2 * 16 + 2, 16)
 

@@ -212,7 +212,7 @@ def scenario(where, prepare, delays=(None,)):
 
 chance = random.Random({seed})
 print(json.dumps(dict(
-    images=scenario("images", lambda: die_at(material, "save_png", 3)),
+    images=scenario("images", lambda: die_at(material, "as_png", 3)),
     step=scenario("step", lambda: die_at(Trainer, "step", 4)),
     checkpoint=scenario("checkpoint", lambda: die_at(state, "_write", 5, half=True)),
     # The first is too early for a run to be over, however fast the machine.

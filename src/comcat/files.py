@@ -98,6 +98,18 @@ def atomic_directory(path: str | Path, overwrite: bool = False, kind: Kind = MOD
             _done(path)
 
 
+@contextmanager
+def claimed_output(path: str | Path) -> Iterator[None]:
+    """While long work is done for ``path``, other processes that would write there are told so at their start.
+
+    Raises:
+        CheckpointError: another process works for it.
+    """
+    path = Path(os.path.realpath(path))
+    with _explained(path), _parents(path), temporary.claimed(path):
+        yield
+
+
 def _publish(new: Path, path: Path, overwrite: bool, kind: Kind) -> None:
     """Give ``new`` its name; what is replaced is left under the temporary one."""
     if not overwrite:

@@ -27,7 +27,7 @@ from .training.config import FinetuneConfig
 from .training.loading import Batches
 from .training.log import Log
 from .training.loop import Trainer, trainable_copy
-from .training.opening import how_to_go_on, interrupted, open_run
+from .training.opening import alone, how_to_go_on, interrupted, open_run
 from .training.process import accelerated, explained
 from .training.run import Milestone, Run
 from .training.schedule import Steps
@@ -120,6 +120,7 @@ def finetune(
     with ExitStack() as stack:
         stack.enter_context(explained(how_to_go_on(directory)))
         accelerator = stack.enter_context(accelerated(config.precision, config.seed, cpu))
+        stack.enter_context(alone(accelerator, directory))
         saved = open_run(accelerator, directory, resume, remark)
         batches = Batches(train_loader, accelerator, config.seed, classes)
         check_batches(config, batches.batch_size, batches.images, batches.drop_last)

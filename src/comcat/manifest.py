@@ -76,8 +76,22 @@ class Manifest:
         """Remove a file of this run; one that was changed since, or is of something else, stays."""
         if self.knows(name):
             (self.folder / name).unlink(missing_ok=True)
-            if self.files.pop(name, None) is not None:
-                self._write()
+            self.forget(name)
+
+    def forget(self, name: str) -> None:
+        """Say that ``name`` is no longer there."""
+        if name in self.files:
+            del self.files[name]
+            self._write()
+
+    def free(self, name: str) -> str:
+        """``name``, or one with a number if something else is there."""
+        path = Path(name)
+        number, found = 1, name
+        while not self.knows(found):
+            found = str(path.with_name(f"{path.stem}-{number}{path.suffix}"))
+            number += 1
+        return found
 
     def refuse_others(self, names: list[str]) -> None:
         """Raise CheckpointError if one of ``names`` is there and not of comcat."""

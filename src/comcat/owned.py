@@ -19,7 +19,7 @@ CONFIG_NAME = "comcat.json"
 MANIFEST_NAME = ".comcat-run.json"
 
 CHECKPOINT: Layout = {"state.json": None, "*.safetensors": None}
-_TENSORBOARD: Layout = {"events.out.tfevents.*": None}
+EVENTS: Layout = {"events.out.tfevents.*": None}
 _MODEL: Layout = {
     CONFIG_NAME: None,
     "model.safetensors": None,
@@ -31,7 +31,7 @@ _MODEL: Layout = {
     "search.jsonl": None,
     "search.png": None,
     MANIFEST_NAME: None,
-    "tensorboard": _TENSORBOARD,
+    "tensorboard": EVENTS,
     "checkpoints": {"step-*": CHECKPOINT},
 }
 _DIGITS: Layout = {split: {"[0-9]": {"[0-9]*.png": None}} for split in ("train", "test")}
@@ -78,13 +78,7 @@ CUSTOMIZE_DEMO = Kind(
     },
     (int, float),
 )
-DIGITS_CACHE = Kind(
-    "comcat's cache",
-    "digits.json",
-    "model_index.json",
-    {"digits.json": None, "model_index.json": None, "[a-z]*": _PART},
-    str,
-)
+DIGITS_CACHE: Layout = {"digits.json": None, "model_index.json": None, "[a-z]*": _PART}
 
 
 def check_kind(path: Path, kind: Kind) -> None:

@@ -13,6 +13,7 @@ allocation nearest to the expected widths that meets the budget.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +25,7 @@ from .calibrate import calibrate
 from .calibration import Calibration
 from .errors import ComcatError, TrainingError
 from .latency import LatencyTable
+from .manifest import Manifest
 from .modes import exclusive
 from .plain import check_plain
 from .plan import Budget, Plan
@@ -37,7 +39,7 @@ from .sites import PARTS
 from .training.checks import check_same, count_classes, refuse_half
 from .training.loading import Batches
 from .training.log import Log
-from .training.opening import how_to_go_on, interrupted, open_run
+from .training.opening import alone, how_to_go_on, interrupted, open_run
 from .training.process import accelerated, agree, explained
 from .training.randomness import SAMPLE, isolated
 
@@ -100,6 +102,7 @@ def search(
                 "a search shares its batches among processes, not its weights: run it without FSDP, which the "
                 "fine-tune may use"
             )
+        stack.enter_context(alone(accelerator, directory))
         saved = open_run(accelerator, directory, resume, remark)
         batches = Batches(train_loader, accelerator, config.seed, count_classes(model, "model"))
         if calibration is None:
@@ -164,6 +167,8 @@ def _draw(out: Path, names: list[str], note: Callable[[str], None]) -> None:
     from .report.search import draw_search, read_log
 
     try:
-        draw_search(read_log(out / LOG_NAME), names, out / PICTURE_NAME)
+        content = io.BytesIO()
+        draw_search(read_log(out / LOG_NAME), names, content)
+        Manifest(out).write(PICTURE_NAME, content.getvalue())
     except ComcatError as error:
         note(f"no {PICTURE_NAME}: {error}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -196,12 +197,15 @@ def compress(
             param_hint="--data-free",
         )
     screen = Screen(json_output)
-    with screen:
-        from ..files import check_free
+    with screen, contextlib.ExitStack() as stack:
+        from ..files import check_free, claimed_output
         from ..plan import Plan
+        from ..training.process import process_index
         from .job import Job, Settings
 
         check_free(out, overwrite)
+        if process_index() == 0:
+            stack.enter_context(claimed_output(out))
         check_input_file(plan_file, "--plan")
         check_input_file(checkpoint, "--checkpoint")
         check_input_file(search_config, "--search-config")

@@ -241,7 +241,7 @@ def _run(
         raise
     handle.info["base"] = base
     if process_index() == 0:
-        write_adapter(handle, out, storage)
+        write_adapter(handle, out, storage, overwrite)
         if not keep_run:
             finish(folder)
     return {

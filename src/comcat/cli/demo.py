@@ -53,10 +53,11 @@ def demo(
     screen = Screen(json_output)
     start = time.perf_counter()
     with screen, one_thread():
-        from ..files import atomic_directory
+        from ..files import atomic_directory, claimed_output
+        from ..owned import DEMO
 
         # Everything is made beside DIR and gets its name when all is done.
-        with atomic_directory(out, overwrite) as stage:
+        with claimed_output(out), atomic_directory(out, overwrite, DEMO) as stage:
             run = _Demo(screen, out, stage, seed, epochs or None)
             run.prepare()
             run.train()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,39 +46,37 @@ def demo_customize(
         from ..customize import digits, digits_cache
         from ..customize.contest import METHODS, Contest
         from ..customize.opening import quiet_loading
-        from ..errors import CheckpointError
+        from ..files import atomic_directory, claimed_output
+        from ..owned import CUSTOMIZE_DEMO
 
-        if out.exists() and any(out.iterdir()):
-            demo = (out / "base" / "model_index.json").is_file() and (out / "photos").is_dir()  # an unfinished one too
-            if not overwrite or not demo:
-                raise CheckpointError(f"'{out}' already holds something; choose another --out, or --overwrite a demo")
-            shutil.rmtree(out)
-        options = {"steps": base_steps, "vae_steps": base_steps} if base_steps else {}
-        pipe = digits_cache.load_or_train(cache, digit, progress=screen.progress, **options)
-        trained = time.perf_counter() - start
-        with quiet_loading():
-            pipe.save_pretrained(out / "base")
-        contest = Contest(pipe, out, digit, seed, steps)
-        contest.prepare()
-        outcomes = []
-        for method in METHODS:
-            kept = method.kind == "comcat" and method.rank == SAVED_RANK
-            outcomes.append(contest.run(method, out / "concept.safetensors" if kept else None, screen.progress))
-        storage = _storages(contest, out)
-        from ..report.figures_customize import draw_contest
+        # Everything is made beside DIR and gets its name when all is done.
+        with claimed_output(out), atomic_directory(out, overwrite, CUSTOMIZE_DEMO) as stage:
+            options = {"steps": base_steps, "vae_steps": base_steps} if base_steps else {}
+            pipe = digits_cache.load_or_train(cache, digit, progress=screen.progress, **options)
+            trained = time.perf_counter() - start
+            with quiet_loading():
+                pipe.save_pretrained(stage / "base")
+            contest = Contest(pipe, stage, digit, seed, steps)
+            contest.prepare()
+            outcomes = []
+            for method in METHODS:
+                kept = method.kind == "comcat" and method.rank == SAVED_RANK
+                outcomes.append(contest.run(method, stage / "concept.safetensors" if kept else None, screen.progress))
+            storage = _storages(contest, stage)
+            from ..report.figures_customize import draw_contest
 
-        draw_contest(outcomes, digits.concept_images(digit, 5, seed=seed), out / "report.png", digit)
-        document = {
-            "out": str(out),
-            "digit": digit,
-            "seed": seed,
-            "steps": steps,
-            "base_seconds": trained,
-            "seconds": time.perf_counter() - start,
-            "methods": [outcome.to_dict() for outcome in outcomes],
-            "storage": storage,
-        }
-        (out / REPORT).write_text(json.dumps(document, indent=1) + "\n")
+            draw_contest(outcomes, digits.concept_images(digit, 5, seed=seed), stage / "report.png", digit)
+            document = {
+                "out": str(out),
+                "digit": digit,
+                "seed": seed,
+                "steps": steps,
+                "base_seconds": trained,
+                "seconds": time.perf_counter() - start,
+                "methods": [outcome.to_dict() for outcome in outcomes],
+                "storage": storage,
+            }
+            (stage / REPORT).write_text(json.dumps(document, indent=1) + "\n")
     _show(screen, outcomes, storage, document)
 
 

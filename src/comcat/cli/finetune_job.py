@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,10 +61,31 @@ class Job:
         import comcat
 
         o = self.options
+        self._check_out()
         self.student: nn.Module = comcat.load(o.model)
         self.cost = comcat.profile(self.student)
         self._open_data()
         self.teacher = self._load_teacher() if self.config.needs_teacher else None
+
+    def _check_out(self) -> None:
+        """Raise CheckpointError if the model could not be written into OUT in the end."""
+        from ..checkpoint import TENSORS_NAME
+        from ..errors import CheckpointError
+        from ..files import CONFIG_NAME, check_place
+        from ..manifest import Manifest
+        from ..owned import MODEL, check_kind
+
+        out = self.options.out
+        check_place(out / TENSORS_NAME)
+        manifest = Manifest(out)
+        if self.options.resume and not manifest.exists:  # of a version without records
+            try:
+                check_kind(out, MODEL)
+                return
+            except CheckpointError:
+                pass
+        if not (out / CONFIG_NAME).exists() or self.options.resume:  # else the run says that a model is there
+            manifest.refuse_others([TENSORS_NAME, DOCUMENT, CONFIG_NAME])
 
     def _open_data(self) -> None:
         from ..data import loader
@@ -133,6 +152,7 @@ class Job:
     def run(self) -> None:
         """Train; the main process writes the model, and removes the checkpoints when it is safe."""
         from ..finetune import finetune
+        from ..manifest import Manifest
         from ..training import state
         from ..training.process import process_index
 
@@ -152,22 +172,29 @@ class Job:
         if process_index() == 0:
             self._write()
             if not o.keep_checkpoints:
-                shutil.rmtree(o.out / state.FOLDER, ignore_errors=True)
+                state.remove(o.out)
+            Manifest(o.out).path.unlink(missing_ok=True)  # the model says from now on whose directory it is
 
     def _write(self) -> None:
         """The model into OUT, beside the log; the file that makes a directory a model comes last."""
         import comcat
 
-        from ..files import CONFIG_NAME
+        from .. import temporary
+        from ..files import CONFIG_NAME, sync_tree
+        from ..manifest import Manifest
 
         out = self.options.out
-        stage = out / ".model"
-        comcat.save(self.student.cpu(), stage, overwrite=True)
-        (stage / DOCUMENT).write_text(json.dumps(self._document(), indent=1, default=str) + "\n")
-        files = sorted(stage.iterdir(), key=lambda path: path.name == CONFIG_NAME)
-        for path in files:
-            os.replace(path, out / path.name)
-        stage.rmdir()
+        temporary.sweep(out)
+        manifest = Manifest(out)
+        adopt = self.options.resume and (out / CONFIG_NAME).exists()  # written by a version without records
+        with temporary.new(out / "model", directory=True) as stage:
+            comcat.save(self.student.cpu(), stage, overwrite=True)
+            (stage / DOCUMENT).write_text(json.dumps(self._document(), indent=1, default=str) + "\n")
+            sync_tree(stage)
+            for path in sorted(stage.iterdir(), key=lambda path: path.name == CONFIG_NAME):
+                if adopt and path.name not in manifest.files:
+                    manifest.record(path.name)
+                manifest.take(path, path.name)
 
     # -- the outcome -----------------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ def inspect(
             report_skipped(screen, batches.skipped)
         summaries = summarize(comcat.spectra(loaded, calibration))
         source = f"activations on {calibration.num_images} images" if calibration else "weights alone, no images"
-        with atomic_file(out) as file:
+        with atomic_file(out, overwrite) as file:
             draw_spectra(summaries, file, f"{model}: how low-rank is it?", f"energies of the {source}")
 
     from ..report import tables

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +70,21 @@ class Search:
                 shutil.copy(self.folder / name, out / name)
 
     def clean(self) -> None:
-        """Remove the working files; for when the model is safe."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the working files, which the search wrote, and nothing else; for when the model is safe."""
+        from ..manifest import Manifest
+        from ..search import LOG_NAME, PICTURE_NAME
+        from ..training import state
+        from ..training.log import remove_board
+
+        state.remove(self.folder)
+        remove_board(self.folder)
+        manifest = Manifest(self.folder)
+        for name in (LOG_NAME, PICTURE_NAME):
+            if name in manifest.files:
+                manifest.remove(name)
+        manifest.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()  # unless something else is in it
 
 
 def working_folder(out: Path) -> Path:

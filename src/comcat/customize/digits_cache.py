@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import temporary
 from ..files import atomic_directory
+from ..owned import DIGITS_CACHE, strangers
 from ..progress import Progress
 from . import digits
 from .opening import quiet_loading
@@ -46,7 +47,8 @@ def load_or_train(
         raise digits.missing_packages() from e
     with quiet_loading():
         if not _is_intact(folder):
-            shutil.rmtree(folder, ignore_errors=True)  # another version's, or damaged
+            if folder.is_dir() and not strangers(folder, DIGITS_CACHE):
+                temporary.remove(folder)  # another version's, or damaged
             with atomic_directory(folder) as new:
                 pipe = digits.build(seed)
                 digits.train(pipe, left_out, vae_steps=vae_steps, steps=steps, seed=seed, progress=progress)

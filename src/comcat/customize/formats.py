@@ -61,7 +61,7 @@ def the_adapter(pipe: Any, name: str | None) -> Adapter:
     return found[0]
 
 
-def write_adapter(handle: Adapter, path: Path, storage: Storage = "float32") -> Path:
+def write_adapter(handle: Adapter, path: Path, storage: Storage = "float32", overwrite: bool = True) -> Path:
     """:func:`save_adapter` for a handle."""
     if handle.left_out:
         raise CheckpointError(
@@ -72,7 +72,7 @@ def write_adapter(handle: Adapter, path: Path, storage: Storage = "float32") -> 
         raise CheckpointError(f"storage is {storage!r}; choose one of {', '.join(STORAGES)}")
     stored = encode(handle.state_dict(), storage)
     content = pack(header(handle, storage), stored)
-    with atomic_file(path) as file:
+    with atomic_file(path, overwrite) as file:
         file.write(content)
     return path
 

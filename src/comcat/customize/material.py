@@ -13,13 +13,14 @@ from PIL import Image
 
 from ..errors import DataError
 from ..files import atomic_file
+from ..manifest import Manifest
 from ..progress import Progress
 from ..wording import some
 from .config import CustomizeConfig
 from .families import Family
 from .generate import FLAGGED, generate
 from .photos import METADATA, Bucket, Photo, buckets, check_sizes, find_photos
-from .pictures import is_black, save_png
+from .pictures import as_png, is_black
 from .words import has_token, placeholders
 
 _DRAWN = 4  # class images at a time
@@ -125,12 +126,24 @@ def class_photos(
 
 
 def _drop_others(folder: Path, recipe: list[Any]) -> None:
-    """Drop images that an earlier run has drawn in another way."""
+    """Drop images that an earlier run has drawn in another way.
+
+    Raises:
+        DataError: others are there.
+    """
     text, path = json.dumps(recipe), folder / _RECIPE
     if path.is_file() and path.read_text() == text:
         return
-    for image in folder.glob("[0-9]*.png"):
-        image.unlink()
+    manifest = Manifest(folder)
+    drawn = [image.name for image in sorted(folder.glob("[0-9]*.png"))]
+    for name in (*drawn, METADATA):
+        if not manifest.knows(name):
+            raise DataError(
+                f"'{folder / name}' was not drawn by comcat, or was changed since, and class images would replace it; "
+                "move it away, choose another directory for the run, or give the folder with --class-images"
+            )
+    for name in drawn:
+        manifest.remove(name)
     with atomic_file(path) as file:
         file.write(text.encode())
 
@@ -147,6 +160,7 @@ def _generate_class(
     """Draw the images that are not there yet, in fixed batches of fixed seeds: an interrupted start goes on alike."""
     paths = [folder / f"{i:04d}.png" for i in range(config.num_class_images)]
     batches = [range(start, min(start + _DRAWN, len(paths))) for start in range(0, len(paths), _DRAWN)]
+    manifest = Manifest(folder)
     missing = [batch for batch in batches if not all(_is_drawn(paths[i]) for i in batch)]
     for done, batch in enumerate(missing, 1):
         wanted = list(batch)
@@ -163,7 +177,7 @@ def _generate_class(
             usable = [not (image.info.get(FLAGGED) or is_black(image)) for image in images]
             for i, image, good in zip(wanted, images, usable, strict=True):
                 if good:
-                    save_png(image, paths[i])
+                    manifest.write(paths[i].name, as_png(image))
             wanted = [i for i, good in zip(wanted, usable, strict=True) if not good]
             if not wanted:
                 break
@@ -182,8 +196,8 @@ def _generate_class(
             f"with {_TRIES} seeds each, and are left out"
         )
     lines = "".join(json.dumps({"file_name": path.name, "text": prompt}) + "\n" for path in drawn)
-    with atomic_file(folder / METADATA) as file:
-        file.write(lines.encode())
+    if not (folder / METADATA).is_file() or (folder / METADATA).read_bytes() != lines.encode():
+        manifest.write(METADATA, lines.encode())
 
 
 def _is_drawn(path: Path) -> bool:

@@ -33,9 +33,14 @@ def is_black(image: Image.Image) -> bool:
     return found[1] == 0
 
 
-def save_png(image: Image.Image, path: Path, overwrite: bool = True) -> None:
-    """Write a PNG, whole or not at all; without ``overwrite`` never in the place of a file, which is an error."""
+def as_png(image: Image.Image) -> bytes:
+    """The content of a PNG file."""
     content = io.BytesIO()
     image.save(content, format="PNG")
+    return content.getvalue()
+
+
+def save_png(image: Image.Image, path: Path, overwrite: bool = True) -> None:
+    """Write a PNG, whole or not at all; without ``overwrite`` never in the place of a file, which is an error."""
     with atomic_file(path, overwrite) as file:
-        file.write(content.getvalue())
+        file.write(as_png(image))

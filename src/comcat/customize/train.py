@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,11 @@ from torch import nn
 
 from .._version import __version__
 from ..errors import TrainingError
+from ..manifest import Manifest
 from ..progress import Progress
 from ..training import checks, state
 from ..training.log import Log
+from ..training.opening import alone
 from ..training.process import accelerated, on_main
 from .adapter import Adapter, add_adapter, remove_adapter
 from .components import denoiser, find_sites, fingerprint
@@ -29,7 +30,7 @@ from .generate import check_words, generate
 from .guards import explained_memory, frozen, placed
 from .material import Note, check_token, class_photos, concept_photos, find_token, identity, shapes_for
 from .objective import Objective
-from .pictures import grid, save_png
+from .pictures import as_png, grid
 from .trainer import Trainer, check_saved
 
 SAMPLES = "samples"
@@ -85,6 +86,7 @@ def train(
     given = Path(class_images) if class_images is not None else None
     with contextlib.ExitStack() as stack:
         accelerator = stack.enter_context(accelerated(config.precision, config.seed, cpu))
+        stack.enter_context(alone(accelerator, folder))
         if not accelerator.is_main_process:
             progress = None
         # What cannot be trained is refused before anything is drawn.
@@ -272,7 +274,8 @@ class _Run:
             )
         self._park(away=True)
         sheet = grid(rows)
-        save_png(sheet, self.folder / SAMPLES / f"step-{step:06d}.png")
+        manifest = Manifest(self.folder)
+        manifest.write(manifest.free(f"{SAMPLES}/step-{step:06d}.png"), as_png(sheet))
         log.image("samples", sheet, step)
 
     def summary(self, photos: int, priors: int) -> dict[str, Any]:
@@ -314,7 +317,7 @@ def _open(accelerator: Any, folder: Path | None, resume: bool, note: Note) -> st
 
 def finish(folder: Path) -> None:
     """Drop the checkpoints of a run that has ended well."""
-    shutil.rmtree(folder / state.FOLDER, ignore_errors=True)
+    state.remove(folder)
 
 
 def _base_identity(pipe: Any) -> str:

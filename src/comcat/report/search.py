@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -19,7 +19,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def draw_search(records: Sequence[dict[str, Any]], names: Sequence[str], path: str | Path) -> None:
+def draw_search(records: Sequence[dict[str, Any]], names: Sequence[str], path: str | Path | IO[bytes]) -> None:
     """Write a PNG.
 
     Args:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import CheckpointError, ModelError, TrainingError
 from ..files import CONFIG_NAME
+from ..manifest import Manifest
 from ..modes import evaluating
 from ..outputs import Outputs
 from ..profile import default_input_size
@@ -21,6 +22,9 @@ from . import state
 from .config import FinetuneConfig
 from .settings import Settings
 from .state import Saved
+
+#: What runs write into their directory, next to checkpoints.
+_WRITTEN = ("metrics.jsonl", "search.jsonl", "search.png", "samples/step-*.png")
 
 
 def check_models(student: nn.Module, teacher: nn.Module | None, config: FinetuneConfig) -> int:
@@ -112,6 +116,18 @@ def check_new(out: Path) -> None:
         raise TrainingError(f"'{out}' already holds a run; continue it with --resume or choose another --out")
     if (out / CONFIG_NAME).exists():
         raise TrainingError(f"'{out}' already holds a model; choose another --out")
+    manifest = Manifest(out)
+    foreign = state.others(out)
+    foreign += [path for pattern in _WRITTEN for path in out.glob(pattern) if not _known(manifest, path)]
+    if foreign:
+        raise TrainingError(
+            f"'{foreign[0]}' is there and was not written by comcat, or was changed since; a run would replace it. "
+            "Move it away or choose another --out"
+        )
+
+
+def _known(manifest: Manifest, path: Path) -> bool:
+    return manifest.knows(path.relative_to(manifest.folder).as_posix())
 
 
 def newest(out: Path, note: Callable[[str], None]) -> Saved:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import numpy as np
 
 from ..errors import CheckpointError
 from ..files import atomic_file
+from ..manifest import Manifest
+from ..owned import EVENTS, strangers
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -32,7 +35,13 @@ class Log:
         self._board: Any = None
         if out is None or self._path is None:
             return
+        manifest = Manifest(out)
+        if name not in manifest.files and not step:
+            manifest.refuse_others([name])
         _drop_after(self._path, step)
+        if not (out / TENSORBOARD).exists():
+            manifest.record(TENSORBOARD)
+        manifest.record(name)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -72,19 +81,46 @@ class Log:
             self._board.close()
 
 
+def remove_board(out: Path) -> None:
+    """Remove the log for TensorBoard, if this run made all that is there."""
+    board = out / TENSORBOARD
+    if TENSORBOARD in Manifest(out).files and board.is_dir() and not strangers(board, EVENTS):
+        shutil.rmtree(board, ignore_errors=True)
+
+
 def _drop_after(path: Path, step: int) -> None:
-    """Keep the lines up to ``step``; the last one may be torn."""
+    """Keep the lines up to ``step``; the last one may be torn.
+
+    Raises:
+        CheckpointError: other lines are no lines of a log.
+    """
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
+    *lines, last = path.read_text(errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        at = _step(line)
+        if at is None:
+            raise CheckpointError(
+                f"line {number} of '{path}' is not of a log of comcat; move the file away or choose another directory"
+            )
+        if at <= step:
+            kept.append(line + "\n")
+    at = _step(last)
+    if at is not None and at <= step:
+        kept.append(last + "\n")
     with atomic_file(path) as file:
         file.write("".join(kept).encode())
+
+
+def _step(line: str) -> int | None:
+    """The step of a line of a log; None for another line."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    known = isinstance(entry, dict) and isinstance(entry.get("step"), int) and "epoch" in entry
+    return int(entry["step"]) if known else None
 
 
 def _finite(value: Any) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import TrainingError
+from .. import temporary
+from ..errors import CheckpointError, TrainingError
 from . import state
 from .checks import check_new, newest
 from .process import on_main
@@ -38,6 +40,39 @@ def open_run(accelerator: Accelerator, out: Path | None, resume: bool, note: Cal
     if main is None or found:
         return found[0] if found else None
     return Saved(main[0], {}, main[1])
+
+
+@contextmanager
+def alone(accelerator: Accelerator, out: Path | None) -> Iterator[None]:
+    """No other run works in ``out`` meanwhile; a run of several processes is one.
+
+    Raises:
+        CheckpointError: another one does, or the directory cannot be written to.
+    """
+    if out is None:
+        yield
+        return
+    claim = temporary.claimed(out, out / ".run.comcat.lock")
+
+    def enter() -> None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            claim.__enter__()
+        except FileExistsError as error:
+            raise TrainingError(f"output '{out}' is a file; choose a directory") from error
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write to '{out}': {error.strerror or error}; choose another --out"
+            ) from error
+
+    on_main(accelerator, enter)
+    try:
+        yield
+    finally:
+        if accelerator.is_main_process:
+            claim.__exit__(None, None, None)
+            with suppress(OSError):
+                out.rmdir()  # if nothing came of it
 
 
 def how_to_go_on(out: Path | None) -> str:

@@ -7,11 +7,11 @@ out/checkpoints/step-00000123/
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from torch import Tensor
 
+from .. import temporary
 from ..errors import CheckpointError
-from ..files import tensor_bytes
+from ..files import sync_directory, tensor_bytes
+from ..manifest import Manifest, remove_emptied
+from ..owned import CHECKPOINT, strangers
 
 FORMAT = 1
 FOLDER = "checkpoints"
 _STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
+_OLD_NAME = re.compile(r"\.step-\d{8,}\.tmp")
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,50 @@ class Saved:
 
 
 def checkpoints(out: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of the complete checkpoints in ``out``, newest first."""
-    folder = out / FOLDER
-    found = [(match, path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    """(step, directory) of the complete checkpoints in ``out``, newest first; only what could be comcat's."""
+    return [(step, path) for step, path in _named(out) if path.is_dir() and not strangers(path, CHECKPOINT)]
+
+
+def others(out: Path) -> list[Path]:
+    """Directories that are named like checkpoints and hold something else."""
+    ours = {path for _, path in checkpoints(out)}
+    return [path for _, path in _named(out) if path not in ours]
+
+
+def _named(out: Path) -> list[tuple[int, Path]]:
+    found = [(match, path) for path in (out / FOLDER).glob("step-*") if (match := _NAME.fullmatch(path.name))]
     return sorted(((int(match[1]), path) for match, path in found), reverse=True)
 
 
 def clean(out: Path) -> None:
     """Remove what a killed run left half-written."""
-    for path in (out / FOLDER).glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    temporary.sweep(out / FOLDER)
+    for path in (out / FOLDER).glob(".step-*.tmp"):  # as versions before this one named them
+        if _OLD_NAME.fullmatch(path.name) and path.is_dir() and not strangers(path, CHECKPOINT):
+            temporary.remove(path)
+
+
+def remove(out: Path, keep: int = 0) -> None:
+    """Remove the checkpoints of the run in ``out`` but the ``keep`` newest; what else is there stays."""
+    manifest = Manifest(out)
+    for step, path in checkpoints(out)[keep:]:
+        name = f"{FOLDER}/{path.name}"
+        if _is_ours(path, step, name in manifest.files):
+            temporary.remove(path)
+            manifest.forget(name)
+    remove_emptied(out, FOLDER)
+
+
+def _is_ours(path: Path, step: int, recorded: bool) -> bool:
+    """Whether a run of comcat wrote it, intact or not."""
+    if strangers(path, CHECKPOINT):
+        return False
+    if recorded:
+        return True
+    try:  # written before there were records
+        return bool(json.loads((path / _STATE).read_text())["state"]["step"] == step)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def write(out: Path, saved: Saved, keep: int) -> Path:
@@ -68,31 +106,38 @@ def write(out: Path, saved: Saved, keep: int) -> Path:
         CheckpointError: it cannot be written; the older checkpoints are left.
     """
     path = out / FOLDER / f"step-{saved.step:08d}"
-    temporary = path.with_name(f".{path.name}.tmp")
+    name = f"{FOLDER}/{path.name}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        files = {}
-        for stem, tensors in saved.tensors.items():
-            content = tensor_bytes(tensors)
-            files[f"{stem}.safetensors"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            _write(temporary / f"{stem}.safetensors", content)
-        state = {"format": FORMAT, "step": saved.step, "files": files, **saved.plain}
-        text = json.dumps(state, sort_keys=True)
-        _write(temporary / _STATE, json.dumps({"sha256": _digest(text), "state": state}, sort_keys=True).encode())
-        _sync(temporary)
-        shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step
-        os.replace(temporary, path)
-        _sync(path.parent)
-        for _, old in checkpoints(out)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        manifest = Manifest(out)
+        if path.exists() and not _is_ours(path, saved.step, name in manifest.files):
+            raise CheckpointError(f"'{path}' is there and is no checkpoint of this run; move it away")
+        manifest.record(name)
+        temporary.sweep(path.parent)
+        with temporary.new(path, directory=True) as new:
+            _fill(new, saved)
+            temporary.remove(path)  # a damaged one of the same step
+            os.rename(new, path)
+        sync_directory(path.parent)
+        remove(out, keep)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"the checkpoint '{path}' cannot be written: {error.strerror or error}; make room and continue with "
-            "--resume from the one before"
-        ) from error
+        before = checkpoints(out)
+        goes_on = "continue with --resume from the one before" if before else "start again"
+        fix = f"make room and {goes_on}" if error.errno in (errno.ENOSPC, errno.EDQUOT) else goes_on
+        raise CheckpointError(f"the checkpoint '{path}' cannot be written: {error.strerror or error}; {fix}") from error
     return path
+
+
+def _fill(directory: Path, saved: Saved) -> None:
+    files = {}
+    for stem, tensors in saved.tensors.items():
+        content = tensor_bytes(tensors)
+        files[f"{stem}.safetensors"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        _write(directory / f"{stem}.safetensors", content)
+    state = {"format": FORMAT, "step": saved.step, "files": files, **saved.plain}
+    text = json.dumps(state, sort_keys=True)
+    _write(directory / _STATE, json.dumps({"sha256": _digest(text), "state": state}, sort_keys=True).encode())
+    sync_directory(directory)
 
 
 def read(path: Path) -> Saved:
@@ -128,11 +173,3 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
