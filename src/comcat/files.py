@@ -9,6 +9,7 @@ which the next writer, or :func:`recover`, puts back.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -32,10 +33,21 @@ written: list[Path] = []
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """The safetensors file content for ``tensors``."""
+    """The safetensors file content for ``tensors``: the same bytes for the same content."""
     from safetensors.torch import save as tensors_to_bytes
 
-    return tensors_to_bytes({name: t.detach().contiguous() for name, t in tensors.items()}, metadata)
+    content = tensors_to_bytes({name: t.detach().contiguous() for name, t in tensors.items()}, metadata)
+    return _sorted_metadata(content) if metadata and len(metadata) > 1 else content
+
+
+def _sorted_metadata(content: bytes) -> bytes:
+    """safetensors writes the entries of the metadata in random order."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 @contextmanager
