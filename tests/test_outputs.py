@@ -267,6 +267,8 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 
 def test_models_in_models_say_their_size() -> None:
     assert comcat.profile(nn.Sequential(swin())).input_size == (3, 8, 8)
+    features = vit(features_only=True, out_indices=(0, 1), dtype=torch.float32)
+    assert comcat.profile(features).input_size == (3, 14, 21)  # the outer module's pretrained_cfg says 224
 
     class Config:
         image_size, num_channels = 21, 5

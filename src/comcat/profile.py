@@ -43,22 +43,22 @@ class Profile:
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     """(C, H, W) that the model was built for.
 
-    From the first module of it, the outermost first, that says so: the size of its patch embedding, its
-    ``config.image_size`` (Transformers) or its ``pretrained_cfg`` (timm); (3, 224, 224) where none does.
+    The size of its patch embedding, else ``config.image_size`` (Transformers), else that of ``pretrained_cfg`` (timm),
+    each of the outermost module that has one; (3, 224, 224) where none does.
     """
-    for module in model.modules():
-        embed = getattr(module, "patch_embed", None)
-        grid = getattr(embed, "img_size", None)
-        config = getattr(module, "pretrained_cfg", None)
-        listed = _sizes(config.get("input_size")) if isinstance(config, dict) else ()
-        pixels = _sizes(getattr(getattr(module, "config", None), "image_size", None))
-        channels = getattr(getattr(embed, "proj", None), "in_channels", None)
-        channels = channels or getattr(getattr(module, "config", None), "num_channels", None)
-        channels = channels or (listed[0] if len(listed) == 3 else 3)
-        for size in (_sizes(grid), pixels, listed[-2:]):
-            if len(size) in (1, 2):
-                return (channels, size[0], size[-1])
-    return (3, 224, 224)
+    modules = list(model.modules())
+    channels = 3
+    for embed in [getattr(module, "patch_embed", None) for module in modules]:
+        channels = getattr(getattr(embed, "proj", None), "in_channels", channels)
+        if len(size := _sizes(getattr(embed, "img_size", None))) in (1, 2):
+            return (channels, size[0], size[-1])
+    for config in [getattr(module, "config", None) for module in modules]:
+        if len(size := _sizes(getattr(config, "image_size", None))) in (1, 2):
+            return (getattr(config, "num_channels", channels), size[0], size[-1])
+    for config in [getattr(module, "pretrained_cfg", None) for module in modules]:
+        if isinstance(config, dict) and len(size := _sizes(config.get("input_size"))) == 3:
+            return (channels if channels != 3 else size[0], *size[1:])
+    return (channels, 224, 224)
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
