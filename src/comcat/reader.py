@@ -216,7 +216,7 @@ def _check_entry(name: str, entry: Any, dtypes: Collection[str], what: str, erro
     size = {**_SIZES, **_SIZES_FLOAT8}.get(dtype) if isinstance(dtype, str) else None
     if size is None or dtype not in dtypes:
         raise error(
-            f"{problem} has dtype {shown(dtype)}, which comcat does not write there; it may be {', '.join(sorted(dtypes))}"
+            f"{problem} has dtype {shown(dtype)}, which comcat does not write; it may be {', '.join(sorted(dtypes))}"
         )
     if not _naturals(shape) or not _naturals(place) or len(place) != 2 or len(shape) > 16:
         raise error(f"{problem} is damaged: shape {shown(shape)} at {shown(place)}")
