@@ -157,7 +157,7 @@ def replace_tensors(path: Path, content: bytes) -> None:
 
 def test_not_safetensors(saved: Path) -> None:
     replace_tensors(saved, b"x" * 1000)
-    refused(saved, "is not a safetensors file")
+    refused(saved, "damaged or no safetensors file")
 
 
 @pytest.mark.parametrize(
@@ -210,14 +210,14 @@ def test_edited_descriptions(saved: Path, change: Callable[[dict[str, Any]], Any
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00"])
 def test_descriptions_that_are_no_json_object(saved: Path, text: str) -> None:
     (saved / CONFIG_NAME).write_text(text)
-    refused(saved, "cannot be read|not a comcat model description")
+    refused(saved, "not valid JSON|not a comcat model description")
 
 
 def test_directories_without_a_model(saved: Path, tmp_path: Path) -> None:
     refused(tmp_path / "missing", f"not a model saved by comcat: it has no {CONFIG_NAME}")
     refused(tmp_path, f"not a model saved by comcat: it has no {CONFIG_NAME}")
     (saved / TENSORS_NAME).unlink()
-    refused(saved, "cannot be read: No such file")
+    refused(saved, "cannot read .*No such file")
 
 
 # -- refusals when saving ---------------------------------------------------------------------------------------------
@@ -307,7 +307,9 @@ def test_what_was_written_half_is_refused(saved: Path) -> None:
     ],
 )
 def test_what_cannot_be_read_off_must_be_given(args: dict[str, Any], tmp_path: Path) -> None:
-    small = compressed(vit(dtype=torch.float32, **args))
+    model = vit(dtype=torch.float32, **args)
+    model.__dict__.pop("_model_args", None)  # newer versions of timm remember them
+    small = compressed(model)
     with pytest.raises(CheckpointError, match=r"pass model_args=\{...\} with the arguments"):
         comcat.save(small, tmp_path / "out")
     assert not any(tmp_path.iterdir())

@@ -75,7 +75,7 @@ def test_a_saved_model_takes_no_arguments(tmp_path: Path, extra: dict[str, Any])
 
 @pytest.mark.parametrize("args", [{"wheels": 4}, {"embed_dim": 16, "num_heads": 3}])
 def test_arguments_that_the_architecture_does_not_take(args: dict[str, Any]) -> None:
-    with pytest.raises(ModelError, match=f"'{NAME}' cannot be built with"):
+    with pytest.raises(ModelError, match=r"'vit_tiny_patch16_224'.* with"):
         comcat.load_model(NAME, model_args=args, pretrained=False)
 
 
@@ -94,7 +94,7 @@ def test_unreadable_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"not a \.safetensors file; pickled checkpoints can run code"):
         comcat.load_model(NAME, pickled, VIT)
     checkpoint.write_bytes(checkpoint.read_bytes()[:500])
-    with pytest.raises(ModelError, match=r"cannot be read: .*damaged or not safetensors"):
+    with pytest.raises(ModelError, match=r"damaged or no safetensors"):
         comcat.load_model(NAME, checkpoint, VIT)
 
 
@@ -150,5 +150,7 @@ def test_a_recorded_source_goes_first() -> None:
 
 
 def test_a_source_that_cannot_be_built_is_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"timm cannot build 'vit_tiny_patch16_224' with \{'wheels': 4\}"):
+    with pytest.raises(
+        CheckpointError, match=r"timm cannot build 'vit_tiny_patch16_224' with 'wheels', which is no argument"
+    ):
         Source(NAME, {"wheels": 4}).build()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .arguments import check_args
 from .checkpoint import load
 from .errors import ModelError
 from .files import CONFIG_NAME
+from .reader import read_json, read_tensors
 from .source import Source
+
+#: Names of weight files that are no pickles.
+_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
 
 
 def load_model(
@@ -36,6 +41,7 @@ def load_model(
         CheckpointError: a saved directory that is damaged.
     """
     args = dict(model_args or {})
+    check_args(name, args)
     if Path(name).is_dir():
         if checkpoint is not None or args:
             raise ModelError(f"'{name}' is a saved model: it takes neither a checkpoint nor model arguments")
@@ -62,7 +68,12 @@ def load_model(
 
 def _create(name: str, pretrained: bool, args: dict[str, Any]) -> Any:
     try:
+        source, _, place = name.partition(":")
+        if place and pretrained:
+            _check_source(source, place)
         return timm.create_model(name, pretrained=pretrained, **args)
+    except ModelError:
+        raise
     except (TypeError, AssertionError) as error:
         raise ModelError(f"'{name}' cannot be built with {args}: {error}") from error
     except Exception as error:
@@ -70,6 +81,45 @@ def _create(name: str, pretrained: bool, args: dict[str, Any]) -> Any:
         what = "the pretrained weights of " if pretrained else ""
         fix = "; check the network, or give --checkpoint FILE.safetensors" if pretrained else ""
         raise ModelError(f"cannot load {what}'{name}': {type(error).__name__}: {error}{fix}") from error
+
+
+def _check_source(source: str, place: str) -> None:
+    """Raise ModelError unless a directory or Hub repository brings safetensors and describes no more than a model.
+
+    What its config.json says goes to ``timm.create_model``, which would follow addresses and paths in it.
+    """
+    config: Any
+    if source == "local-dir":
+        folder = Path(place)
+        config = read_json(folder / "config.json", what="model configuration", error=ModelError)
+        there = any((folder / name).is_file() for name in _WEIGHTS)
+    elif source == "hf-hub":
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        repository, _, revision = place.partition("@")
+        revision = revision or None  # type: ignore[assignment]
+        file = hf_hub_download(repository, "config.json", revision=revision)
+        config, there = read_json(file, what="model configuration", error=ModelError), False
+        for name in _WEIGHTS:
+            with contextlib.suppress(EntryNotFoundError):
+                hf_hub_download(repository, name, revision=revision)
+                there = True
+                break
+    else:
+        raise ModelError(f"'{source}:' is no source of models; there are hf-hub: and local-dir:")
+    if not there:
+        raise ModelError(
+            f"'{source}:{place}' holds no {_WEIGHTS[0]}; pickled weights can run code when read and are never opened"
+        )
+    config = config if isinstance(config, dict) else {}
+    args, described = config.get("model_args") or {}, config.get("pretrained_cfg") or config
+    if not isinstance(args, dict) or not isinstance(described, dict):
+        raise ModelError(f"the model configuration of '{source}:{place}' is damaged")
+    check_args(str(config.get("architecture")), args)
+    led = [key for key in ("url", "file", "hf_hub_id", "hf_hub_filename", "state_dict") if described.get(key)]
+    if led:
+        raise ModelError(f"the model configuration of '{source}:{place}' leads elsewhere by {led[0]!r}; remove it")
 
 
 def _check_readable(path: str | Path) -> None:
@@ -84,13 +134,11 @@ def _check_readable(path: str | Path) -> None:
 
 
 def _load_checkpoint(model: nn.Module, path: Path) -> None:
+    _, tensors = read_tensors(path, what="checkpoint", error=ModelError)
     try:
-        with safe_open(str(path), framework="pt") as file:
-            there = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        timm.models.load_checkpoint(model, str(path), strict=True)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"checkpoint '{path}' cannot be read: {error}; it is damaged or not safetensors") from error
-    except (RuntimeError, KeyError) as error:
+        model.load_state_dict(timm.models.clean_state_dict(tensors), strict=True)
+    except RuntimeError as error:
+        there = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         raise ModelError(f"checkpoint '{path}' does not fit the model: {_difference(wanted, there)}") from error
 
