@@ -188,7 +188,7 @@ def _tamper(small):
         (lambda s: _edit(s, lambda c: c.update(comcat_format=99)), "upgrade comcat"),
         (lambda s: _edit(s, lambda c: c.update(extra=1)), "unknown fields extra"),
         (lambda s: _edit(s, lambda c: c["plan"]["layers"]["blocks.0.attn"].update(qk=1)), "contradict"),
-        (lambda s: (s / "model.safetensors").unlink(), "cannot be read"),
+        (lambda s: (s / "model.safetensors").unlink(), "cannot read"),
     ],
 )
 def test_damaged_model(place, small, damage, message):

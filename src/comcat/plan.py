@@ -15,6 +15,7 @@ from .errors import BudgetError, PlanError
 from .files import atomic_file
 from .hosts import find_sites
 from .plain import check_plain
+from .reader import parse_json, read_text, validated
 from .sites import Choice, FFNSite, Inventory, check_choice
 
 FORMAT = 1
@@ -134,15 +135,15 @@ class Plan:
             if not isinstance(size, list | tuple) or not all(type(n) is int and n > 0 for n in size):
                 raise PlanError(f"input_size must be a list of positive integers (C, H, W), not {size!r}")
             size = tuple(size)
-        return cls(data["layers"], data.get("method", "manual"), data.get("budget"), data.get("estimate") or {}, size)
+        rest: dict[str, Any] = {"method": "manual", "budget": None, "estimate": None}
+        kinds = {"method": str, "budget": dict[str, Any] | None, "estimate": dict[str, Any] | None}
+        rest = {key: validated(kinds[key], data.get(key, rest[key]), f"{key} of the plan", PlanError) for key in rest}
+        return cls(data["layers"], rest["method"], rest["budget"], rest["estimate"] or {}, size)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Parse :meth:`to_json`."""
-        try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise PlanError(f"the plan is not valid JSON: {error}") from error
+        return cls.from_dict(parse_json(text, "the plan", PlanError))
 
     def save(self, path: str | Path) -> None:
         """Write the JSON atomically."""
@@ -151,11 +152,12 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan file."""
-        try:
-            return cls.from_json(Path(path).read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"cannot read plan '{path}': {error}") from error
+        """Read a plan file.
+
+        Raises:
+            PlanError: it cannot be read, or is no plan.
+        """
+        return cls.from_json(read_text(path, what="plan", error=PlanError))
 
     def check(self, inventory: Inventory) -> None:
         """Raise PlanError, naming the module, unless the plan can be built on a model with these sites."""
