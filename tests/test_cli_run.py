@@ -165,7 +165,7 @@ def changed(**sections: Any) -> dict[str, Any]:
         (changed(budget={"params": 0.01}), "out of reach"),
         ({"model": NAME}, "names no budget; see the folder recipes"),
         ({"search": {}}, "names no model and no budget"),
-        ("{", "is not YAML"),
+        ("{", "is not valid YAML"),
         ("- 3", "holds no settings"),
     ],
 )
@@ -193,7 +193,7 @@ def test_wrong_options(place: Path, tmp_path: Path, options: list, message: str,
 def test_recipe_files(tmp_path: Path) -> None:
     refused(Result(["run", tmp_path / "no.yaml", "--data", tmp_path, "--out", tmp_path / "out"]), "Correct RECIPE")
     (tmp_path / "dir").mkdir()
-    with pytest.raises(TrainingError, match="cannot be read"):
+    with pytest.raises(TrainingError, match="is a directory"):
         Recipe.read(tmp_path / "dir")
 
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import vit
 from safetensors.torch import load_file
 
 import comcat
+from conftest import vit
 
 OLD = Path(__file__).parent / "data" / "format1"
 

@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
+from typing_extensions import NotRequired, TypedDict
 
 from .cost import Shape
 from .errors import CalibrationError
 from .files import atomic_file, tensor_bytes
 from .fingerprint import BUCKETS, Distance, Fingerprint, distance, fingerprint
 from .outputs import KINDS
-from .sites import Inventory, moment_shapes
+from .reader import FLOATS, digest, parse_json, read_tensors, shown, validated
+from .sites import Inventory, gradient_shapes, moment_shapes
 
 FORMAT = 1
 _SEPARATOR = "::"
 _WEIGHTS = "comcat.weights"
 #: Distances of weights (see :mod:`comcat.fingerprint`) up to which they count as the same, and as a near relative.
 SAME, NEAR = 1e-5, 0.1
+
+
+class _Metadata(TypedDict):
+    shapes: dict[str, Shape]
+    num_images: NonNegativeInt
+    input_size: tuple[PositiveInt, PositiveInt, PositiveInt]
+    fisher: bool
+    probes: dict[str, dict[str, float]]
+    outputs: NotRequired[str | None]
+
+
+def _digest(meta: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of metadata and tensors."""
+    sha = hashlib.sha256(digest(meta).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 @dataclass
@@ -58,9 +80,10 @@ class Calibration:
                 raise CalibrationError(
                     f"the calibration has no statistics of '{site.name}': it was made for another model"
                 )
-            for name, shape in moment_shapes(site).items():
+            required, optional = moment_shapes(site), gradient_shapes(site)
+            for name, shape in (required | optional).items():
                 there = tuple(moments[name].shape) if name in moments else None
-                if there != shape:
+                if there != shape and (there is not None or name in required):
                     raise CalibrationError(
                         f"the calibration of '{site.name}' has '{name}' of shape {there}, the model needs {shape}: it "
                         "was made for another model"
@@ -109,6 +132,8 @@ class Calibration:
             "probes": self.probes,
             "outputs": self.outputs,
         }
+        meta = json.loads(json.dumps(meta))
+        meta["sha256"] = _digest(meta, tensors)
         with atomic_file(path) as file:
             file.write(tensor_bytes(tensors, {"comcat_calibration": json.dumps(meta)}))
 
@@ -119,43 +144,35 @@ class Calibration:
         Raises:
             CalibrationError: not a calibration file, of a newer version, or damaged.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                meta = json.loads((file.metadata() or {}).get("comcat_calibration", "null"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError) as error:
-            raise CalibrationError(f"cannot read calibration '{path}': {error}") from error
+        metadata, tensors = read_tensors(path, what="calibration", dtypes=FLOATS, error=CalibrationError)
+        name = f"calibration '{path}'"
+        meta = parse_json(metadata.get("comcat_calibration", "null"), name, CalibrationError)
         if not isinstance(meta, dict) or "images" not in tensors:
             raise CalibrationError(
                 f"'{path}' is not a comcat calibration; make one with comcat.calibrate(...).save(path)"
             )
-        if meta.get("format", 0) > FORMAT:
-            raise CalibrationError(f"calibration '{path}' has format {meta['format']}; upgrade comcat to read it")
+        if not isinstance(meta.get("format", 0), int) or meta.get("format", 0) > FORMAT:
+            raise CalibrationError(f"{name} has format {shown(meta['format'])}; upgrade comcat to read it")
+        recorded = meta.pop("sha256", None)  # older files have none
+        if recorded not in (None, _digest(meta, tensors)):
+            raise CalibrationError(f"{name} is damaged: it does not match its checksum; calibrate again")
+        known = validated(_Metadata, meta, name, CalibrationError)
         images = tensors.pop("images")
+        if images.dim() != 4 or tuple(images.shape[1:]) != known["input_size"]:
+            raise CalibrationError(
+                f"{name} is damaged: its images have shape {tuple(images.shape)}, not (n, *{known['input_size']})"
+            )
         moments: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
-            site, _, name = key.partition(_SEPARATOR)
-            moments.setdefault(site, {})[name] = tensor
+            site, _, part = key.partition(_SEPARATOR)
+            moments.setdefault(site, {})[part] = tensor
         weights = moments.pop(_WEIGHTS, None)
-        kind = meta.get("outputs")
+        kind = known.get("outputs")
         if any(t.shape != (BUCKETS + 1,) or t.dtype != torch.float64 for t in (weights or {}).values()) or (
             kind is not None and kind not in KINDS
         ):
-            raise CalibrationError(f"calibration '{path}' is damaged: its weights or outputs; calibrate again")
-        try:
-            return cls(
-                moments=moments,
-                shapes={name: Shape(*shape) for name, shape in meta["shapes"].items()},
-                images=images,
-                num_images=meta["num_images"],
-                input_size=tuple(meta["input_size"]),
-                fisher=meta["fisher"],
-                probes=meta["probes"],
-                outputs=kind,
-                weights=weights,
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CalibrationError(f"calibration '{path}' is damaged: {error}; calibrate again") from error
+            raise CalibrationError(f"{name} is damaged: its weights or outputs; calibrate again")
+        return cls(moments=moments, images=images, weights=weights, **known)
 
     def to(self, device: torch.device | str) -> Calibration:
         """A copy with the moments on ``device``; image sample and probe cache are shared."""

@@ -10,6 +10,7 @@ lies between them.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,9 +23,12 @@ from .cost import Shape
 from .errors import CalibrationError
 from .files import atomic_file
 from .profile import Profile
+from .reader import digest, read_json, shown
 from .sites import AttentionSite, Inventory, Site
 
 FORMAT = 1
+#: Largest width of a part in a table; interpolation takes memory by it.
+MOST_WIDTH = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,8 @@ class LatencyTable:
     def save(self, path: str | Path) -> None:
         """Write the JSON atomically."""
         with atomic_file(path) as file:
-            file.write((json.dumps(self.to_dict(), indent=1) + "\n").encode())
+            data = json.loads(json.dumps(self.to_dict()))
+            file.write((json.dumps({**data, "sha256": digest(data)}, indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:
@@ -140,10 +145,7 @@ class LatencyTable:
         Raises:
             CalibrationError: not a latency table, of a newer version, or damaged.
         """
-        try:
-            data = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
-            raise CalibrationError(f"cannot read latency table '{path}': {error}") from error
+        data = read_json(path, what="latency table", error=CalibrationError)
         if not isinstance(data, dict) or "comcat_latency" not in data:
             raise CalibrationError(
                 f"'{path}' is not a latency table; make one with comcat.measure_latency(...).save(path)"
@@ -153,9 +155,15 @@ class LatencyTable:
                 f"latency table '{path}' has format {data['comcat_latency']}, this comcat reads {FORMAT}; "
                 "upgrade comcat"
             )
+        recorded = data.pop("sha256", None)  # older files have none
+        if recorded not in (None, digest(data)):
+            raise CalibrationError(
+                f"latency table '{path}' is damaged: it does not match its checksum; measure again, or, if it was "
+                "edited on purpose, remove its field 'sha256'"
+            )
         try:
             return cls.from_dict(data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CalibrationError(f"latency table '{path}' is damaged: {error!r}; measure again") from error
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,10 +175,14 @@ class LatencyTable:
         """From parsed JSON; KeyError, TypeError or ValueError where it is no table."""
         fields = {key: value for key, value in data.items() if key != "comcat_latency"}
         layers = {
-            key: LayerTimes(int(layer["count"]), _positive(layer["dense"]), tuple(map(_grid, layer["grids"])))
+            key: LayerTimes(_positive(layer["count"]), _positive(layer["dense"]), tuple(map(_grid, layer["grids"])))
             for key, layer in data["layers"].items()
         }
         sizes = {key: _positive(data[key]) for key in ("batch_size", "dense", "params", "macs")}
+        sizes |= {"threads": data["threads"] if data["threads"] == 0 else _positive(data["threads"])}
+        wrong = [key for key in ("device", "dtype", "torch") if not isinstance(data[key], str)]
+        if wrong or len(data["input_size"]) != 3 or not all(map(_positive, data["input_size"])):
+            raise ValueError(f"{wrong[0] if wrong else 'input_size'} is of another kind than a table has")
         return cls(**{**fields, **sizes, "input_size": tuple(data["input_size"]), "layers": layers})
 
 
@@ -182,7 +194,11 @@ def layer_key(site: Site, shape: Shape) -> str:
 
 
 def _grid(data: dict[str, Any]) -> Grid:
-    parts, widths = tuple(data["parts"]), tuple(tuple(map(int, axis)) for axis in data["widths"])
+    parts, widths = tuple(data["parts"]), tuple(tuple(map(_positive, axis)) for axis in data["widths"])
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"the parts {shown(parts)} are no names")
+    if any(len(axis) < 1 or axis[-1] > MOST_WIDTH for axis in widths) or math.prod(a[-1] + 1 for a in widths) > 10**8:
+        raise ValueError(f"the widths of {', '.join(parts)} are larger than any layer")
     times = np.asarray(data["times"], dtype=np.int64)
     if times.shape != tuple(map(len, widths)) or len(parts) != len(widths):
         raise ValueError(f"times of shape {times.shape} do not fit the widths of {', '.join(parts)}")
@@ -192,7 +208,7 @@ def _grid(data: dict[str, Any]) -> Grid:
 
 
 def _positive(value: Any) -> int:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**62:
         raise ValueError(f"{value!r} is not a positive integer")
     return value
 

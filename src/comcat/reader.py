@@ -11,6 +11,7 @@ Every function takes the class of the error to raise, and what to call the file 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -90,7 +91,7 @@ def parse_json(text: str, what: str, error: Failure = CheckpointError) -> Any:
     except RecursionError as cause:
         raise error(f"{what} is nested too deeply") from cause
     except ValueError as cause:
-        raise error(f"{what} is not valid JSON: {cause}") from cause
+        raise error(f"cannot read {what}: it is not valid JSON: {cause}") from cause
     _check_plain(value, what, error)
     return value
 
@@ -111,7 +112,7 @@ def read_yaml(path: str | Path, *, limit: int = 1 << 20, what: str = "", error: 
         raise error(f"{name} is nested too deeply") from cause
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as cause:
         # PyYAML's constructors raise whatever Python raises for a text that does not fit an explicit tag.
-        raise error(f"{name} is not valid YAML: {' '.join(str(cause).split())}") from cause
+        raise error(f"cannot read {name}: it is not valid YAML: {' '.join(str(cause).split())}") from cause
     _check_plain(value, name, error)
     return value
 
@@ -137,6 +138,11 @@ def validated(kind: Any, data: Any, what: str, error: Failure = CheckpointError)
             found = "is not known"
         more = f" (and {cause.error_count() - 1} more)" if cause.error_count() > 1 else ""
         raise error(f"{what} is damaged: {where or 'its content'} {found}{more}") from cause
+
+
+def digest(data: Any) -> str:
+    """SHA-256 of plain data, whatever the order and layout in which a file holds it."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def shown(value: Any) -> str:
@@ -239,7 +245,7 @@ def _decoded(content: bytes, name: str, error: Failure) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as cause:
-        raise error(f"{name} is not UTF-8 text: {cause}") from cause
+        raise error(f"cannot read {name}: it is not UTF-8 text: {cause}") from cause
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

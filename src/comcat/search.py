@@ -42,6 +42,7 @@ from .training.log import Log
 from .training.opening import alone, how_to_go_on, interrupted, open_run
 from .training.process import accelerated, agree, explained
 from .training.randomness import SAMPLE, isolated
+from .training.state import restoring
 
 LOG_NAME, PICTURE_NAME = "search.jsonl", "search.png"
 #: Images that a calibration of our own looks at.
@@ -152,7 +153,8 @@ def search(
         stack.callback(log.close)
         run = Alternation(space, batches, config, accelerator, directory, log, fixed, progress)
         if saved is not None:
-            run.restore(saved)
+            with restoring(saved):
+                run.restore(saved)
         try:
             run.go()
         except KeyboardInterrupt as interrupt:

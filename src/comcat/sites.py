@@ -115,6 +115,15 @@ def moment_shapes(site: Site) -> dict[str, tuple[int, ...]]:
     return {**square, **{f"{name}_mean": (linear.in_features,) for name, linear in inputs.items()}}
 
 
+def gradient_shapes(site: Site) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the moments that a calibration with output gradients holds besides."""
+    if isinstance(site, AttentionSite):
+        H, d, out = site.num_heads, site.head_dim, site.proj.out_features
+        return {"qk_rows": (H, d, d), "qk_cols": (H, d, d), "out_grad": (out, out)}
+    outputs = {"fc1_grad": site.fc1, "fc2_grad": site.fc2} if isinstance(site, FFNSite) else {"grad": site.module}
+    return {name: (linear.out_features,) * 2 for name, linear in outputs.items()}
+
+
 @dataclass(frozen=True)
 class Inventory:
     """All sites of a model in forward order, and what stays dense."""

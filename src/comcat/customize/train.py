@@ -206,7 +206,8 @@ class _Run:
         config, trainer = self.config, self.trainer
         step = 0
         if saved is not None:
-            trainer.restore(saved)
+            with state.restoring(saved):
+                trainer.restore(saved)
             step = self.saved_step = saved.step
         log = Log(self.folder if self.accelerator.is_main_process else None, step, note)
         try:

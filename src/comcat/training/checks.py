@@ -150,6 +150,8 @@ def newest(out: Path, note: Callable[[str], None]) -> Saved:
 
 def check_same(saved: Mapping[str, Any], config: Settings, run: Mapping[str, Any]) -> None:
     """Raise TrainingError naming what differs between a saved run and this one, unless it cannot matter."""
+    if not isinstance(saved.get("config"), dict) or not isinstance(saved.get("run"), dict):
+        raise TrainingError("the checkpoint does not say what run it is of; start anew with another --out")
     kept = {k: v for k, v in saved["config"].items() if k not in config.free}
     found = differences(kept, {k: v for k, v in config.to_dict().items() if k not in config.free})
     found += differences(saved["run"], json.loads(json.dumps(run)))  # as it was saved: JSON has no tuples

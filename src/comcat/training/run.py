@@ -82,9 +82,10 @@ class Run:
 
     def restore(self, saved: Saved) -> None:
         """Continue from a checkpoint."""
-        self.trainer.snapshot.restore(saved)
-        self.trainer.restore_meter(saved.plain["meter"])
-        self.history = [Milestone.from_dict(entry) for entry in saved.plain["history"]]
+        with state.restoring(saved):
+            self.trainer.snapshot.restore(saved)
+            self.trainer.restore_meter(saved.plain["meter"])
+            self.history = [Milestone.from_dict(entry) for entry in saved.plain["history"]]
         self.step = self.saved_step = self._clock_step = saved.step
 
     def go(self) -> None:

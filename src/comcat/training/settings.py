@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 from ..errors import TrainingError
+from ..reader import read_yaml as _read_yaml
 
 Own = TypeVar("Own", bound="Settings")
 
@@ -97,6 +98,8 @@ def _plain(name: str, value: Any, kind: type, ranges: Mapping[str, tuple[float, 
     if kind is float and isinstance(value, str):  # YAML takes 1e-4 for a string
         with contextlib.suppress(ValueError):
             value = float(value)
+    if isinstance(value, int) and abs(value) > 2**63:
+        raise TrainingError(f"{name} is a number of {len(hex(value)) - 2} hexadecimal digits, which is too large")
     wanted = (int, float) if kind is float else (int,)
     if not isinstance(value, wanted) or isinstance(value, bool) or not math.isfinite(value):
         raise TrainingError(f"{name} is {given!r}, but must be {'a number' if kind is float else 'a whole number'}")
@@ -113,15 +116,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     Raises:
         TrainingError: it cannot be read, is no YAML, or holds no mapping.
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = str(error).replace("\n", " ")
-        raise TrainingError(f"'{file}' is not YAML: {reason}. Correct it") from error
-    except OSError as error:
-        raise TrainingError(f"'{file}' cannot be read: {error.strerror}") from error
+    values = _read_yaml(file, error=TrainingError)
     if values is None:
         return {}
     if not isinstance(values, dict):

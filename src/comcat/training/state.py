@@ -12,20 +12,21 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load as tensors_from_bytes
+import torch
 from torch import Tensor
 
 from .. import temporary
-from ..errors import CheckpointError
+from ..errors import CheckpointError, TrainingError
 from ..files import sync_directory, tensor_bytes
 from ..manifest import Manifest, remove_emptied
 from ..owned import CHECKPOINT, strangers
+from ..reader import TENSOR_LIMIT, parse_tensors, read_bytes, read_json
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -147,7 +148,7 @@ def read(path: Path) -> Saved:
         CheckpointError: a file is missing, damaged or of a newer version.
     """
     try:
-        document = json.loads((path / _STATE).read_text())
+        document = read_json(path / _STATE)
         state = document["state"]
         if _digest(json.dumps(state, sort_keys=True)) != document["sha256"]:
             raise CheckpointError(f"'{path / _STATE}' does not match its checksum")
@@ -155,13 +156,40 @@ def read(path: Path) -> Saved:
             raise CheckpointError(f"'{path}' was written by a newer comcat; upgrade comcat")
         tensors = {}
         for name, expected in state["files"].items():
-            content = (path / name).read_bytes()
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise CheckpointError(f"'{path / _STATE}' names a file outside the checkpoint")
+            content = read_bytes(path / name, limit=TENSOR_LIMIT)
             if len(content) != expected["bytes"] or hashlib.sha256(content).hexdigest() != expected["sha256"]:
                 raise CheckpointError(f"'{path / name}' does not match its checksum")
-            tensors[name.removesuffix(".safetensors")] = tensors_from_bytes(content)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            tensors[name.removesuffix(".safetensors")] = parse_tensors(content, f"'{path / name}'")[1]
+        _check_state(state)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the checkpoint '{path}' cannot be read: {error}") from error
     return Saved(state["step"], tensors, state)
+
+
+def _check_state(state: Any) -> None:
+    """Raise ValueError unless the number of the step is one."""
+    if type(state["step"]) is not int or state["step"] < 0:
+        raise ValueError("its step is no number of steps")
+
+
+@contextmanager
+def restoring(saved: Saved) -> Iterator[None]:
+    """Putting a checkpoint back: what does not fit ends in one error.
+
+    Raises:
+        TrainingError: an entry is missing, of another kind, or of another run.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, OverflowError, RuntimeError) as error:
+        raise TrainingError(
+            f"the checkpoint of step {saved.step} does not fit this run: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}; start anew with another --out"
+        ) from error
 
 
 def _digest(text: str) -> str:
