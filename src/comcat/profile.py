@@ -57,7 +57,7 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
             return (getattr(config, "num_channels", channels), size[0], size[-1])
     for config in [getattr(module, "pretrained_cfg", None) for module in modules]:
         if isinstance(config, dict) and len(size := _sizes(config.get("input_size"))) == 3:
-            return (channels if channels != 3 else size[0], *size[1:])
+            return (channels if channels != 3 else size[0], size[1], size[2])
     return (channels, 224, 224)
 
 
