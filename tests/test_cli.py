@@ -122,10 +122,15 @@ def test_plan_can_be_edited_and_applied(place, saved, tmp_path):
     plan = json.loads((place / "small" / "plan.json").read_text())
     plan["layers"] = {"blocks.1.attn": {"qk": 2, "vo": 3}}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    result = compress(
-        place, tmp_path / "out", "--plan", tmp_path / "plan.json", "--json", "--calibration", place / "stats"
-    )
-    layers = json.loads(result.out)["report"]["layers"]
+    with pytest.warns(
+        UserWarning, match=r"the plan expected .* params, the compressed model has .*: the plan was edited"
+    ):
+        result = compress(
+            place, tmp_path / "out", "--plan", tmp_path / "plan.json", "--json", "--calibration", place / "stats"
+        )
+    report = json.loads(result.out)["report"]
+    layers = report["layers"]
+    assert [note.partition(" expected")[0] for note in report["notes"]] == ["the plan", "the plan"]
     assert [(layer["name"], layer["ranks"]) for layer in layers] == [("blocks.1.attn", {"qk": 2, "vo": 3})]
 
 
