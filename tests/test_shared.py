@@ -122,7 +122,7 @@ def test_tied_layers_stay_dense_and_are_named(make: Callable[[], nn.Module], nam
 def test_a_model_of_tied_layers_only_says_so() -> None:
     model = vit(depth=1, num_classes=0)
     model.other = nn.ParameterList([model.blocks[0].attn.qkv.weight, model.blocks[0].mlp.fc1.weight])
-    with pytest.raises(ModelError, match="Left dense: Attention .its weights are also those of 'other'"):
+    with pytest.raises(ModelError, match=r"Left dense: Attention .its weights are also those of 'other'"):
         find_sites(model)
 
 
