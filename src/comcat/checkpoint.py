@@ -19,7 +19,7 @@ from ._version import __version__
 from .compress import Compression
 from .description import FORMAT, Description, digest, read_description
 from .errors import CheckpointError, ModelError, PlanError
-from .files import CONFIG_NAME, atomic_directory, tensor_bytes
+from .files import CONFIG_NAME, atomic_directory, read_whole, tensor_bytes
 from .hosts import find_sites
 from .plain import check_plain
 from .plan import Plan
@@ -121,8 +121,7 @@ def load(path: str | Path) -> nn.Module:
         CheckpointError: not a comcat directory, of a newer version, damaged, or inconsistent; the message says which.
     """
     path = Path(path)
-    config = read_description(path)
-    state, size = _read_tensors(path, config)
+    config, state, size = read_whole(path, lambda: _read(path))
     name = f"'{path / CONFIG_NAME}'"
     try:
         architecture = config.architecture
@@ -141,6 +140,11 @@ def load(path: str | Path) -> nn.Module:
     model.load_state_dict(state, strict=True, assign=True)
     model.comcat = Compression(plan, config.report, source)  # type: ignore[assignment]
     return model.eval()
+
+
+def _read(path: Path) -> tuple[Description, dict[str, Tensor], int]:
+    config = read_description(path)
+    return config, *_read_tensors(path, config)
 
 
 def _shrink(model: nn.Module, plan: Plan, name: str) -> None:

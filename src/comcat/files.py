@@ -12,10 +12,10 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from . import temporary
 from .errors import CheckpointError
@@ -26,6 +26,7 @@ from .owned import MODEL, Kind, check_kind
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
 _IN_USE = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
 
 #: What this process has written under final names, for messages that say so.
@@ -236,6 +237,18 @@ def check_free(path: str | Path, overwrite: bool = False, kind: Kind = MODEL) ->
             return
         except CheckpointError:
             if _identity(path) == before:  # else it was replaced meanwhile
+                raise
+
+
+def read_whole(path: str | Path, read: Callable[[], T]) -> T:
+    """``read()`` of several files in a directory, again where that failed because another process replaced it."""
+    recover(path)
+    while True:
+        before = _identity(path)
+        try:
+            return read()
+        except CheckpointError:
+            if _identity(path) == before:
                 raise
 
 
