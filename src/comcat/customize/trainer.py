@@ -275,7 +275,7 @@ def check_saved(saved: Saved) -> None:
     reader.validated(_Plain, plain, what, TrainingError)
     if saved.tensors and not {"adapter", "optimizer"} <= set(saved.tensors):
         raise TrainingError(f"{what} is not one of a customization run; start again with another --out")
-    if saved.step < 1 or len(plain["losses"]) != saved.step:
+    if type(saved.step) is not int or saved.step < 1 or len(plain["losses"]) != saved.step:
         raise TrainingError(f"{what} is damaged: it has {len(plain['losses'])} losses. Remove it, or start again")
 
 
