@@ -48,6 +48,13 @@ def _digest(meta: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def _impossible(moment: Tensor) -> bool:
+    """Finite, but beyond what squares of activations reach, or of a negative square."""
+    square = moment.dim() >= 2 and moment.shape[-1] == moment.shape[-2]
+    negative = square and bool((moment.diagonal(dim1=-2, dim2=-1) < 0).any())
+    return bool(torch.isfinite(moment).all()) and (negative or bool((moment.abs() > 1e100).any()))
+
+
 @dataclass
 class Calibration:
     """Second moments by site and name, the shape of the data there, and a sample of images for probing.
@@ -88,6 +95,14 @@ class Calibration:
                         f"the calibration of '{site.name}' has '{name}' of shape {there}, the model needs {shape}: it "
                         "was made for another model"
                     )
+            if ("qk_rows" in moments) != ("qk_cols" in moments):
+                raise CalibrationError(f"the calibration of '{site.name}' lacks a moment; calibrate again")
+            impossible = [name for name, moment in moments.items() if _impossible(moment)]
+            if impossible:
+                raise CalibrationError(
+                    f"the calibration of '{site.name}' holds values in '{impossible[0]}' that no moment has; calibrate "
+                    "again"
+                )
             damaged = [name for name, moment in moments.items() if not torch.isfinite(moment).all()]
             if damaged:
                 raise CalibrationError(

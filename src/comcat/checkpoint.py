@@ -191,6 +191,10 @@ def _check_shapes(source: Source, plan: Plan, state: dict[str, Tensor], size: in
             raise CheckpointError(
                 f"the ranks in {name} contradict the tensors: '{key}' should be {wanted.get(key)} but is {there}"
             )
+    floats = {key: tensor.is_floating_point() for key, tensor in model.state_dict().items()}
+    for key, tensor in state.items():
+        if tensor.is_floating_point() != floats[key]:
+            raise CheckpointError(f"{name} contradicts the tensors: '{key}' is of dtype {tensor.dtype}")
     if needed > max(_MOST_BYTES, _MOST_TIMES * size):
         raise CheckpointError(f"{name} describes a model of {needed:,} bytes, too many for its tensors of {size:,}")
 

@@ -132,11 +132,11 @@ class Plan:
             raise PlanError(f"layer '{bad[0]}': the widths must be an object such as {{\"qk\": 24}}")
         size = data.get("input_size")
         if size is not None:
-            if not isinstance(size, list | tuple) or not all(type(n) is int and n > 0 for n in size):
+            if not isinstance(size, list | tuple) or not all(type(n) is int and 0 < n <= 1 << 14 for n in size):
                 raise PlanError(f"input_size must be a list of positive integers (C, H, W), not {size!r}")
             size = tuple(size)
         rest: dict[str, Any] = {"method": "manual", "budget": None, "estimate": None}
-        kinds = {"method": str, "budget": dict[str, Any] | None, "estimate": dict[str, Any] | None}
+        kinds = {"method": str, "budget": dict[str, Any] | None, "estimate": dict[str, float] | None}
         rest = {key: validated(kinds[key], data.get(key, rest[key]), f"{key} of the plan", PlanError) for key in rest}
         return cls(data["layers"], rest["method"], rest["budget"], rest["estimate"] or {}, size)
 
