@@ -171,6 +171,10 @@ def test_a_measure_that_tells_nothing_is_refused() -> None:
     calibration = calibrated(model, 24, fisher=True, probe_images=5)
     with pytest.raises(PlanError, match="divergence is zero at every cut"):
         comcat.plan(model, comcat.Budget(params=0.8), calibration, "probe", parts=["qk", "ffn"])
+    with pytest.raises(PlanError, match="every gradient of the calibration, but the classifier's, is zero"):
+        comcat.plan(model, comcat.Budget(params=0.8), calibration, "spectrum")
+    with pytest.raises(PlanError, match="divergence is zero at every cut"):
+        comcat.plan(model, comcat.Budget(params=0.8), calibration, "probe")
     for moments in calibration.moments.values():
         for name in moments:
             if name.endswith("grad") or name.startswith("qk_"):
@@ -277,3 +281,21 @@ def test_models_in_models_say_their_size() -> None:
     model = Given(torch.zeros(1))
     model.config = Config()
     assert comcat.profile(model).input_size == (5, 21, 21)
+
+
+def test_layers_whose_measure_is_zero_are_named() -> None:
+    model = vit()
+    calibration = calibrated(model, 24, fisher=True)
+    for name, moment in calibration.moments["blocks.1.attn"].items():
+        if name.endswith("grad") or name.startswith("qk_"):
+            moment.zero_()
+    with pytest.warns(UserWarning, match=r"every gradient of 1 of \d layers is zero \('blocks.1.attn'\)"):
+        comcat.plan(model, comcat.Budget(params=0.8), calibration, "spectrum")
+
+
+def test_a_calibration_is_shown_on_one_line() -> None:
+    shown = repr(calibrated(vit(), 24, fisher=True, probe_images=5))
+    assert shown == (
+        "Calibration(5 layers, 24 images of 3 x 14 x 21, with gradients, outputs classes, 5 images and 0 results of "
+        "probing)"
+    )

@@ -21,6 +21,7 @@ from .files import atomic_file, tensor_bytes
 from .fingerprint import BUCKETS, Distance, Fingerprint, distance, fingerprint
 from .outputs import KINDS
 from .reader import FLOATS, digest, parse_json, read_tensors, shown, validated
+from .running import wide
 from .sites import Inventory, gradient_shapes, moment_shapes
 
 FORMAT = 1
@@ -74,6 +75,14 @@ class Calibration:
     probes: dict[str, Any] = field(default_factory=dict)
     outputs: str | None = None
     weights: Fingerprint | None = None
+
+    def __repr__(self) -> str:
+        size = " x ".join(str(n) for n in self.input_size)
+        gradients = "with" if self.fisher else "without"
+        return (
+            f"Calibration({len(self.moments)} layers, {self.num_images} images of {size}, {gradients} gradients, "
+            f"outputs {self.outputs or 'unknown'}, {len(self.images)} images and {len(self.probes)} results of probing)"
+        )
 
     def check(self, inventory: Inventory, model: nn.Module | None = None) -> None:
         """Raise CalibrationError, naming the module, unless this belongs to a model with these sites.
@@ -190,6 +199,7 @@ class Calibration:
         return cls(moments=moments, images=images, weights=weights, **known)
 
     def to(self, device: torch.device | str) -> Calibration:
-        """A copy with the moments on ``device``; image sample and probe cache are shared."""
-        moments = {s: {n: t.to(device) for n, t in ms.items()} for s, ms in self.moments.items()}
+        """A copy with the moments on ``device``, if that has float64; image sample and probe cache are shared."""
+        home = wide(device)
+        moments = {s: {n: t.to(home) for n, t in ms.items()} for s, ms in self.moments.items()}
         return Calibration(**{**self.__dict__, "moments": moments})

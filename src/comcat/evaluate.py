@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,8 +17,8 @@ from .errors import DataError, ModelError
 from .modes import evaluating, exclusive
 from .outputs import Outputs, divergence
 from .progress import Progress
-from .running import explained, images_of, labels_of
-from .scores import Score, check_labels
+from .running import double, explained, images_of, labels_of
+from .scores import SHOWN, Figure, Score, check_labels
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,15 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Plain data; of outputs that are no classes, their kind and their metrics instead of what they lack."""
         found: dict[str, Any] = {"loss": self.loss, "images": self.images, "images_per_second": self.images_per_second}
-        if self.outputs in ("classes", "maps"):
+        if not math.isnan(self.top1):
             found = {"top1": self.top1, "top5": self.top5, **found}
         return found if self.outputs == "classes" else {**found, "outputs": self.outputs, "metrics": self.metrics}
+
+    def figures(self) -> list[Figure]:
+        """The scores of this kind by name, the one that counts most first; accuracies in percent."""
+        values = {"top1": self.top1, "top5": self.top5, "loss": self.loss, **self.metrics}
+        kind = "values" if "r2" in self.metrics else self.outputs
+        return [Figure(label, values[name], unit) for name, label, unit in SHOWN[kind] if name in values]
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Evaluation:
@@ -94,6 +101,7 @@ def evaluate(
     amp_dtype: torch.dtype | None = None,
     progress: Progress | None = None,
     outputs: str | None = None,
+    reference: nn.Module | None = None,
 ) -> Evaluation:
     """Run every image of ``loader`` and compare with its label.
 
@@ -105,12 +113,72 @@ def evaluate(
         progress: called as ``progress("evaluate", batches done, batches in all)``.
         outputs: the kind of the outputs, one of :data:`comcat.outputs.KINDS`; by default as the model and its labels
             have it: class numbers go with classes or maps, other labels with values.
+        reference: for ``outputs="features"``, which have no labels: the model whose features are the truth. The loss is
+            then the error relative to them, and the speed that of both models, images included.
 
     Raises:
         ModelError: the outputs are not finite or of another kind, the model does not run on these images, or there is
             no such device.
         DataError: there are no images, an image has no label, or a label that the model has no output for.
     """
+    if outputs == "features" and reference is not None:
+        return _against(reference, model, loader, device, progress)
+    found = tally(model, loader, device, amp_dtype, progress, outputs)
+    if found is None:
+        raise NoImagesError("there are no images to evaluate on. Check the loader")
+    return found.result()
+
+
+class NoImagesError(DataError):
+    """A loader without images."""
+
+
+def _against(
+    reference: nn.Module,
+    model: nn.Module,
+    loader: Iterable[Any],
+    device: torch.device | str | None,
+    progress: Progress | None,
+) -> Evaluation:
+    begin = time.perf_counter()
+    found = agreement(model, reference, loader, device=device, progress=progress, outputs="features")
+    speed, nan = found.images / max(time.perf_counter() - begin, 1e-9), float("nan")
+    return Evaluation(nan, nan, found.kl, found.images, speed, "features", {"cosine": found.cosine or 0.0})
+
+
+@dataclass
+class Tally:
+    """Sums over evaluated images, which add up over processes."""
+
+    score: Score
+    images: int
+    speed: float  # images per second
+
+    @classmethod
+    def joined(cls, parts: Sequence[Tally]) -> Tally:
+        """The sum of several processes' tallies; the first one is changed."""
+        first, *others = parts
+        for other in others:
+            first.score.join(other.score)
+        return cls(first.score, sum(part.images for part in parts), sum(part.speed for part in parts))
+
+    def result(self) -> Evaluation:
+        found = self.score.result()
+        shown = {name: found.pop(name, float("nan")) for name in ("top1", "top5", "loss")}
+        return Evaluation(
+            **shown, images=self.images, images_per_second=self.speed, outputs=self.score.kind, metrics=found
+        )
+
+
+def tally(
+    model: nn.Module,
+    loader: Iterable[Any],
+    device: torch.device | str | None = None,
+    amp_dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+    outputs: str | None = None,
+) -> Tally | None:
+    """The work of :func:`evaluate`; None without images."""
     images = timed = 0
     seconds = 0.0
     total = _length(loader)
@@ -137,14 +205,10 @@ def evaluate(
             if progress:
                 progress("evaluate", done, total)
     if score is None:
-        raise DataError("there are no images to evaluate on. Check the loader")
+        return None
     if not timed:  # a loader of unknown length that held a single batch
         seconds, timed = warm_up
-    found = score.result()
-    shown = {name: found.pop(name, float("nan")) for name in ("top1", "top5", "loss")}
-    return Evaluation(
-        **shown, images=images, images_per_second=timed / max(seconds, 1e-9), outputs=str(read.kind), metrics=found
-    )
+    return Tally(score, images, timed / max(seconds, 1e-9))
 
 
 def _kind_by(labels: torch.Tensor) -> str | None:
@@ -194,9 +258,9 @@ def agreement(
             ours = tuple(t.to(r.dtype) for t, r in zip(ours, theirs, strict=True))
             kl += count * divergence(kind, theirs, ours)
             if read.per_class:
-                same += count * float((ours[0].argmax(1) == theirs[0].argmax(1)).double().mean())
+                same += count * float(double(ours[0].argmax(1) == theirs[0].argmax(1)).mean())
             elif kind == "labels":
-                same += count * float(((ours[0] > 0) == (theirs[0] > 0)).double().mean())
+                same += count * float(double((ours[0] > 0) == (theirs[0] > 0)).mean())
             elif kind == "features":
                 rows = zip(ours, theirs, strict=True)
                 cosines = [torch.cosine_similarity(o.flatten(1), t.flatten(1)).mean() for o, t in rows]
@@ -205,7 +269,7 @@ def agreement(
             if progress:
                 progress("compare", done, total)
     if not images:
-        raise DataError("there are no images to compare on. Check the loader")
+        raise NoImagesError("there are no images to compare on. Check the loader")
     return Agreement(
         same=100 * same / images if read.per_class or kind == "labels" else float("nan"),
         kl=kl / images,

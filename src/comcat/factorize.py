@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .errors import CalibrationError
+from .running import double
 
 #: Smallest eigenvalue of a moment relative to its mean one. It keeps ``R`` invertible when there are fewer
 #: samples than dimensions and bounds the condition number of ``R`` by about 1e5 sqrt(n): at full rank the
@@ -63,7 +64,7 @@ def ridge_used(moment: Tensor, ridge: float = RIDGE) -> float:
 
 def _whitening(moment: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """``R`` (..., n, n) and the relative ridge of every matrix (...)."""
-    moment = moment.double()
+    moment = double(moment)
     if not torch.isfinite(moment).all():
         raise CalibrationError("a second moment holds NaN or infinite values; calibrate again on finite inputs")
     moment = (moment + moment.mT) / 2
@@ -112,7 +113,7 @@ def project(moment: Tensor, target: Tensor) -> Projection:
         ``Projection`` with ``k = min(n, m)`` components; keeping all of them leaves ``x @ target`` unchanged.
     """
     R = whitening(moment)
-    U, gains = _left_singular(R @ target.double())
+    U, gains = _left_singular(R @ double(target))
     return Projection(torch.linalg.solve_triangular(R, U, upper=True), U.mT @ R, gains)
 
 
@@ -156,11 +157,11 @@ def refit_output(down: Tensor, up: Tensor, output: Tensor, moment: Tensor, ridge
         (heads, r, D_out) in float64.
     """
     heads, _, rank = down.shape
-    output = output.double()
+    output = double(output)
     kept = up @ output
     residual = (output - down @ kept).flatten(0, 1)  # (heads d, D_out)
     T = torch.block_diag(*down)  # (heads d, heads r)
-    CT = moment.double() @ T
+    CT = double(moment) @ T
     delta = _ridge_solve(T.mT @ CT, CT.mT @ residual, ridge)
     return kept + delta.view(heads, rank, -1)
 
@@ -189,11 +190,12 @@ def order_neurons(moment: Tensor, output: Tensor, block: int | None = None) -> N
         output: (M, D_out) second FFN matrix, times any weighting of the output on the right.
         block: how many neurons go per step; default M / 96.
     """
+    moment = double(moment)
     M = moment.shape[0]
     block = block or max(1, M // 96)
     R = whitening(moment, REFIT_RIDGE)
     inverse = torch.cholesky_inverse(R, upper=True)
-    weight = output.double().clone()
+    weight = double(output).clone()
     lifted = R.mT @ R
     left = torch.arange(M, device=moment.device)
     inverted = M  # how many there were when the inverse was last made
@@ -232,11 +234,11 @@ def refit_neurons(moment: Tensor, output: Tensor, keep: Tensor, ridge: float = R
     Returns:
         (m, D_out) in float64.
     """
+    moment = double(moment)
     dropped = torch.ones(moment.shape[0], dtype=torch.bool, device=moment.device)
     dropped[keep] = False
-    output = output.double()
+    output = double(output)
     if not dropped.any():
         return output[keep]
-    moment = moment.double()
     right = moment[keep][:, dropped] @ output[dropped]
     return output[keep] + _ridge_solve(moment[keep][:, keep], right, ridge)

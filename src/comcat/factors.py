@@ -19,6 +19,7 @@ from . import factorize
 from .factorize import NeuronOrder, Projection, QKFactors
 from .heads import HeadWeights, as_parameter, flatten_heads, zeros_like_bias
 from .linear import LowRankLinear
+from .running import double
 from .sites import AttentionSite, Choice, FFNSite, HeadSite, Site, check_choice
 from .skeleton import empty_modules
 
@@ -88,7 +89,7 @@ class AttentionFactors(SiteFactors[AttentionSite]):
 
     @cached_property
     def vo(self) -> Projection:
-        target = self.heads.output.double()
+        target = double(self.heads.output)
         if "out_grad" in self.moments:
             target = target @ factorize.whitening(self.moments["out_grad"]).mT
         return factorize.project(self._value_moments, target)
@@ -119,14 +120,14 @@ class AttentionFactors(SiteFactors[AttentionSite]):
         query, key, query_bias = heads.query, heads.key, heads.query_bias
         if qk_rank is not None:
             q_map, k_map = self.qk.q_map[..., :qk_rank], self.qk.k_map[..., :qk_rank]
-            query, key = q_map.mT @ query.double(), k_map.mT @ key.double()
-            query_bias = None if query_bias is None else (query_bias.double()[:, None] @ q_map)[:, 0]
+            query, key = q_map.mT @ double(query), k_map.mT @ double(key)
+            query_bias = None if query_bias is None else (double(query_bias)[:, None] @ q_map)[:, 0]
         value, value_bias = heads.value, heads.value_bias
         output, output_bias = heads.output, heads.output_bias
         if vo_rank is not None:
             down, up = self.vo.down[..., :vo_rank], self.vo.up[..., :vo_rank, :]
-            value = down.mT @ value.double()
-            value_bias = None if value_bias is None else (value_bias.double()[:, None] @ down)[:, 0]
+            value = down.mT @ double(value)
+            value_bias = None if value_bias is None else (double(value_bias)[:, None] @ down)[:, 0]
             output, output_bias = self._output(down, up)
         weights, biases = (query, key, value), (query_bias, value_bias)
         _fill_attention(new[site.name], weights, biases, output, output_bias, like=site)
@@ -135,16 +136,16 @@ class AttentionFactors(SiteFactors[AttentionSite]):
     def _output(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Output weights (H, r, D_out) and bias behind reduced values; the mean output is kept exactly."""
         heads = self.heads
-        dense = heads.output.double()
+        dense = double(heads.output)
         mean: Tensor | None
         if self.moments:
             output = factorize.refit_output(down, up, dense, self.moments["z"])
-            mean = self.moments["z_mean"].double().view(down.shape[0], 1, -1)
+            mean = double(self.moments["z_mean"]).view(down.shape[0], 1, -1)
         else:
             # Without data the mean of the inputs is taken as zero, which leaves the value bias.
             output = up @ dense
             bias = heads.value_bias
-            mean = None if bias is None else bias.double()[:, None]  # (H, 1, d)
+            mean = None if bias is None else double(bias)[:, None]  # (H, 1, d)
         output_bias = zeros_like_bias(heads.output_bias, dense.shape[-1], dense)
         if mean is None:
             return output, output_bias
@@ -157,10 +158,10 @@ def _loss_metric(m: Moments) -> tuple[Tensor, Tensor]:
     Its second moment is taken as a Kronecker product, ``E[A A^T] x E[A^T A] / tr E[A A^T]``. A tenth of the
     activation moments (in the same scale) is mixed in, because few images leave the former nearly singular.
     """
-    rows, cols = m["qk_rows"].double(), m["qk_cols"].double()
+    rows, cols = double(m["qk_rows"]), double(m["qk_cols"])
     trace = rows.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp_min(1e-300)
     mixed = []
-    for metric, moment in ((rows, m["q"].double()), (cols, m["k"].double())):
+    for metric, moment in ((rows, double(m["q"])), (cols, double(m["k"]))):
         ratio = _trace(metric) / _trace(moment).clamp_min(1e-300)
         mixed.append(0.9 * metric + 0.1 * ratio * moment)
     return mixed[0], mixed[1] / trace
@@ -179,7 +180,7 @@ def _fill_attention(
     like: AttentionSite,
 ) -> None:
     """Write per-head weights into the fused layers of a ``LowRankAttention``."""
-    small.qkv.weight = as_parameter(torch.cat([flatten_heads(w).double() for w in weights]), like.qkv.weight)
+    small.qkv.weight = as_parameter(torch.cat([double(flatten_heads(w)) for w in weights]), like.qkv.weight)
     if small.qkv.bias is not None:
         query_bias, value_bias = biases
         assert query_bias is not None
@@ -190,7 +191,7 @@ def _fill_attention(
         if "qk" in like.dense_parts:
             key_bias = like.qkv.bias.detach().unflatten(0, (3, -1))[1]
         small.qkv.bias = as_parameter(
-            torch.cat([b.double().flatten() for b in (query_bias, key_bias, value_bias)]), like.qkv.bias
+            torch.cat([double(b).flatten() for b in (query_bias, key_bias, value_bias)]), like.qkv.bias
         )
     small.proj.weight = as_parameter(flatten_heads(output).mT, like.proj.weight)
     if small.proj.bias is not None:
@@ -218,7 +219,7 @@ class FFNFactors(SiteFactors[FFNSite]):
 
     @cached_property
     def neurons(self) -> NeuronOrder:
-        output = self.site.fc2.weight.detach().mT.double()
+        output = double(self.site.fc2.weight.detach().mT)
         if "fc2_grad" in self.moments:
             output = output @ factorize.whitening(self.moments["fc2_grad"]).mT
         return factorize.order_neurons(self._hidden_moment, output)
@@ -228,7 +229,7 @@ class FFNFactors(SiteFactors[FFNSite]):
         """Covariance of the hidden units; data-free, independent units of variance ``|w_1|^2``."""
         if self.moments:
             return self.moments["h"]
-        return torch.diag(self.site.fc1.weight.detach().double().square().sum(-1))
+        return torch.diag(double(self.site.fc1.weight.detach()).square().sum(-1))
 
     def _moments_of(self, choice: Choice) -> list[Tensor]:
         return [self.moments["x" if part == "fc1" else "h"] for part in choice]
@@ -271,11 +272,11 @@ class FFNFactors(SiteFactors[FFNSite]):
     def _fill_neurons(self, count: int, new1: Any, new2: Any) -> None:
         fc1, fc2 = self.site.fc1, self.site.fc2
         keep = self.neurons.order[:count].sort().values
-        dense = fc2.weight.detach().mT.double()  # (M, D_out)
+        dense = double(fc2.weight.detach().mT)  # (M, D_out)
         weight = factorize.refit_neurons(self._hidden_moment, dense, keep)
         bias = zeros_like_bias(fc2.bias, fc2.out_features, dense)
         if self.moments:
-            mean = self.moments["h_mean"].double()
+            mean = double(self.moments["h_mean"])
             bias = bias + mean @ dense - mean[keep] @ weight
         new1.weight = as_parameter(fc1.weight.detach()[keep], fc1.weight)
         if fc1.bias is not None:
@@ -312,7 +313,7 @@ def site_factors(site: Site, moments: Moments | None = None) -> SiteFactors[Any]
 
 
 def _linear_projection(linear: nn.Linear, moment: Tensor | None, grad: Tensor | None) -> Projection:
-    weight = linear.weight.detach().mT.double()  # (in, out)
+    weight = double(linear.weight.detach().mT)  # (in, out)
     if moment is None:
         moment = torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device)
     if grad is not None:
@@ -324,12 +325,12 @@ def _fill_linear(small: nn.Module, linear: nn.Linear, projection: Projection, me
     """``y = x P_r W + b + mean (I - P_r) W``: low rank with the mean output restored."""
     assert isinstance(small, LowRankLinear)
     rank = small.rank
-    weight = linear.weight.detach().mT.double()
+    weight = double(linear.weight.detach().mT)
     down = projection.down[:, :rank]
     up = projection.up[:rank] @ weight
     bias = zeros_like_bias(linear.bias, linear.out_features, weight)
     if mean is not None:
-        bias = bias + mean.double() @ weight - mean.double() @ down @ up
+        bias = bias + double(mean) @ weight - double(mean) @ down @ up
     # Share the scale between the two factors, so that neither leaves the range of half precision.
     balance = (up.norm(dim=1) / down.norm(dim=0).clamp_min(1e-300)).clamp_min(1e-12).sqrt()
     small.down.weight = as_parameter((down * balance).mT, linear.weight)

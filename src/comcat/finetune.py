@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -22,18 +22,22 @@ from .evaluate import Evaluation
 from .modes import frozen, placed
 from .plain import check_plain
 from .progress import Progress
+from .ranks.data import sample_batches
+from .training.answers import unit
 from .training.checks import check_batches, check_models, check_same, digest
 from .training.config import FinetuneConfig
 from .training.loading import Batches
 from .training.log import Log
 from .training.loop import Trainer, trainable_copy
+from .training.losses import Loss
 from .training.opening import alone, how_to_go_on, interrupted, open_run
-from .training.process import accelerated, explained
+from .training.process import accelerated, agree, explained
+from .training.randomness import SAMPLE, isolated
 from .training.run import Milestone, Run
 from .training.schedule import Steps
 
-if TYPE_CHECKING:
-    pass
+#: Training images on which the spread of values and features is measured.
+UNIT_IMAGES = 256
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,16 @@ def finetune(
     """Train ``student`` in place, with ``teacher`` as its guide.
 
     Args:
-        student: maps (B, C, H, W) images to (B, classes) logits. It receives the weights of every evaluation, and the
-            result; with ``config.ema`` these are averaged. After an error it holds those of the last evaluation.
+        student: maps (B, C, H, W) images to its outputs, e.g. (B, classes) logits. It receives the weights of every
+            evaluation, and the result; with ``config.ema`` these are averaged. After an error it holds those of the
+            last evaluation.
         teacher: the dense model; None where ``config`` needs none. It is not changed.
         train_loader: a DataLoader with random access over (image, label) pairs, e.g. from
-            :func:`comcat.data.training.training_loader`; ``batch_size`` is that of one process. Samples may draw random
+            :func:`comcat.data.training.training_loader`; ``batch_size`` is that of one process. Labels are class
+            numbers, 0 or 1 for each of several labels, floating-point values, or maps of class numbers, in which 255
+            counts for nothing; features need none. Samples may draw random
             numbers from Python, NumPy and PyTorch: they are seeded by (seed, epoch, index).
-        eval_loader: batches of (images, labels) to evaluate on.
+        eval_loader: batches of (images, labels) to evaluate on; features are compared with the teacher's.
         out: directory for ``metrics.jsonl``, TensorBoard and checkpoints; None writes nothing.
         resume: continue the run in ``out`` from its newest checkpoint, bit by bit.
         progress: called as ``progress("train", steps done, steps in all)``, and by evaluations.
@@ -113,7 +120,13 @@ def finetune(
             note(text)
 
     teacher = teacher if config.needs_teacher or teacher is None else None
-    classes = check_models(student, teacher, config)
+    answers = check_models(student, teacher, config)
+    if answers.kind == "features" and config.outputs is None:
+        remark(
+            "the student's outputs are taken for features: labels are not used. If they are something else, say so "
+            "with outputs="
+        )
+    config = config.resolved(answers.kind)
     if teacher is student:
         teacher = copy.deepcopy(student)
     directory = Path(out) if out is not None else None
@@ -122,17 +135,28 @@ def finetune(
         accelerator = stack.enter_context(accelerated(config.precision, config.seed, cpu))
         stack.enter_context(alone(accelerator, directory))
         saved = open_run(accelerator, directory, resume, remark)
-        batches = Batches(train_loader, accelerator, config.seed, classes)
+        batches = Batches(train_loader, accelerator, config.seed, answers)
         check_batches(config, batches.batch_size, batches.images, batches.drop_last)
         fixed = {**batches.description, "teacher": digest(teacher)}
+        if answers.kind != "classes":  # as runs of earlier versions were, which do not say so
+            fixed["outputs"] = answers.kind
         if saved is not None:
             check_same(saved.plain, config, fixed)
         stack.enter_context(placed(student, accelerator.device))
         if teacher is not None:
             stack.enter_context(placed(teacher, accelerator.device))
             stack.enter_context(frozen(teacher))
+        with isolated(SAMPLE, config.seed):  # augmentations draw the same in every process
+            sample = sample_batches(train_loader, UNIT_IMAGES, config.seed)
+            spreads = agree(accelerator, unit(answers, teacher if config.distils else None, sample))
         trainer = Trainer(
-            accelerator, trainable_copy(student, config), teacher, config, Steps.of(config, len(batches)), classes
+            accelerator,
+            trainable_copy(student, config, answers.kind),
+            teacher,
+            config,
+            Steps.of(config, len(batches)),
+            answers,
+            Loss(answers.kind, spreads),
         )
         stack.callback(trainer.close)
         writes = directory if accelerator.is_main_process else None

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .running import double, wide
+
 
 @dataclass(frozen=True)
 class HeadWeights:
@@ -52,7 +54,7 @@ class HeadWeights:
 
 def gram(weight: Tensor) -> Tensor:
     """``W W^T`` (..., d, d) in float64."""
-    weight = weight.double()
+    weight = double(weight)
     return weight @ weight.mT
 
 
@@ -73,4 +75,4 @@ def as_parameter(value: Tensor, like: Tensor) -> nn.Parameter:
 
 def zeros_like_bias(bias: Tensor | None, size: int, like: Tensor) -> Tensor:
     """``bias`` in float64, or zeros where the layer has none."""
-    return torch.zeros(size, dtype=torch.float64, device=like.device) if bias is None else bias.double()
+    return torch.zeros(size, dtype=torch.float64, device=wide(like.device)) if bias is None else double(bias)

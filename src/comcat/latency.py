@@ -105,6 +105,14 @@ class LatencyTable:
     dense: int
     layers: dict[str, LayerTimes]
 
+    def __repr__(self) -> str:
+        size = " x ".join(str(n) for n in self.input_size)
+        layers = sum(layer.count for layer in self.layers.values())
+        return (
+            f"LatencyTable({layers} layers of {len(self.layers)} kinds, {self.batch_size} images of {size} on "
+            f"{self.device} in {self.dtype}, dense {self.dense / 1e6:.3g} ms)"
+        )
+
     def cost(self, site: Site, shape: Shape, widths: Mapping[str, Any]) -> np.ndarray:
         """Nanoseconds of a site at integer arrays of widths by part; -1, or a part left out, stands for dense."""
         return self.layers[layer_key(site, shape)].at({**dict.fromkeys(site.full, -1), **widths})

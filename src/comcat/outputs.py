@@ -166,12 +166,11 @@ def _shown(name: str, tensor: Tensor) -> str:
 def divergence(kind: str, dense: Sequence[Tensor], changed: Sequence[Tensor]) -> float:
     """How far ``changed`` outputs are from those of the dense model on the same images, in the unit of the kind."""
     if kind in ("values", "features") or (kind == "maps" and dense[0].shape[1] == 1):
-        errors = [_error(kind, d, c) for d, c in zip(dense, changed, strict=True)]
-        return float(torch.stack(errors).mean())
+        return float(squared_error(kind, dense, changed, [_own_spread(kind, tensor) for tensor in dense]))
     d, c = dense[0], changed[0]
     if kind == "labels":
         return float(bernoulli_kl(c, d).sum(1).mean().clamp_min(0))
-    d, c = _answers(d).log_softmax(-1), _answers(c).log_softmax(-1)
+    d, c = answers(d).log_softmax(-1), answers(c).log_softmax(-1)
     return float(F.kl_div(c, d, log_target=True, reduction="batchmean").clamp_min(0))
 
 
@@ -181,12 +180,24 @@ def bernoulli_kl(changed: Tensor, dense: Tensor) -> Tensor:
     return yes.exp() * (yes - F.logsigmoid(changed)) + no.exp() * (no - F.logsigmoid(-changed))
 
 
-def _error(kind: str, dense: Tensor, changed: Tensor) -> Tensor:
-    error = (changed - dense).square()
+def squared_error(kind: str, dense: Sequence[Tensor], changed: Sequence[Tensor], spreads: Sequence[Tensor]) -> Tensor:
+    """Squared error in units of ``spreads``, of every tensor: () of features, (C,) of values."""
+    errors = []
+    for d, c, spread in zip(dense, changed, spreads, strict=True):
+        error = (c - d).square().mean(0)
+        errors.append(error.sum() / spread if kind == "features" else (_channels(error) / spread).mean())
+    return torch.stack(errors).mean()
+
+
+def _own_spread(kind: str, dense: Tensor) -> Tensor:
     second, variance = dense.square().mean(0), (dense - dense.mean(0)).square().mean(0)
+    return _spread_of(kind, second, variance)
+
+
+def _spread_of(kind: str, second: Tensor, variance: Tensor) -> Tensor:
     if kind == "features":
-        return error.mean(0).sum() / _spread(second.sum(), variance.sum())
-    return (_channels(error.mean(0)) / _spread(_channels(second), _channels(variance))).mean()
+        return _spread(second.sum(), variance.sum())
+    return _spread(_channels(second), _channels(variance))
 
 
 def _channels(x: Tensor) -> Tensor:
@@ -200,12 +211,44 @@ def _spread(second: Tensor, variance: Tensor) -> Tensor:
     return torch.where(spread > 0, spread, 1)
 
 
-def _answers(logits: Tensor) -> Tensor:
+def answers(logits: Tensor) -> Tensor:
     """(B, C) or (B, C, H, W) logits to (B or pixels, C)."""
     return logits if logits.ndim == 2 else logits.movedim(1, -1).flatten(0, -2)
 
 
 # -- draws ------------------------------------------------------------------------------------------------------------
+
+
+class Spread:
+    """How far outputs spread over the images seen so far, in float64 on the CPU."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.count = 0
+        self.shift: list[Tensor] = []
+        self.sums: list[tuple[Tensor, Tensor]] = []  # of the shifted outputs and of their squares
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """One batch of outputs."""
+        if not self.count:
+            self.shift = [tensor.detach().mean(0).cpu().double() for tensor in tensors]
+            self.sums = [(torch.zeros_like(shift), torch.zeros_like(shift)) for shift in self.shift]
+        for tensor, shift, (first, second) in zip(tensors, self.shift, self.sums, strict=True):
+            moved = tensor.detach().cpu().double() - shift
+            first += moved.sum(0)
+            second += moved.square().sum(0)
+        self.count += len(tensors[0])
+
+    def result(self) -> list[Tensor]:
+        """The unit of :func:`squared_error` for every tensor."""
+        return [self.of(index) for index in range(len(self.sums))]
+
+    def of(self, index: int) -> Tensor:
+        """The unit of one of them."""
+        shift, (first, second) = self.shift[index], self.sums[index]
+        mean = first / self.count
+        variance = (second / self.count - mean.square()).clamp_min(0)
+        return _spread_of(self.kind, variance + (mean + shift).square(), variance)
 
 
 class Draw:
@@ -217,41 +260,26 @@ class Draw:
 
     def __init__(self, outputs: Outputs, generator: torch.Generator) -> None:
         self.outputs, self.generator = outputs, generator
-        self.count = 0
-        self.shift: list[Tensor] = []
-        self.sums: list[tuple[Tensor, Tensor]] = []  # of the shifted outputs and of their squares, float64
+        self.spread: Spread | None = None
 
     def loss(self, tensors: Sequence[Tensor]) -> Tensor:
         """A scalar, the sum over the images."""
         kind, output = self.outputs.kind, tensors[0]
         if self.outputs.per_class and output.shape[1] > 1:
-            logits = _answers(output)
-            answers = torch.multinomial(logits.detach().softmax(-1), 1, generator=self.generator)[:, 0]
-            return F.cross_entropy(logits, answers, reduction="sum") / (len(logits) / len(output)) ** 0.5
+            logits = answers(output)
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=self.generator)[:, 0]
+            return F.cross_entropy(logits, drawn, reduction="sum") / (len(logits) / len(output)) ** 0.5
         if kind == "labels":
-            answers = torch.bernoulli(output.detach().sigmoid(), generator=self.generator)
-            return F.binary_cross_entropy_with_logits(output, answers, reduction="sum")
-        self._observe([tensor.detach() for tensor in tensors])
+            drawn = torch.bernoulli(output.detach().sigmoid(), generator=self.generator)
+            return F.binary_cross_entropy_with_logits(output, drawn, reduction="sum")
+        self.spread = self.spread or Spread("features" if kind == "features" else "values")
+        self.spread.add(tensors)
         return torch.stack([self._noise(tensor, i) for i, tensor in enumerate(tensors)]).sum() / len(tensors) ** 0.5
 
-    def _observe(self, tensors: Sequence[Tensor]) -> None:
-        if not self.count:
-            self.shift = [tensor.mean(0).cpu().double() for tensor in tensors]
-            self.sums = [(torch.zeros_like(shift), torch.zeros_like(shift)) for shift in self.shift]
-        for tensor, shift, (first, second) in zip(tensors, self.shift, self.sums, strict=True):
-            moved = tensor.cpu().double() - shift
-            first += moved.sum(0)
-            second += moved.square().sum(0)
-        self.count += len(tensors[0])
-
     def _noise(self, output: Tensor, index: int) -> Tensor:
-        shift, (first, second) = self.shift[index], self.sums[index]
-        mean = first / self.count
-        variance = (second / self.count - mean.square()).clamp_min(0)
-        second = variance + (mean + shift).square()
-        if self.outputs.kind == "features":
-            scale = _spread(second.sum(), variance.sum())
-        else:
-            scale = _spread(_channels(second), _channels(variance)).view(-1, *[1] * (second.ndim - 1)) * second.numel()
+        assert self.spread is not None
+        scale = self.spread.of(index)
+        if self.spread.kind == "values":
+            scale = scale.view(-1, *[1] * (output.ndim - 2)) * output[0].numel()
         noise = torch.randn(output.shape, generator=self.generator, device=output.device, dtype=output.dtype)
         return (output * noise * scale.rsqrt().to(output.device, output.dtype)).sum()

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ from .probe import Prober, levels, probe_images, probe_key
 from .profile import default_input_size, profile, site_shapes
 from .progress import Progress
 from .running import exact, still
-from .sites import PARTS, Choice, Inventory, Site, check_finite, check_parts, select_parts
+from .sites import PARTS, Choice, Inventory, Site, check_finite, check_parts, gradient_shapes, select_parts
 
 METHODS = ("uniform", "spectrum", "probe")
 #: Forms of the FFN: the better one for each layer, or one for all.
@@ -310,7 +311,8 @@ class Planner:
             measured.setdefault((site.name, part), {})[width] = known[key]
             if self.progress:
                 self.progress("probe", done + 1, len(work))
-        self._refuse_flat([known[probe_key(*one)] for one in work], str(prober.outputs.kind))
+        inner = [one for one in work if one[0].kind != "head"] or work
+        self._refuse_flat([known[probe_key(*one)] for one in inner], str(prober.outputs.kind))
         curves: Curves = {site.name: {} for site in self.inventory.sites}
         for (name, part), points in measured.items():
             curves[name][part] = probed_curve(self.factors[name], part, points)
@@ -321,17 +323,29 @@ class Planner:
     def _refuse_zero_gradients(self) -> None:
         if self.method != "spectrum" or self.calibration is None or not self.calibration.fisher:
             return
-        gradients = [
-            moment
-            for site in self.inventory.sites
-            for name, moment in self.calibration.moments[site.name].items()
-            if name.endswith("grad") or name.startswith("qk_")
-        ]
-        if not any(bool(moment.any()) for moment in gradients):
+        moments, zero, layers = self.calibration.moments, [], []
+        for site in self.inventory.sites:
+            gradients = [name for name in gradient_shapes(site) if name in moments[site.name]]
+            if self._parts(site) and gradients:
+                layers.append(site)
+                if not any(bool(moments[site.name][name].any()) for name in gradients):
+                    zero.append(site)
+        inner = [site for site in layers if site.kind != "head"] or layers
+        if layers and all(site in zero for site in inner):
+            which = "every gradient of the calibration" + (
+                "" if len(zero) == len(layers) else ", but the classifier's,"
+            )
             raise PlanError(
-                "every gradient of the calibration is zero, so no layer can be told from another: the outputs, taken "
-                f"for {self.calibration.outputs or 'classes'}, do not depend on the images. Calibrate again with the "
-                "right outputs=, or choose the method 'uniform'"
+                f"{which} is zero, so no layer can be told from another: the outputs, taken for "
+                f"{self.calibration.outputs or 'classes'}, do not depend on the images. Calibrate again with the "
+                "right outputs= and a trained classifier, or choose the method 'uniform'"
+            )
+        if zero:
+            names = ", ".join(f"'{site.name}'" for site in zero[:3]) + (" ..." if len(zero) > 3 else "")
+            warnings.warn(
+                f"every gradient of {len(zero)} of {len(layers)} layers is zero ({names}): the outputs do not depend "
+                "on them, and they are cut first. If they should, calibrate again with the right outputs=",
+                stacklevel=5,
             )
 
     def _refuse_flat(self, measured: list[float], kind: str) -> None:

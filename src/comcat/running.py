@@ -76,9 +76,20 @@ def still(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def wide(device: torch.device) -> torch.device:
+def has_float64(device: torch.device) -> bool:
+    """Whether tensors there can be float64; Apple's GPUs have no such type."""
+    return device.type != "mps"
+
+
+def wide(device: torch.device | str) -> torch.device:
     """Where to hold what is float64: ``device``, or the host for devices that have no such type."""
-    return torch.device("cpu") if device.type == "mps" else device
+    device = torch.device(device)
+    return device if has_float64(device) else torch.device("cpu")
+
+
+def double(x: Tensor) -> Tensor:
+    """``x`` in float64, on the host where its device has no such type."""
+    return x.to(wide(x.device)).double()
 
 
 def images_of(batch: Any, place: str = "the batch", kind: type[ComcatError] = DataError) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import DataError
+from .running import double
 
 #: Pixels of this class count for nothing, as in Pascal VOC and Cityscapes.
 IGNORED = 255
@@ -24,7 +27,7 @@ def check_labels(kind: str, output: Tensor, labels: Tensor, use: str = "Evaluate
         return _class_numbers(kind, output, labels, use)
     if kind == "features":
         raise DataError("features have no labels to compare with. Use comcat.agreement(model, reference, images)")
-    if kind == "values" and labels.is_floating_point() and labels.numel() == output.numel():
+    if kind in ("values", "maps") and labels.is_floating_point() and labels.numel() == output.numel():
         labels = labels.reshape(output.shape)  # (B,) for (B, 1), (B, H, W) for (B, 1, H, W)
     if labels.shape != output.shape or (kind != "labels" and not labels.is_floating_point()):
         wanted = "0 or 1 of" if kind == "labels" else "floating-point truths of"
@@ -64,6 +67,31 @@ def _class_numbers(kind: str, output: Tensor, labels: Tensor, use: str) -> Tenso
     return labels
 
 
+class Figure(NamedTuple):
+    """One score, ready to be shown."""
+
+    label: str
+    value: float
+    unit: str
+
+    def shown(self) -> str:
+        return f"{self.value:.2f} %" if self.unit else f"{self.value:.4f}"
+
+    def change(self, before: Figure) -> str:
+        """The difference to an earlier value."""
+        return f"{self.value - before.value:+.2f}" if self.unit else f"{self.value - before.value:+.4f}"
+
+
+#: Name, label and unit of the scores of every kind of outputs, the most telling one first.
+SHOWN = {
+    "classes": (("top1", "top-1", "%"), ("top5", "top-5", "%")),
+    "labels": (("mean_average_precision", "mean AP", "%"), ("accuracy", "accuracy", "%")),
+    "values": (("r2", "R²", ""), ("mae", "mean error", "")),
+    "features": (("loss", "rel. error", ""), ("cosine", "cosine", "")),
+    "maps": (("mean_iou", "mean IoU", "%"), ("top1", "pixels", "%")),
+}
+
+
 class Score:
     """Sums over batches; :meth:`result` gives loss and metrics, accuracies in percent.
 
@@ -88,13 +116,20 @@ class Score:
             self.kept.append((output.cpu(), labels.cpu()))
         else:
             self.count += len(labels)
-            output, labels = output.double(), labels.double()
+            output, labels = double(output), double(labels)
             axes = [0, *range(2, labels.ndim)]
             self._sum("square", (output - labels).square().sum(axes))
             self._sum("absolute", (output - labels).abs().sum(axes))
             self._sum("first", labels.sum(axes))
             self._sum("second", labels.square().sum(axes))
             self._sum("numbers", torch.tensor(float(labels.numel() // labels.shape[1])))
+
+    def join(self, other: Score) -> None:
+        """Add what ``other`` has gathered."""
+        self.count += other.count
+        self.kept += other.kept
+        for name, value in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
 
     def _answers(self, output: Tensor, labels: Tensor) -> None:
         if self.kind == "maps":
@@ -108,7 +143,7 @@ class Score:
         self._sum("loss", F.cross_entropy(output, labels, reduction="sum"))
         if self.kind == "maps":
             C = output.shape[1]
-            self._sum("confusion", torch.bincount(labels * C + best[:, 0], minlength=C * C).view(C, C).double())
+            self._sum("confusion", double(torch.bincount(labels * C + best[:, 0], minlength=C * C).view(C, C)))
 
     def _sum(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + (value.cpu() if value.ndim else float(value))
@@ -144,7 +179,7 @@ class Score:
 def average_precision(scores: Tensor, labels: Tensor) -> float:
     """Mean over the labels that occur of the precision at each true image, best score first; both are (n, C)."""
     order = scores.argsort(dim=0, descending=True, stable=True)
-    true = labels.gather(0, order).double()
+    true = double(labels.gather(0, order))
     precision = true.cumsum(0) / torch.arange(1, len(true) + 1, dtype=torch.float64)[:, None]
     occurs = true.sum(0) > 0
     return float(((precision * true).sum(0)[occurs] / true.sum(0)[occurs]).mean()) if occurs.any() else float("nan")

@@ -1,7 +1,8 @@
 """Learned ranks: a distribution over candidate widths, trained in turns with the weights.
 
 Source: COMCAT (arXiv 2305.17235), Eq. 6. Batches alternate. On one the weights of the mixture are updated by the
-cross-entropy; on the next the logits of the candidates, by
+cross-entropy (or the loss of another kind of outputs; features stay near the dense model's); on the next the logits of
+the candidates, by
 
     two-sided:  CE * (cost / budget)^beta              as the paper writes it
     one-sided:  CE * max(cost / budget, 1)^beta        as its reference code has it
@@ -13,6 +14,7 @@ allocation nearest to the expected widths that meets the budget.
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -32,13 +34,15 @@ from .plan import Budget, Plan
 from .progress import Progress
 from .ranks.alternation import Alternation
 from .ranks.config import SearchConfig
-from .ranks.data import refuse_evaluation_data, sample_images
+from .ranks.data import refuse_evaluation_data, sample_batches, sample_images
 from .ranks.space import SearchSpace
 from .ranks.start import best_training_free
 from .sites import PARTS
-from .training.checks import check_same, count_classes, refuse_half
+from .training.answers import answers_of, unit
+from .training.checks import check_same, refuse_half
 from .training.loading import Batches
 from .training.log import Log
+from .training.losses import Loss
 from .training.opening import alone, how_to_go_on, interrupted, open_run
 from .training.process import accelerated, agree, explained
 from .training.randomness import SAMPLE, isolated
@@ -47,6 +51,8 @@ from .training.state import restoring
 LOG_NAME, PICTURE_NAME = "search.jsonl", "search.png"
 #: Images that a calibration of our own looks at.
 CALIBRATION_IMAGES = 1024
+#: Images on which the spread of values and features is measured.
+UNIT_IMAGES = 256
 
 
 def search(
@@ -105,11 +111,15 @@ def search(
             )
         stack.enter_context(alone(accelerator, directory))
         saved = open_run(accelerator, directory, resume, remark)
-        batches = Batches(train_loader, accelerator, config.seed, count_classes(model, "model"))
+        answers = answers_of(model, "model", config.outputs or (calibration.outputs if calibration else None))
+        batches = Batches(train_loader, accelerator, config.seed, answers)
         if calibration is None:
             with isolated(SAMPLE, config.seed):  # augmentations draw the same in every process
                 sample = sample_images(train_loader, CALIBRATION_IMAGES, config.seed)
-                calibration = calibrate(model, sample, fisher=True, progress=progress)
+                calibration = calibrate(model, sample, fisher=True, progress=progress, outputs=answers.kind)
+        with isolated(SAMPLE, config.seed):
+            sampled = sample_batches(train_loader, UNIT_IMAGES, config.seed)
+            loss = Loss(answers.kind, agree(accelerator, unit(answers, model, sampled)))
         if start is None and saved is not None:
             start = Plan(saved.plain["run"]["start"])
         if start is None:
@@ -138,6 +148,7 @@ def search(
             input_size=input_size,
             latency=latency,
         )
+        space.gated.kind = answers.kind
         planner = space.planner
         fixed = {
             **batches.description,
@@ -146,12 +157,17 @@ def search(
             "parts": list(planner.parts),
             "rank_multiple": planner.multiple,
         }
+        if answers.kind != "classes":  # as searches of earlier versions were, which do not say so
+            fixed["outputs"] = answers.kind
         if saved is not None:
             check_same(saved.plain, config, fixed)
         writes = directory if accelerator.is_main_process else None
         log = Log(writes, saved.step if saved is not None else 0, remark, LOG_NAME)
         stack.callback(log.close)
-        run = Alternation(space, batches, config, accelerator, directory, log, fixed, progress)
+        dense = None
+        if answers.kind == "features":
+            dense = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
+        run = Alternation(space, batches, config, accelerator, directory, log, fixed, progress, loss, dense)
         if saved is not None:
             with restoring(saved):
                 run.restore(saved)

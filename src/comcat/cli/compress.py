@@ -235,7 +235,7 @@ def compress(
         if method == "search":
             from .searching import Search, read_config, working_folder
 
-            values = {"epochs": search_epochs, "max_steps": search_steps, "seed": seed or None}
+            values = {"outputs": outputs, "epochs": search_epochs, "max_steps": search_steps, "seed": seed or None}
             search = Search(
                 config=read_config(search_config, values),
                 folder=working_folder(out),

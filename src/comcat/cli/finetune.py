@@ -78,6 +78,12 @@ def finetune(
     ema: Annotated[
         float | None, _setting("ema", COURSE, "Average the weights with this decay, e.g. 0.9998.", "X")
     ] = None,
+    outputs: Annotated[
+        str | None,
+        _setting(
+            "outputs", LOSS, "What the model returns, where it cannot be told.", "classes|labels|values|features|maps"
+        ),
+    ] = None,
     distillation: Annotated[
         str | None, _setting("distillation", LOSS, "What the student learns from the teacher.", "soft|hard|none")
     ] = None,
@@ -96,7 +102,9 @@ def finetune(
     feature_decay: Annotated[
         str | None, _setting("feature_decay", LOSS, "How it falls to 0.", "cosine|linear|none")
     ] = None,
-    label_smoothing: Annotated[float | None, _setting("label_smoothing", LOSS, "Of the labels.", "X")] = None,
+    label_smoothing: Annotated[
+        float | None, _setting("label_smoothing", LOSS, "Of the labels; 0.1 for classes.", "X")
+    ] = None,
     mixup: Annotated[float | None, _setting("mixup", AUGMENT, "Alpha of Mixup, e.g. 0.8; off.", "X")] = None,
     cutmix: Annotated[float | None, _setting("cutmix", AUGMENT, "Alpha of CutMix, e.g. 1; off.", "X")] = None,
     mixup_prob: Annotated[float | None, _setting("mixup_prob", AUGMENT, "Share of mixed batches.", "X")] = None,

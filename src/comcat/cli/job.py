@@ -302,7 +302,13 @@ class Job:
         assert self.eval_batches is not None
         measured = []
         for model, column in zip(models, columns, strict=True):
-            result = evaluate(model, self.eval_batches, progress=self.screen.stage(f"evaluate {column.name}"))
+            result = evaluate(
+                model,
+                self.eval_batches,
+                progress=self.screen.stage(f"evaluate {column.name}"),
+                outputs=self.settings.outputs,
+                reference=models[0],  # the dense one, where there are no labels
+            )
             measured.append(replace(column, evaluation=result))
         images = next(iter(self.eval_batches))[0]
         if self.latency is not None:  # as the layers were timed
@@ -319,7 +325,8 @@ class Job:
         title = f"{self.settings.model}: {count(dense.params)} → {count(small.params)} parameters"
         subtitle = f"what every layer kept · MACs {count(dense.macs)} → {count(small.macs)}"
         if dense.evaluation and small.evaluation:
-            subtitle += f" · top-1 {dense.evaluation.top1:.2f} → {small.evaluation.top1:.2f} %"
+            before, after = dense.evaluation.figures()[0], small.evaluation.figures()[0]
+            subtitle += f" · {before.label} {before.shown().removesuffix(' %')} → {after.shown()}"
         return title, subtitle
 
     def _latency(self, outcome: Outcome) -> dict[str, Any] | None:

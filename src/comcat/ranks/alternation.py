@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import TrainingError
+from ..outputs import Outputs
 from ..plan import Plan
 from ..progress import Progress
 from ..training import state
 from ..training.loading import Batches
 from ..training.log import Log
+from ..training.losses import Loss
 from ..training.process import agree, on_main
 from ..training.snapshot import Snapshot
 from ..training.state import Saved
@@ -26,10 +27,17 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+def _full(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 class Alternation:
     """The run of a search, its log and its checkpoints.
 
     A step is one batch; even ones train the weights, odd ones the ranks.
+
+    Args:
+        loss: of the kind of outputs; dense: the model whose features are to be kept, where these are what is learned.
     """
 
     def __init__(
@@ -42,7 +50,10 @@ class Alternation:
         log: Log,
         fixed: dict[str, Any],
         progress: Progress | None,
+        loss: Loss,
+        dense: nn.Module | None,
     ) -> None:
+        self.loss, self.dense = loss, dense
         self.space, self.batches, self.config, self.accelerator = space, batches, config, accelerator
         self.out, self.log, self.fixed = out, log, fixed
         self.progress = progress if accelerator.is_main_process else None
@@ -78,23 +89,32 @@ class Alternation:
             return self.ranks.on_budget(self.temperature(), noise)
         return self.ranks.probabilities(self.temperature(), noise)
 
-    def _weight_step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, outputs: Any, images: Tensor, labels: Tensor | None) -> Tensor:
+        """The distance from the labels, or from the dense model's features."""
+        if labels is not None:
+            return self.loss.labelled(_full(outputs), labels)
+        assert self.dense is not None
+        with torch.no_grad():
+            dense = Outputs(self.dense, self.loss.kind)(self.dense(images), len(images))
+        return self.loss.soft([_full(one) for one in outputs], dense)
+
+    def _weight_step(self, images: Tensor, labels: Tensor | None) -> Tensor:
         with torch.no_grad():
             p = self.probabilities()
-        loss = F.cross_entropy(self.gated(images, p).float(), labels)
+        loss = self._loss(self.gated(images, p), images, labels)
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.gated.parameters(), 1.0)
         self.weight_optimizer.step()
         self.weight_optimizer.zero_grad()
         return loss.detach()
 
-    def _rank_step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _rank_step(self, images: Tensor, labels: Tensor | None) -> Tensor:
         p = self.probabilities()
         # Only the logits need gradients: the wrapper that averages those of the weights stays out of it.
         gated: nn.Module = self.accelerator.unwrap_model(self.gated)
         with self.accelerator.autocast():
-            logits = gated(images, p)
-        loss = F.cross_entropy(logits.float(), labels)
+            outputs = gated(images, p)
+        loss = self._loss(outputs, images, labels)
         objective = loss
         if self.config.objective != "exact":
             ratio, two_sided = self.ranks.cost(p), self.config.objective == "two-sided"
@@ -121,7 +141,7 @@ class Alternation:
             with closing(self.batches.epoch(epoch, batch)) as stream:  # type: ignore[type-var]
                 for images, labels in stream:
                     device = self.accelerator.device
-                    images, labels = images.to(device, dtype), labels.to(device)
+                    images, labels = images.to(device, dtype), None if labels is None else labels.to(device)
                     update = self._rank_step if self.step % 2 else self._weight_step
                     self._losses.append(update(images, labels))
                     self.step += 1

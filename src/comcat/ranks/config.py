@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..errors import TrainingError
-from ..training.config import Precision
+from ..training.config import Kind, Precision
 from ..training.settings import Settings
 
 Objective = Literal["two-sided", "one-sided", "exact"]
@@ -19,6 +19,7 @@ class SearchConfig(Settings):
     """How :func:`comcat.search` learns. A step is one batch; every second one trains the ranks, the others the weights.
 
     Attributes:
+        outputs: what the model returns (see :mod:`comcat.outputs`); None: as in the calibration, or inferred.
         epochs: passes over the training data, fractions allowed.
         max_steps: end after this many batches, if that is sooner.
         candidates: widths per part, evenly spaced up to the dense one; the smallest width that there is comes on top.
@@ -56,6 +57,7 @@ class SearchConfig(Settings):
     }
     free: ClassVar = ("log_every", "checkpoint_every", "keep_checkpoints")
 
+    outputs: Kind | None = None
     epochs: float = 1.0
     max_steps: int | None = None
     candidates: int = 16

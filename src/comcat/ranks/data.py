@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ..data.loading import BadImage
 from ..errors import DataError
+from ..running import images_of
 
 _EVALUATION = ("test", "val", "valid", "validation", "eval", "evaluation", "dev")
 
@@ -61,6 +62,12 @@ def _is_set(value: Any) -> bool:
 
 
 def sample_images(loader: DataLoader[Any], count: int, seed: int) -> Iterator[Tensor]:
+    """Images of :func:`sample_batches`."""
+    for batch in sample_batches(loader, count, seed):
+        yield images_of(batch)
+
+
+def sample_batches(loader: DataLoader[Any], count: int, seed: int) -> Iterator[Any]:
     """Batches of up to ``count`` images of a loader's data set, the same ones in every process."""
     size = len(loader.dataset)  # type: ignore[arg-type]
     chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count].tolist()
@@ -70,4 +77,4 @@ def sample_images(loader: DataLoader[Any], count: int, seed: int) -> Iterator[Te
     for batch in batches:
         if isinstance(batch, BadImage):
             raise batch.error()
-        yield batch[0]
+        yield batch

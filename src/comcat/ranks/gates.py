@@ -25,7 +25,7 @@ from ..factors import AttentionFactors, FFNFactors, SiteFactors
 from ..heads import as_parameter, zeros_like_bias
 from ..linear import LowRankLinear
 from ..outputs import Outputs
-from ..running import explained
+from ..running import double, explained
 from ..sites import AttentionSite, Choice, FFNSite, Site
 
 
@@ -50,16 +50,18 @@ class _Refitted(nn.Module):
         self, weight: Tensor, bias: Tensor, mean: Tensor, covariance: Tensor | None, order: Tensor, like: Tensor
     ) -> None:
         super().__init__()
-        weight, mean = weight.detach().double()[order], mean.double()[order]
+        weight = double(weight.detach())
+        order = order.to(weight.device)
+        weight, mean = weight[order], double(mean)[order]
         root = None
         if covariance is not None:
             root = whitening(covariance[order][:, order], REFIT_RIDGE)  # L^T
             weight = root @ weight
             mean = torch.linalg.solve_triangular(root.mT, mean[:, None], upper=False)[:, 0]
         self.weight, self.bias = as_parameter(weight, like), as_parameter(bias.detach(), like)
-        self.register_buffer("root", None if root is None else root.to(like.dtype))
-        self.register_buffer("mean", mean.to(like.dtype))
-        self.register_buffer("back", order.argsort())
+        self.register_buffer("root", None if root is None else root.to(like))
+        self.register_buffer("mean", mean.to(like))
+        self.register_buffer("back", order.argsort().to(like.device))
 
     def forward(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Weight (D_out, n) and bias (D_out,) for the gates (n,), given in the order in which inputs are kept."""
@@ -97,11 +99,11 @@ class AttentionGates(SiteGates):
         mean = torch.zeros_like(weight[:, 0])
         if factors.moments and "vo" in parts:
             down = torch.block_diag(*factors.vo.down)
-            covariance = down.mT @ factors.moments["z"].double() @ down
-            mean = factors.moments["z_mean"].double() @ down
+            covariance = down.mT @ double(factors.moments["z"]) @ down
+            mean = double(factors.moments["z_mean"]) @ down
         elif self.qkv_bias is not None:
             mean = self.qkv_bias.detach().unflatten(0, (3, -1))[2]
-        order = torch.arange(len(weight), device=weight.device).view(self.num_heads, -1).mT.flatten()
+        order = torch.arange(len(weight)).view(self.num_heads, -1).mT.flatten()
         bias = zeros_like_bias(built.proj.bias, weight.shape[1], weight)
         self.output = _Refitted(weight, bias, mean, covariance, order, built.proj.weight)
 
@@ -148,7 +150,7 @@ class NeuronGates(SiteGates):
         super().__init__(f"{site.name}.fc2")
         weight = site.fc2.weight.detach().mT  # (M, D_out)
         mean = factors.moments["h_mean"] if factors.moments else torch.zeros_like(weight[:, 0])
-        covariance = factors.moments["h"].double() if factors.moments else None
+        covariance = double(factors.moments["h"]) if factors.moments else None
         bias = zeros_like_bias(site.fc2.bias, weight.shape[1], weight)
         self.output = _Refitted(weight, bias, mean, covariance, factors.neurons.order, site.fc2.weight)
 
@@ -184,12 +186,16 @@ class GatedModel(nn.Module):
 
     Args:
         parts: (site, part, candidates) per row of the distribution, the rows of a site together.
+
+    Attributes:
+        kind: of the outputs.
     """
 
     def __init__(
         self, model: nn.Module, factors: Mapping[str, SiteFactors[Any]], parts: Sequence[tuple[Site, str, list[int]]]
     ) -> None:
         super().__init__()
+        self.kind = "classes"
         self.model = copy.deepcopy(model).eval()
         sites = {site.name: site for site, _, _ in parts}
         self.rows = [(site.name, part) for site, part, _ in parts]
@@ -227,9 +233,13 @@ class GatedModel(nn.Module):
                 values |= gate(mask)
         return values
 
-    def forward(self, images: Tensor, probabilities: Tensor) -> Tensor:
-        """(B, C, H, W) to logits (B, classes); two classifiers are averaged, as in evaluation."""
+    def forward(self, images: Tensor, probabilities: Tensor) -> Any:
+        """(B, C, H, W) to the outputs, e.g. logits (B, classes), or a tuple of features.
+
+        Two classifiers are averaged, as in evaluation.
+        """
         with torch.autocast(images.device.type, enabled=False):  # the weights are few; they stay exact
             weights = self.weights(self.masks(probabilities))
         with explained(images):
-            return Outputs(self.model, "classes")(functional_call(self.model, weights, (images,)), len(images))[0]
+            found = Outputs(self.model, self.kind)(functional_call(self.model, weights, (images,)), len(images))
+        return found if self.kind == "features" else found[0]

@@ -92,9 +92,8 @@ def comparison(columns: Sequence[Measured], title: str) -> Group:
         row(label, [shown(n) for n in numbers], [fmt.percent(n, numbers[0]) for n in numbers[1:]])
     evaluations = [c.evaluation for c in columns if c.evaluation is not None]
     if len(evaluations) == len(columns):
-        for label, name in (("top-1", "top1"), ("top-5", "top5")):
-            values = [getattr(e, name) for e in evaluations]
-            row(label, [f"{v:.2f} %" for v in values], [f"{v - values[0]:+.2f}" for v in values[1:]])
+        for figures in zip(*(e.figures() for e in evaluations), strict=True):
+            row(figures[0].label, [f.shown() for f in figures], [f.change(figures[0]) for f in figures[1:]])
     speeds = [c.speed for c in columns if c.speed is not None]
     if len(speeds) == len(columns):
         row("images/s", [f"{v:,.0f}" for v in speeds], [f"{v / speeds[0]:.2f} x" for v in speeds[1:]])
@@ -104,15 +103,17 @@ def comparison(columns: Sequence[Measured], title: str) -> Group:
 def budgets(models: Sequence[Measured], title: str) -> Group:
     """One evaluated model per row; the first is the dense one."""
     table = _table()
-    for heading in ("kept", "params", "MACs", "on disk", "top-1", "change", "img/s", "faster"):
+    first = models[0].evaluation
+    shown = first.figures()[0].label if first else "top-1"
+    for heading in ("kept", "params", "MACs", "on disk", shown, "change", "img/s", "faster"):
         style = "cyan" if heading in ("change", "faster") else None
         table.add_column(heading, justify="right", style=style, no_wrap=True)
     dense = models[0]
     for model in models:
         cells = [model.name, fmt.count(model.params), fmt.count(model.macs), fmt.size(model.bytes)]
         if model.evaluation and dense.evaluation:
-            change = model.evaluation.top1 - dense.evaluation.top1
-            cells += [f"{model.evaluation.top1:.2f} %", "" if model is dense else f"{change:+.2f}"]
+            score, before = model.evaluation.figures()[0], dense.evaluation.figures()[0]
+            cells += [score.shown(), "" if model is dense else score.change(before)]
         if model.speed and dense.speed:
             cells += [f"{model.speed:,.0f}", "" if model is dense else f"{model.speed / dense.speed:.2f} x"]
         table.add_row(*cells)
@@ -122,14 +123,15 @@ def budgets(models: Sequence[Measured], title: str) -> Group:
 def evaluation(name: str, result: Evaluation, params: int, macs: int) -> Group:
     """One evaluated model."""
     table = _table()
-    for heading in ("parameters", "MACs", "top-1", "top-5", "loss", "images/s"):
+    scores = [(figure.label, figure.shown()) for figure in result.figures()]
+    if result.outputs != "features":  # whose loss is their first score
+        scores.append(("loss", f"{result.loss:.4f}"))
+    for heading in ("parameters", "MACs", *(label for label, _ in scores), "images/s"):
         table.add_column(heading, justify="right")
     table.add_row(
         fmt.count(params),
         fmt.count(macs),
-        f"{result.top1:.2f} %",
-        f"{result.top5:.2f} %",
-        f"{result.loss:.4f}",
+        *(shown for _, shown in scores),
         f"{result.images_per_second:,.0f}",
     )
     return _titled(f"{name}, {result.images:,} images", table, MAC_NOTE)

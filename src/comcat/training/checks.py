@@ -14,11 +14,9 @@ from torch import nn
 from ..errors import CheckpointError, ModelError, TrainingError
 from ..files import CONFIG_NAME
 from ..manifest import Manifest
-from ..modes import evaluating
-from ..outputs import Outputs
 from ..profile import default_input_size
-from ..running import explained
 from . import state
+from .answers import Answers, answers_of
 from .config import FinetuneConfig
 from .settings import Settings
 from .state import Saved
@@ -27,11 +25,11 @@ from .state import Saved
 _WRITTEN = ("metrics.jsonl", "search.jsonl", "search.png", "samples/step-*.png")
 
 
-def check_models(student: nn.Module, teacher: nn.Module | None, config: FinetuneConfig) -> int:
-    """The number of classes of both.
+def check_models(student: nn.Module, teacher: nn.Module | None, config: FinetuneConfig) -> Answers:
+    """The answers of both.
 
     Raises:
-        ModelError: one of them does not classify, or they differ in classes or input size.
+        ModelError: they differ in their answers or input size, or do not answer in the kind that is said.
         TrainingError: a teacher is needed and there is none, or the student's weights are of half precision.
     """
     refuse_half(student, "student")
@@ -39,19 +37,20 @@ def check_models(student: nn.Module, teacher: nn.Module | None, config: Finetune
         raise TrainingError(
             "distillation and feature_blocks need a teacher; give the dense model, or set distillation none"
         )
-    size, classes = default_input_size(student), count_classes(student, "student")
+    size, answers = default_input_size(student), answers_of(student, "student", config.outputs)
     if teacher is not None:
         if default_input_size(teacher) != size:
             raise ModelError(
                 f"the teacher takes images of {_by(default_input_size(teacher))} and the student of {_by(size)}; "
                 "use the dense model that the student was made from"
             )
-        if count_classes(teacher, "teacher") != classes:
+        theirs = answers_of(teacher, "teacher", answers.kind)
+        if theirs != answers:
             raise ModelError(
-                f"the teacher has {count_classes(teacher, 'teacher')} classes and the student {classes}; use the dense "
-                "model that the student was made from"
+                f"the teacher has {theirs.described()} and the student {answers.described().removesuffix(' classes')}; "
+                "use the dense model that the student was made from"
             )
-    return classes
+    return answers
 
 
 def check_batches(config: FinetuneConfig, batch_size: int, images: int, drop_last: bool) -> None:
@@ -62,25 +61,6 @@ def check_batches(config: FinetuneConfig, batch_size: int, images: int, drop_las
             f"mixup and cutmix need batches of an even number of images, not {rest if rest % 2 else batch_size}; use "
             "an even batch size and drop_last=True"
         )
-
-
-def count_classes(model: nn.Module, role: str) -> int:
-    """The number of classes of a model.
-
-    Raises:
-        ModelError: its outputs are of another kind, or it does not run on images of the size it is made for.
-    """
-    parameter = next(model.parameters())
-    image = torch.zeros(1, *default_input_size(model), dtype=parameter.dtype, device=parameter.device)
-    outputs = Outputs(model, unknown="classes")
-    with explained(image), torch.no_grad(), evaluating(model):
-        out = outputs(model(image), 1)[0]
-    if outputs.kind != "classes":
-        raise ModelError(
-            f"the {role} is no classifier: it does not return logits (batch, classes), but {outputs.kind}, which "
-            "training does not learn"
-        )
-    return out.shape[1]
 
 
 def refuse_half(model: nn.Module, role: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from ..errors import TrainingError
@@ -12,6 +12,10 @@ from .settings import Settings
 Distillation = Literal["soft", "hard", "none"]
 Decay = Literal["cosine", "linear", "none"]
 Precision = Literal["no", "bf16", "fp16"]
+#: As :data:`comcat.outputs.KINDS`, which takes PyTorch to import.
+Kind = Literal["classes", "labels", "values", "features", "maps"]
+#: Smoothing of class labels, unless said.
+_SMOOTHING = 0.1
 
 
 @dataclass(frozen=True)
@@ -26,15 +30,17 @@ class FinetuneConfig(Settings):
         weight_decay: of AdamW; norms, biases, tokens and position tables are exempt.
         betas: of AdamW.
         layer_decay: factor on the learning rate per layer, counted from the output (BEiT); None: one rate for all.
-        distillation: ``soft``: KL divergence to the teacher at a temperature, times its square (Hinton et al., 2015);
-            ``hard``: cross-entropy with the teacher's answer (DeiT); ``none``.
-        distillation_weight: share w of the distillation, ``(1 - w) * CE(labels) + w * distillation``.
+        outputs: what student and teacher return (see :mod:`comcat.outputs`); None infers it from the student.
+        distillation: ``soft``: divergence to the teacher, for logits at a temperature and times its square (Hinton et
+            al., 2015); ``hard``: cross-entropy with the teacher's answer (DeiT), where there are answers; ``none``.
+        distillation_weight: share w of the distillation, ``(1 - w) * CE(labels) + w * distillation``; features have no
+            labels, and the distillation is all there is.
         distillation_temperature: of the soft form.
         feature_blocks: blocks whose outputs are pulled to the teacher's, from 0, or from the end when negative.
         feature_weight: factor on their mean squared error.
         feature_decay: how that factor falls to 0 over the run.
-        label_smoothing: of the cross-entropy with the labels.
-        mixup, cutmix: their alpha; 0 is off. Both need an even batch size.
+        label_smoothing: of the cross-entropy with the labels; None: 0.1 for classes, 0 for all else.
+        mixup, cutmix: their alpha; 0 is off. Both need classes and an even batch size.
         mixup_prob: share of batches that are mixed at all; mixup_switch_prob: share of these cut, if both are on.
         clip_grad: largest norm of the gradient; None: not clipped.
         accumulate: batches per step.
@@ -89,13 +95,14 @@ class FinetuneConfig(Settings):
     weight_decay: float = 0.05
     betas: tuple[float, ...] = (0.9, 0.999)
     layer_decay: float | None = None
+    outputs: Kind | None = None
     distillation: Distillation = "soft"
     distillation_weight: float = 0.5
     distillation_temperature: float = 1.0
     feature_blocks: tuple[int, ...] = ()
     feature_weight: float = 1.0
     feature_decay: Decay = "cosine"
-    label_smoothing: float = 0.1
+    label_smoothing: float | None = None
     mixup: float = 0.0
     cutmix: float = 0.0
     mixup_prob: float = 1.0
@@ -121,10 +128,44 @@ class FinetuneConfig(Settings):
         if self.min_lr > self.lr:
             raise TrainingError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}; lower it or raise lr")
 
+    def resolved(self, kind: str) -> FinetuneConfig:
+        """These settings for outputs of one kind, with the defaults that depend on it.
+
+        Raises:
+            TrainingError: a setting that has no meaning for this kind.
+        """
+        smoothing = self.label_smoothing
+        if smoothing is None:
+            smoothing = _SMOOTHING if kind == "classes" else 0.0
+        number = kind in ("values", "features")
+        refused = {
+            "mixup and cutmix": self.mixes and kind != "classes",
+            "label_smoothing": smoothing > 0 and number,
+            "distillation 'hard'": self.distillation == "hard" and number,
+            "distillation_temperature": self.distillation_temperature != 1 and number,
+            "distillation 'none'": kind == "features" and not self.distils,
+        }
+        why = {
+            "mixup and cutmix": "mix class labels. Set both to 0",
+            "label_smoothing": "is for logits. Set it to 0",
+            "distillation 'hard'": "takes the answer of logits. Use 'soft'",
+            "distillation_temperature": "divides logits. Set it to 1",
+            "distillation 'none'": "leaves nothing to learn from: features have no labels. Use 'soft'",
+        }
+        for name, wrong in refused.items():
+            if wrong:
+                raise TrainingError(f"the outputs are {kind}, and {name} {why[name]}")
+        return replace(self, label_smoothing=smoothing)
+
+    @property
+    def distils(self) -> bool:
+        """Whether the loss compares outputs with the teacher's."""
+        return self.distillation != "none" and self.distillation_weight > 0
+
     @property
     def needs_teacher(self) -> bool:
         """Whether a term of the loss looks at the teacher."""
-        return (self.distillation != "none" and self.distillation_weight > 0) or self.needs_features
+        return self.distils or self.needs_features
 
     @property
     def needs_features(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..data.loading import ImageData, ImageLoader
-from ..evaluate import Evaluation, evaluate
+from ..evaluate import Evaluation, NoImagesError, Tally, evaluate, tally
 from ..progress import Progress
 from .process import collect
 
@@ -33,24 +33,51 @@ def share(loader: Iterable[Any], index: int, count: int) -> Iterable[Any]:
 
 
 def evaluate_together(
-    model: nn.Module, loader: Iterable[Any], accelerator: Accelerator, progress: Progress | None = None
+    model: nn.Module,
+    loader: Iterable[Any],
+    accelerator: Accelerator,
+    progress: Progress | None = None,
+    kind: str | None = None,
+    teacher: nn.Module | None = None,
 ) -> Evaluation:
-    """:func:`comcat.evaluate` on this process's share, and the sum over all processes.
+    """:func:`comcat.evaluate` on this process's share, put together over all processes.
 
     Args:
         model: on the device of this process, the same everywhere.
+        kind: of its outputs; features are compared with those of ``teacher``.
     """
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    if accelerator.num_processes == 1:
-        return evaluate(model, loader, amp_dtype=amp, progress=progress)
-    mine = iter(share(loader, accelerator.process_index, accelerator.num_processes))
-    first = next(mine, None)
-    own = None if first is None else evaluate(model, chain([first], mine), amp_dtype=amp, progress=progress)
+    mine = loader
+    if accelerator.num_processes > 1:
+        rest = iter(share(loader, accelerator.process_index, accelerator.num_processes))
+        first = next(rest, None)
+        mine = [] if first is None else chain([first], rest)
+    if kind == "features":
+        assert teacher is not None
+        return _compare(model, teacher, mine, accelerator, progress)
+    parts = [part for part in collect(accelerator, tally(model, mine, None, amp, progress, kind)) if part is not None]
+    if not parts:
+        raise NoImagesError("there are no images to evaluate on. Check the loader")
+    return Tally.joined(parts).result()
+
+
+def _compare(
+    model: nn.Module, teacher: nn.Module, loader: Iterable[Any], accelerator: Accelerator, progress: Progress | None
+) -> Evaluation:
+    own: Evaluation | None
+    try:
+        own = evaluate(model, loader, progress=progress, outputs="features", reference=teacher)
+    except NoImagesError:
+        own = None
     parts: list[Evaluation] = [part for part in collect(accelerator, own) if part is not None]
     images = sum(part.images for part in parts)
+    if not images:
+        raise NoImagesError("there are no images to evaluate on. Check the loader")
 
-    def mean(name: str) -> float:
-        return sum(getattr(part, name) * part.images for part in parts) / max(images, 1)
+    def mean(values: list[float]) -> float:
+        return sum(value * part.images for value, part in zip(values, parts, strict=True)) / images
 
+    cosine = mean([part.metrics["cosine"] for part in parts])
     speed = sum(part.images_per_second for part in parts)
-    return Evaluation(mean("top1"), mean("top5"), mean("loss"), images, speed)
+    nan = float("nan")
+    return Evaluation(nan, nan, mean([part.loss for part in parts]), images, speed, "features", {"cosine": cosine})

@@ -13,7 +13,7 @@ from ..data.loading import BadImage
 from ..data.training import PerSample
 from ..errors import TrainingError
 from ..running import images_of, labels_of
-from ..scores import check_labels
+from .answers import Answers
 from .randomness import EPOCH, isolated
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Batches:
 
     Args:
         loader: a DataLoader over a data set with random access.
-        num_classes: to check the labels against.
+        answers: to check the labels against.
 
     Attributes:
         skipped: name -> cause of every unreadable image that was replaced.
@@ -40,7 +40,7 @@ class Batches:
         TrainingError: not such a loader, or it has no batches.
     """
 
-    def __init__(self, loader: Any, accelerator: Accelerator, seed: int, num_classes: int) -> None:
+    def __init__(self, loader: Any, accelerator: Accelerator, seed: int, answers: Answers) -> None:
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             raise TrainingError(
                 "training needs a torch DataLoader over a data set with random access, so that it can be sharded and "
@@ -51,7 +51,7 @@ class Batches:
         self.images = len(loader.dataset)  # type: ignore[arg-type]
         self.batch_size = loader.batch_size
         self.drop_last = loader.drop_last
-        self._seed, self._classes = seed, num_classes
+        self._seed, self._answers = seed, answers
         seeded = _seeded(loader, seed)
         self._data: PerSample = seeded.dataset  # type: ignore[assignment]
         self._loader = accelerator.prepare_data_loader(seeded, device_placement=False)
@@ -77,8 +77,8 @@ class Batches:
             "data": self._data.description,
         }
 
-    def epoch(self, number: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, labels) on the CPU from batch ``skip`` of an epoch on.
+    def epoch(self, number: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """(images, labels) on the CPU from batch ``skip`` of an epoch on; None for labels that nothing has.
 
         Raises:
             DataError: an unreadable image, or a label that is none of the model's.
@@ -99,11 +99,11 @@ class Batches:
             batches.close()
             self._accelerator.gradient_state._remove_dataloader(loader)
 
-    def _check(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def _check(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         if isinstance(batch, BadImage):
             raise batch.error()
-        images, labels = images_of(batch), labels_of(batch)
-        labels = check_labels("classes", images.new_empty(len(images), self._classes), labels, "Train")
+        images = images_of(batch)
+        labels = None if self._answers.kind == "features" else self._answers.check(images, labels_of(batch))
         for name, cause in getattr(batch, "skipped", ()):
             self.skipped[name] = cause
         return images, labels

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from ..errors import DataError, TrainingError
 from ..outputs import Outputs
 from ..running import explained
+from .answers import Answers
 from .average import Average
 from .config import FinetuneConfig
 from .features import Features, block_names
-from .losses import Terms, feature_loss, terms
+from .losses import Loss, Terms, feature_loss, terms
 from .randomness import MIXUP, isolated
 from .schedule import Steps, fall, learning_rate
 from .snapshot import Snapshot
@@ -26,6 +27,8 @@ from .snapshot import Snapshot
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+#: Kinds of outputs of which distilled models have a second classifier.
+DISTILLED = ("classes", "labels")
 TERMS = (*Terms._fields, "grad_norm")
 
 
@@ -34,7 +37,7 @@ class Trainer:
 
     Args:
         model: the student to train, a copy that may be wrapped; teacher: in evaluation mode, on this device.
-        num_classes: of both.
+        answers: of both; loss: of their kind.
 
     Raises:
         TrainingError: nothing to train, or a block that does not exist.
@@ -47,8 +50,10 @@ class Trainer:
         teacher: nn.Module | None,
         config: FinetuneConfig,
         steps: Steps,
-        num_classes: int,
+        answers: Answers,
+        loss: Loss,
     ) -> None:
+        self.answers, self.loss = answers, loss
         self.accelerator, self.config, self.steps = accelerator, config, steps
         parameter = next((p for p in model.parameters() if p.requires_grad), None)
         if parameter is None:
@@ -69,12 +74,13 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.average = Average(self.model, config.ema) if config.ema is not None else None
         self.snapshot = Snapshot(accelerator, self.model, self.optimizer, self.average)
+        self.teacher = teacher
         self._teacher: Any = teacher
         self._run: Any = self.model
         if config.compile:
             self._run = torch.compile(self.model)
             self._teacher = torch.compile(teacher) if teacher is not None else None
-        self._mixup = _mixup(config, num_classes) if config.mixes else None
+        self._mixup = _mixup(config, answers.classes) if config.mixes else None
         device = accelerator.device
         # Sums since the last line of the log and the first bad step stay on the device: reading them would wait for it.
         self._sums = torch.zeros(len(TERMS), device=device)
@@ -86,7 +92,7 @@ class Trainer:
         for features in self._hooks:
             features.remove()
 
-    def step(self, index: int, batches: Iterator[tuple[Tensor, Tensor]], count: int) -> None:
+    def step(self, index: int, batches: Iterator[tuple[Tensor, Tensor | None]], count: int) -> None:
         """One update from the next ``count`` batches; ``index`` is the number of the step, from 0."""
         accelerator, config = self.accelerator, self.config
         rate = learning_rate(index, self.steps, config.lr, config.min_lr)
@@ -115,10 +121,10 @@ class Trainer:
         self._sums += sums
         self._count += 1
 
-    def _losses(self, index: int, micro: int, images: Tensor, labels: Tensor) -> Terms:
+    def _losses(self, index: int, micro: int, images: Tensor, labels: Tensor | None) -> Terms:
         device, config = self.accelerator.device, self.config
         images = images.to(device, self._dtype, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
+        labels = None if labels is None else labels.to(device, non_blocking=True)
         if self._mixup is not None:
             with isolated(MIXUP, config.seed, index, micro, self.accelerator.process_index):
                 images, labels = self._mixup(images.clone(), labels)
@@ -126,13 +132,22 @@ class Trainer:
         with explained(images):
             if self._teacher is not None:
                 with torch.no_grad(), self.accelerator.autocast():
-                    theirs = _logits(self._teacher, self._teacher(images), len(images))
-            outputs = _logits(self.model, self._run(images), len(images))
+                    theirs = self._answers(self._teacher, self._teacher(images), len(images))
+            outputs = self._answers(self.model, self._run(images), len(images))
         features = None
         if self._hooks:
             features = feature_loss(self._hooks[0].take(), self._hooks[1].take())
         left = fall(index / max(1, self.steps.total - 1), config.feature_decay)
-        return terms(config, outputs, labels, theirs, features, left)
+        return terms(config, outputs, labels, theirs, features, left, self.loss)
+
+    def _answers(self, model: nn.Module, raw: Any, count: int) -> Any:
+        """The outputs: a tensor, a list of features, or the pair of a distilled model's two classifiers."""
+        kind = self.answers.kind
+        pair = isinstance(raw, tuple) and len(raw) == 2 and not isinstance(raw[1], tuple)
+        if (kind == "classes" and isinstance(raw, Tensor)) or (kind in DISTILLED and pair):
+            return raw
+        found = Outputs(model, kind)(raw, count)
+        return found if kind == "features" else found[0]
 
     def first_bad_step(self) -> int | None:
         """The first step (from 1) at which a loss or a gradient was not finite on any process; waits for the device."""
@@ -160,13 +175,6 @@ class Trainer:
         return gathered
 
 
-def _logits(model: nn.Module, raw: Any, count: int) -> Any:
-    """Logits (batch, classes), or the pair of a distilled model's two classifiers."""
-    if isinstance(raw, Tensor) or (isinstance(raw, tuple) and len(raw) == 2 and not isinstance(raw[1], tuple)):
-        return raw
-    return Outputs(model, "classes")(raw, count)[0]
-
-
 def _mixup(config: FinetuneConfig, num_classes: int) -> Mixup:
     return Mixup(
         mixup_alpha=config.mixup,
@@ -178,7 +186,7 @@ def _mixup(config: FinetuneConfig, num_classes: int) -> Mixup:
     )
 
 
-def trainable_copy(student: nn.Module, config: FinetuneConfig) -> nn.Module:
+def trainable_copy(student: nn.Module, config: FinetuneConfig, kind: str = "classes") -> nn.Module:
     """A copy of the student, set up as it is trained: wrappers and hooks of training never touch the student itself.
 
     Raises:
@@ -187,7 +195,7 @@ def trainable_copy(student: nn.Module, config: FinetuneConfig) -> nn.Module:
     model: Any = copy.deepcopy(student)
     if hasattr(model, "set_distilled_training"):
         # The second classifier learns from the teacher; without one both are averaged, as in evaluation.
-        model.set_distilled_training(config.distillation != "none" and config.distillation_weight > 0)
+        model.set_distilled_training(config.distils and kind in DISTILLED)
     if config.grad_checkpointing:
         if not hasattr(model, "set_grad_checkpointing"):
             raise TrainingError(f"{type(student).__name__} has no gradient checkpointing; train without it")

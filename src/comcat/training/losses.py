@@ -1,6 +1,14 @@
 """The terms of the loss, for one batch; all are means over the images.
 
-    (1 - w) CE(student, labels) + w distillation(student, teacher) + f MSE(features)
+    (1 - w) labelled(student, labels) + w distillation(student, teacher) + f MSE(features)
+
+By the kind of outputs (see :mod:`comcat.outputs`):
+
+    classes   cross-entropy                     T² KL at temperature T, or cross-entropy with the teacher's answer
+    labels    sum of binary cross-entropies     T² sum of Bernoulli KLs, or the same with the teacher's answers
+    maps      cross-entropy per pixel           as classes, per pixel
+    values    squared error over the spread     the same
+    features  none: they have no labels         the same, and w counts as 1
 
 Sources: Hinton et al., arXiv 1503.02531 (soft); Touvron et al., arXiv 2012.12877, Eq. 2 and 3 (soft, hard, and the
 second classifier of distilled models).
@@ -8,13 +16,16 @@ second classifier of distilled models).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import DataError
+from ..outputs import answers, bernoulli_kl, squared_error
+from ..scores import IGNORED
 from .config import FinetuneConfig
 
 
@@ -25,6 +36,64 @@ class Terms(NamedTuple):
     labels: Tensor
     distillation: Tensor
     features: Tensor
+
+
+class Loss:
+    """The losses of one kind of outputs.
+
+    Args:
+        kind: one of :data:`comcat.outputs.KINDS`.
+        spreads: the unit of the squared error of values and features, for every tensor of the outputs.
+    """
+
+    def __init__(self, kind: str = "classes", spreads: Sequence[Tensor] | None = None) -> None:
+        self.kind, self.spreads = kind, spreads
+
+    def labelled(self, output: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+        """The distance from the truth; ``labels`` from :meth:`comcat.training.answers.Answers.check`, or probabilities.
+
+        Raises:
+            DataError: labels at another resolution than the outputs.
+        """
+        if self.kind == "classes":
+            smoothing = smoothing if labels.ndim == 1 else 0.0
+            return F.cross_entropy(output, labels, label_smoothing=smoothing)
+        plane = output.ndim - 2
+        if plane > 0 and labels.shape[-plane:] != output.shape[-plane:]:
+            raise DataError(
+                f"the labels have shape {tuple(labels.shape)} and the outputs {tuple(output.shape)}. Give them at the "
+                "resolution of the output"
+            )
+        if self.kind == "labels":
+            target = labels.to(output.dtype) * (1 - smoothing) + smoothing / 2
+            return F.binary_cross_entropy_with_logits(output, target, reduction="sum") / len(output)
+        if self.kind == "maps":
+            count = (labels != IGNORED).sum().clamp_min(1)
+            total = F.cross_entropy(
+                answers(output), labels.flatten(), label_smoothing=smoothing, ignore_index=IGNORED, reduction="sum"
+            )
+            return total / count
+        return self._squared([labels.to(output.dtype)], [output])
+
+    def soft(self, student: Sequence[Tensor], teacher: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+        """The divergence from the teacher; at ``T² KL(teacher / T, student / T)`` for logits."""
+        ours, theirs = student[0] / temperature, teacher[0] / temperature
+        if self.kind == "labels":
+            return temperature**2 * bernoulli_kl(ours, theirs).sum() / len(ours)
+        if self.kind in ("classes", "maps"):
+            return soft_distillation(answers(student[0]), answers(teacher[0]), temperature)
+        return self._squared(teacher, student)
+
+    def hard(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The cross-entropy with the teacher's answers."""
+        if self.kind == "labels":
+            return self.labelled(student, teacher > 0)
+        return hard_distillation(answers(student), answers(teacher))
+
+    def _squared(self, dense: Sequence[Tensor], changed: Sequence[Tensor]) -> Tensor:
+        assert self.spreads is not None
+        spreads = [spread.to(out.device, out.dtype) for spread, out in zip(self.spreads, changed, strict=True)]
+        return squared_error(self.kind, dense, changed, spreads)
 
 
 def soft_distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -45,35 +114,41 @@ def feature_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -
 
 def terms(
     config: FinetuneConfig,
-    outputs: Tensor | tuple[Tensor, Tensor],
-    labels: Tensor,
-    teacher: Tensor | None = None,
+    outputs: Any,
+    labels: Tensor | None,
+    teacher: Any = None,
     features: Tensor | None = None,
     feature_factor: float = 1.0,
+    kind: Loss | None = None,
 ) -> Terms:
     """All terms of the loss.
 
     Args:
-        outputs: logits (batch, classes); of a distilled model, the pair of both classifiers' logits, of which the first
-            learns from the labels and the second from the teacher.
-        labels: class indices (batch,), or probabilities (batch, classes) in which Mixup has smoothed already.
-        teacher: its logits (batch, classes).
+        outputs: a tensor, e.g. logits (batch, classes), or a list of features; of a distilled model, the pair of both
+            classifiers' logits, of which the first learns from the labels and the second from the teacher.
+        labels: e.g. class indices (batch,), or probabilities (batch, classes) in which Mixup has smoothed already;
+            None for features.
+        teacher: its outputs.
         features: from :func:`feature_loss`.
         feature_factor: what the decay has left of ``feature_weight``, 1 to 0.
+        kind: of the outputs; classes by default.
     """
-    first, second = outputs if isinstance(outputs, (tuple, list)) else (outputs, outputs)
-    first, second = _full(first), _full(second)
-    smoothing = config.label_smoothing if labels.ndim == 1 else 0.0
-    labelled = F.cross_entropy(first, labels, label_smoothing=smoothing)
-    zero = labelled.new_zeros(())
+    kind = kind or Loss()
+    several = kind.kind == "features" and isinstance(outputs, (tuple, list))
+    first, second = outputs if isinstance(outputs, (tuple, list)) and not several else (outputs, outputs)
+    ours = [_full(tensor) for tensor in (second if several else [second])]
+    zero = ours[0].new_zeros(())
+    labelled = zero
+    if labels is not None:
+        labelled = kind.labelled(_full(first), labels, config.label_smoothing or 0.0)
     loss, distilled = labelled, zero
     if teacher is not None and config.distillation != "none":
-        teacher = _full(teacher)
+        theirs = [_full(tensor) for tensor in (teacher if isinstance(teacher, (tuple, list)) else [teacher])]
         if config.distillation == "hard":
-            distilled = hard_distillation(second, teacher)
+            distilled = kind.hard(ours[0], theirs[0])
         else:
-            distilled = soft_distillation(second, teacher, config.distillation_temperature)
-        weight = config.distillation_weight
+            distilled = kind.soft(ours, theirs, config.distillation_temperature)
+        weight = config.distillation_weight if labels is not None else 1.0
         loss = (1 - weight) * labelled + weight * distilled
     if features is not None:
         loss = loss + config.feature_weight * feature_factor * features

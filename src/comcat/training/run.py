@@ -156,10 +156,15 @@ class Run:
         begin = time.perf_counter()
         self._load_student()
         with isolated(EPOCH, self.trainer.config.seed, self.step):
-            result = evaluate_together(self.student, self.eval_loader, self.trainer.accelerator, self.progress)
+            result = self._measured(self.eval_loader)
         self.history.append(Milestone(self.step, self.epoch, result))
         self.log.write(self.step, self.epoch, {"evaluation": result.to_dict()})
         self._clock += time.perf_counter() - begin  # the speed is that of training
+
+    def _measured(self, loader: Iterable[Any]) -> Evaluation:
+        trainer = self.trainer
+        kind, teacher = trainer.answers.kind, trainer.teacher
+        return evaluate_together(self.student, loader, trainer.accelerator, self.progress, kind, teacher)
 
     def _save(self) -> None:
         assert self.out is not None

@@ -76,6 +76,8 @@ def _typed(name: str, value: Any, hint: Any, ranges: Mapping[str, tuple[float, f
         return value
     if value is None and type(None) in options:
         return None
+    if options and options[-1] is type(None) and get_args(options[0]):
+        return _typed(name, value, options[0], ranges)
     if options and options[-1] is Ellipsis:
         if not isinstance(value, (list, tuple)):
             raise TrainingError(

@@ -84,6 +84,8 @@ class Snapshot:
         for name, tensor in saved.tensors.get("optimizer", {}).items():
             parameter, _, key = name.rpartition(".")
             state.setdefault(parameter, {})[key] = tensor
+        if main:
+            self._fill(state, saved)
         moments: Any = {"state": state, "param_groups": saved.plain["optimizer"]} if main else {}
         set_optimizer_state_dict(self._model, self._optimizer, moments, options=self._load)
         if self._average is not None:
@@ -96,6 +98,14 @@ class Snapshot:
         shared: Tensors = agree(self._accelerator, dict(saved.tensors.get("random", {})))
         own = {name.partition(".")[2]: t for name, t in shared.items() if name.partition(".")[0] == str(index)}
         randomness.set_state(own, saved.plain["random"][index], self._accelerator.device)
+
+    @staticmethod
+    def _fill(state: dict[str, Any], saved: Saved) -> None:
+        """Parameters that no gradient has reached have no moments, which PyTorch takes for a damaged checkpoint."""
+        for name in (name for group in saved.plain["optimizer"] for name in group["params"]):
+            weight = saved.tensors["model"][name]
+            zeros = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+            state.setdefault(name, {"step": torch.zeros(()), **zeros})
 
     def _weights(self, options: StateDictOptions) -> Tensors:
         # Copies: what is on the CPU already would go on changing.
