@@ -103,8 +103,8 @@ def test_unfit_loaders_are_refused(host: nn.Module, statistics: comcat.Calibrati
         run(DataLoader(TensorDataset(x, -torch.ones(12).long()), batch_size=4))
     with pytest.raises(DataError, match="label 11 is none of the model's"):
         run(DataLoader(TensorDataset(x, torch.full((12,), 11)), batch_size=4))
-    with pytest.raises(comcat.ModelError, match="model is no classifier"):
-        comcat.search(vit(num_classes=0), HALF, loader(host), settings())
+    with pytest.raises(comcat.ModelError, match="the model does not answer as it should: outputs are said to be maps"):
+        comcat.search(host, HALF, loader(host), settings(outputs="maps"))
     with pytest.raises(TrainingError, match=r"the model's weights are torch.bfloat16.*model.float\(\)"):
         comcat.search(vit().bfloat16(), HALF, loader(host), settings())
     with pytest.raises(TrainingError, match="nothing to resume without out"):

@@ -160,9 +160,11 @@ def refit_output(down: Tensor, up: Tensor, output: Tensor, moment: Tensor, ridge
     output = double(output)
     kept = up @ output
     residual = (output - down @ kept).flatten(0, 1)  # (heads d, D_out)
-    T = torch.block_diag(*down)  # (heads d, heads r)
-    CT = double(moment) @ T
-    delta = _ridge_solve(T.mT @ CT, CT.mT @ residual, ridge)
+    # Through the root, which is that of a semi-definite matrix: ``down`` is large where the moment is small, and would
+    # blow up what rounding has left below zero there.
+    R = whitening(moment)
+    RT = R @ torch.block_diag(*down)  # (heads d, heads r)
+    delta = _ridge_solve(RT.mT @ RT, RT.mT @ (R @ residual), ridge)
     return kept + delta.view(heads, rank, -1)
 
 

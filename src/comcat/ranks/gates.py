@@ -99,7 +99,8 @@ class AttentionGates(SiteGates):
         mean = torch.zeros_like(weight[:, 0])
         if factors.moments and "vo" in parts:
             down = torch.block_diag(*factors.vo.down)
-            covariance = down.mT @ double(factors.moments["z"]) @ down
+            root = whitening(factors.moments["z"]) @ down  # as where outputs are refitted
+            covariance = root.mT @ root
             mean = double(factors.moments["z_mean"]) @ down
         elif self.qkv_bias is not None:
             mean = self.qkv_bias.detach().unflatten(0, (3, -1))[2]
