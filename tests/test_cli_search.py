@@ -113,7 +113,7 @@ def test_wrong_values(place: Path, tmp_path: Path, options: list, message: str) 
         ("objectiv: exact", "no setting 'objectiv'; did you mean objective"),
         ("temperature: 5", "temperature is 5, but must be a list of numbers"),
         ("- 3", "holds no settings"),
-        ("{", "is not YAML"),
+        ("{", "is not valid YAML"),
     ],
 )
 def test_wrong_files(place: Path, tmp_path: Path, text: str, message: str) -> None:

@@ -143,7 +143,7 @@ def test_wrong_values(place, tmp_path, options, message):
         ("epochs: many", "epochs is 'many', but must be a number"),
         ("accumulate: 1.5", "accumulate is 1.5, but must be a whole number"),
         ("- 3", "holds no settings"),
-        ("{", "is not YAML"),
+        ("{", "is not valid YAML"),
     ],
 )
 def test_wrong_files(place, tmp_path, text, message):

@@ -108,7 +108,7 @@ def test_damaged_statistics_of_a_later_layer_change_nothing() -> None:
     before, calibration = modules(model), calibrated(vit())
     z = calibration.moments["blocks.1.attn"]["z"]
     z -= 2 * z.diagonal().max() * torch.eye(len(z), dtype=z.dtype)
-    with pytest.raises(CalibrationError, match="not positive semi-definite"):
+    with pytest.raises(CalibrationError, match="that no moment has"):
         comcat.compress_(model, PLAN, calibration)
     assert modules(model) == before
 
