@@ -16,10 +16,11 @@ import typer
 from rich.table import Table
 
 from comcat.cli import console
-from comcat.cli.console import PlainConsole, Screen, command, is_out_of_memory
+from comcat.cli.console import PlainConsole, Screen, command
 from comcat.errors import DataError
 from comcat.files import atomic_file
 from comcat.report.plain import one_line, printable
+from comcat.running import out_of_memory
 
 HOSTILE = "[/bold] [link=http://a]b[/link] \x1b]0;title\x07\x1b[31m \u202egnp\r\x9b1m\udc80 :smile:"
 HARMLESS = "[/bold] [link=http://a]b[/link] ]0;title[31m gnp1m :smile:"
@@ -80,7 +81,7 @@ def test_errors_are_one_line_and_json_stays_raw(capfd: pytest.CaptureFixture[str
     ],
 )
 def test_memory(error: Exception, capfd: pytest.CaptureFixture[str]) -> None:
-    assert is_out_of_memory(error)
+    assert out_of_memory(error)
     code, _, err = failing(error, capfd)
     assert (code, err[:21]) == (1, "error: out of memory.")
 

@@ -23,6 +23,7 @@ from .outputs import KINDS
 from .reader import FLOATS, digest, parse_json, read_tensors, shown, validated
 from .running import wide
 from .sites import Inventory, gradient_shapes, moment_shapes
+from .wording import by
 
 FORMAT = 1
 _SEPARATOR = "::"
@@ -77,7 +78,7 @@ class Calibration:
     weights: Fingerprint | None = None
 
     def __repr__(self) -> str:
-        size = " x ".join(str(n) for n in self.input_size)
+        size = by(self.input_size)
         gradients = "with" if self.fisher else "without"
         return (
             f"Calibration({len(self.moments)} layers, {self.num_images} images of {size}, {gradients} gradients, "
@@ -156,7 +157,6 @@ class Calibration:
             "probes": self.probes,
             "outputs": self.outputs,
         }
-        meta = json.loads(json.dumps(meta))
         meta["sha256"] = _digest(meta, tensors)
         with atomic_file(path) as file:
             file.write(tensor_bytes(tensors, {"comcat_calibration": json.dumps(meta)}))

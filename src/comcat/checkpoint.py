@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .compress import Compression
-from .description import FORMAT, Description, digest, read_description
+from .description import FORMAT, Description, description_digest, read_description
 from .errors import CheckpointError, ModelError, PlanError
 from .files import CONFIG_NAME, atomic_directory, read_whole, tensor_bytes
 from .hosts import find_sites
@@ -73,7 +73,7 @@ def save(
         except RuntimeError as error:  # tensors that share memory
             raise CheckpointError(f"the tensors cannot be written: {error}") from error
         architecture = {"library": "timm", "name": source.name, "args": source.args, "config": source.config}
-        config = {
+        config: dict[str, Any] = {
             "comcat_format": FORMAT,
             "comcat_version": __version__,
             "architecture": {**architecture, "attributes": _carried(model, source, plan)},
@@ -82,8 +82,7 @@ def save(
             "tensors": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()},
         }
         try:
-            config = json.loads(json.dumps(config))
-            config["tensors"]["description"] = digest(config)
+            config["tensors"]["description"] = description_digest(config)
             description = json.dumps(config, indent=1)
         except TypeError as error:
             raise CheckpointError(f"model_args must be plain data that JSON can hold: {error}") from error

@@ -26,6 +26,7 @@ from .running import still
 from .sites import Choice, FFNSite, Inventory, LeftDense, Site, check_finite
 from .source import Source, describe
 from .swap import Place, swap, undo
+from .wording import some
 
 
 @dataclass(frozen=True)
@@ -327,5 +328,4 @@ def _compared(
 
 
 def _names(layers: list[LayerReport]) -> str:
-    names = [f"'{layer.name}'" for layer in layers]
-    return ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")
+    return some(f"'{layer.name}'" for layer in layers)

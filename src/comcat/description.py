@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +10,7 @@ from pydantic import BaseModel, Field, NonNegativeInt
 from .compress import Report
 from .errors import CheckpointError
 from .files import CONFIG_NAME
-from .reader import read_json, validated
+from .reader import digest, read_json, validated
 
 FORMAT = 1
 _INNER = {"tensors": {"bytes", "sha256"}, "architecture": {"library", "name", "args", "config"}}
@@ -57,10 +55,10 @@ class Description(BaseModel):
             )
 
 
-def digest(config: dict[str, Any]) -> str:
+def description_digest(config: dict[str, Any]) -> str:
     """SHA-256 of a description (as read from JSON) without its own digest."""
     tensors = {key: value for key, value in config["tensors"].items() if key != "description"}
-    return hashlib.sha256(json.dumps({**config, "tensors": tensors}, sort_keys=True).encode()).hexdigest()
+    return digest({**config, "tensors": tensors})
 
 
 def read_description(path: Path) -> Description:
@@ -94,4 +92,4 @@ def read_description(path: Path) -> Description:
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"'{file}' is damaged: {error}") from error
     description: Description = validated(Description, config, f"'{file}'", CheckpointError)
-    return description.model_copy(update={"found": digest(config)})
+    return description.model_copy(update={"found": description_digest(config)})

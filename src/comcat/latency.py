@@ -25,6 +25,7 @@ from .files import atomic_file
 from .profile import Profile
 from .reader import digest, read_json, shown
 from .sites import AttentionSite, Inventory, Site
+from .wording import by
 
 FORMAT = 1
 #: Largest width of a part in a table; interpolation takes memory by it.
@@ -106,7 +107,7 @@ class LatencyTable:
     layers: dict[str, LayerTimes]
 
     def __repr__(self) -> str:
-        size = " x ".join(str(n) for n in self.input_size)
+        size = by(self.input_size)
         layers = sum(layer.count for layer in self.layers.values())
         return (
             f"LatencyTable({layers} layers of {len(self.layers)} kinds, {self.batch_size} images of {size} on "
@@ -143,7 +144,7 @@ class LatencyTable:
     def save(self, path: str | Path) -> None:
         """Write the JSON atomically."""
         with atomic_file(path) as file:
-            data = json.loads(json.dumps(self.to_dict()))
+            data = self.to_dict()
             file.write((json.dumps({**data, "sha256": digest(data)}, indent=1) + "\n").encode())
 
     @classmethod

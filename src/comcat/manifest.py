@@ -10,6 +10,7 @@ from pathlib import Path
 from .errors import CheckpointError
 from .files import atomic_file, onto_nothing, sync_directory, written
 from .owned import MANIFEST_NAME
+from .reader import read_json
 
 _FIELD = "comcat_files"
 
@@ -117,8 +118,6 @@ def remove_emptied(folder: Path, *names: str) -> None:
 
 
 def _read(path: Path) -> dict[str, str | None]:
-    from .reader import read_json
-
     document = read_json(path)
     files = document.get(_FIELD) if isinstance(document, dict) else None
     if not isinstance(files, dict) or not all(v is None or isinstance(v, str) for v in files.values()):
@@ -127,11 +126,8 @@ def _read(path: Path) -> dict[str, str | None]:
 
 
 def _digest(path: Path) -> str:
+    sha = hashlib.sha256()
     with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow(file.read())
-        )
-
-
-def _slow(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()

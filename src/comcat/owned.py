@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
+from .reader import read_json
+from .wording import some
 
 #: Pattern of a name -> None for a file, or what the directory may hold.
 Layout = Mapping[str, Any]
@@ -83,8 +85,6 @@ DIGITS_CACHE: Layout = {"digits.json": None, "model_index.json": None, "[a-z]*":
 
 def check_kind(path: Path, kind: Kind) -> None:
     """Raise CheckpointError unless ``path`` is of this kind and holds nothing else."""
-    from .reader import read_json
-
     marker = path / kind.marker
     if not marker.is_file():
         raise CheckpointError(
@@ -105,9 +105,8 @@ def check_kind(path: Path, kind: Kind) -> None:
         )
     found = strangers(path, kind.layout)
     if found:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise CheckpointError(
-            f"output directory '{path}' also holds {', '.join(map(repr, found[:3]))}{more}, which comcat did not make; "
+            f"output directory '{path}' also holds {some(map(repr, found))}, which comcat did not make; "
             "it is not overwritten, move that away or choose another directory"
         )
 

@@ -33,6 +33,7 @@ from .profile import default_input_size, profile, site_shapes
 from .progress import Progress
 from .running import exact, still
 from .sites import PARTS, Choice, Inventory, Site, check_finite, check_parts, gradient_shapes, select_parts
+from .wording import some
 
 METHODS = ("uniform", "spectrum", "probe")
 #: Forms of the FFN: the better one for each layer, or one for all.
@@ -341,7 +342,7 @@ class Planner:
                 "right outputs= and a trained classifier, or choose the method 'uniform'"
             )
         if zero:
-            names = ", ".join(f"'{site.name}'" for site in zero[:3]) + (" ..." if len(zero) > 3 else "")
+            names = some(f"'{site.name}'" for site in zero)
             warnings.warn(
                 f"every gradient of {len(zero)} of {len(layers)} layers is zero ({names}): the outputs do not depend "
                 "on them, and they are cut first. If they should, calibrate again with the right outputs=",

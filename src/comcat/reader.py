@@ -141,8 +141,8 @@ def validated(kind: Any, data: Any, what: str, error: Failure = CheckpointError)
 
 
 def digest(data: Any) -> str:
-    """SHA-256 of plain data, whatever the order and layout in which a file holds it."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of plain data as JSON holds it (lists for tuples, texts for keys), whatever their order and layout."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(data)), sort_keys=True).encode()).hexdigest()
 
 
 def shown(value: Any) -> str:

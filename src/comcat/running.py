@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ComcatError, DataError, ModelError
+from .wording import by
 
 #: Names under which data sets of dictionaries keep their images and labels, in the order in which they are looked for.
 IMAGES = ("pixel_values", "images", "image", "img", "inputs", "x")
@@ -19,6 +21,8 @@ _MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` is a lack of memory, of the host or of a device, in whatever words it comes."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _MEMORY)
@@ -36,8 +40,8 @@ def explained(images: Tensor, kind: type[ComcatError] = ModelError) -> Iterator[
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             raise kind(
-                f"out of memory on {images.device} with a batch of {len(images)} images of {_by(images)}; use smaller "
-                "batches, or another device"
+                f"out of memory on {images.device} with a batch of {len(images)} images of {by(images.shape[1:])}; use "
+                "smaller batches, or another device"
             ) from error
         raise _refusal(images, kind, error) from error
     except (AssertionError, ValueError, TypeError, IndexError, KeyError) as error:
@@ -49,10 +53,6 @@ def _refusal(images: Tensor, kind: type[ComcatError], error: BaseException) -> C
         f"the model does not run on images of size {tuple(images.shape[1:])}, a batch of {len(images)} on "
         f"{images.device} in {str(images.dtype).removeprefix('torch.')}: {error}"
     )
-
-
-def _by(images: Tensor) -> str:
-    return " x ".join(str(n) for n in images.shape[1:])
 
 
 @contextmanager

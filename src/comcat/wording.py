@@ -1,4 +1,4 @@
-"""How messages list things."""
+"""How messages list things, and sizes."""
 
 from __future__ import annotations
 
@@ -10,3 +10,8 @@ def some(items: Iterable[str], separator: str = ", ", count: int = 3) -> str:
     items = list(items)
     more = len(items) - count
     return separator.join(items[:count]) + (f" and {more} more" if more > 0 else "")
+
+
+def by(size: Iterable[int]) -> str:
+    """``3 x 224 x 224``."""
+    return " x ".join(map(str, size))

@@ -30,6 +30,7 @@ from rich.text import Text
 
 from ..errors import ComcatError
 from ..report.plain import one_line, printable
+from ..wording import some
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -180,7 +181,9 @@ def command(function: Command) -> Command:
         except BrokenPipeError as error:  # the reader of a pipe has had enough
             raise typer.Exit(1) from error
         except (MemoryError, OSError, RuntimeError) as error:
-            if is_out_of_memory(error):
+            from ..running import out_of_memory  # imports PyTorch
+
+            if out_of_memory(error):
                 _fail("out of memory. Use a smaller --batch-size, or --device cpu", 1, json_output, error)
             if not isinstance(error, OSError):
                 raise
@@ -191,21 +194,12 @@ def command(function: Command) -> Command:
     return run  # type: ignore[return-value]
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, of the machine or of a GPU, has run out."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
-
-
 def what_was_written(paths: list[Path]) -> str:
     """For a command that ends early: what it leaves under names that its user knows."""
     names = [f"'{path}'" for path in dict.fromkeys(paths) if not path.name.startswith(".") and path.exists()]
     if not names:
         return "nothing was written"
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"written before: {', '.join(names[:3])}{more}"
+    return f"written before: {some(names)}"
 
 
 def _fail(text: str, code: int, json_output: bool, cause: BaseException, prefix: str = "error: ") -> None:

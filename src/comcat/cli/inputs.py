@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..errors import CheckpointError, DataError, ModelError
+from ..wording import some
 from .console import Screen
 
 if TYPE_CHECKING:
@@ -170,9 +171,8 @@ def count_classes(model: nn.Module) -> int | None:
 def report_skipped(screen: Screen, skipped: dict[str, str], show: int = 5) -> None:
     """Name the images that were left out, the first few of them, and count all."""
     if skipped:
-        names = [f"{name} ({cause})" for name, cause in list(skipped.items())[:show]]
-        more = f", and {len(skipped) - show} more" if len(skipped) > show else ""
-        screen.warn(f"{len(skipped)} images could not be read and were left out: {', '.join(names)}{more}")
+        names = [f"{name} ({cause})" for name, cause in skipped.items()]
+        screen.warn(f"{len(skipped)} images could not be read and were left out: {some(names, count=show)}")
 
 
 def check_input_file(path: Path | None, option: str) -> None:

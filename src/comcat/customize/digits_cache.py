@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import temporary
+from ..errors import CheckpointError
 from ..files import atomic_directory
 from ..owned import DIGITS_CACHE, strangers
 from ..progress import Progress
+from ..reader import read_json
 from . import digits
 from .opening import quiet_loading
 
@@ -74,6 +76,6 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 def _is_intact(folder: Path) -> bool:
     try:
-        return bool(json.loads((folder / _MANIFEST).read_text()) == _checksums(folder))
-    except (OSError, ValueError):
+        return bool(read_json(folder / _MANIFEST) == _checksums(folder))
+    except (CheckpointError, OSError):
         return False

@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import modes
 from ..errors import ModelError, TrainingError
+from ..running import out_of_memory
 from .components import denoiser
 
 
@@ -68,8 +69,7 @@ def explained_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        words = ("out of memory", "can't allocate")
-        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
+        if not out_of_memory(error):
             raise
         raise TrainingError(
             "out of memory. Turn on --grad-checkpointing and --precision bf16, lower --resolution, or use a smaller "

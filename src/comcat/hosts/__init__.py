@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import ModelError
 from ..sites import Inventory
+from ..wording import some
 from . import changed, timm
 
 
@@ -26,7 +27,7 @@ def find_sites(model: nn.Module) -> Inventory:
 
 def _nothing(model: nn.Module, inventory: Inventory) -> str:
     seen = sorted({f"{d.cls} ({d.reason})" for d in inventory.dense if "." in d.name})
-    left = f". Left dense: {'; '.join(seen[:3])}" + (", ..." if len(seen) > 3 else "") if seen else ""
+    left = f". Left dense: {some(seen, '; ')}" if seen else ""
     if any("already low-rank" in d.reason for d in inventory.dense):
         return f"every layer of this {type(model).__name__} that comcat can reduce is {changed.ALREADY}"
     library = next((name for name, what in _LIBRARIES.items() if type(model).__module__.startswith(name)), None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
+from ..wording import some
 from . import format as fmt
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def conversion(result: Conversion, title: str, output: float | None = None) -> T
     if output is not None:
         caption += f"; the denoiser's output: {fmt.error(output)} of the change"
     if result.dropped:
-        caption += f". Left out: {'; '.join(result.dropped[:3])}" + (" and more" if len(result.dropped) > 3 else "")
+        caption += f". Left out: {some(result.dropped, '; ')}"
     table = Table(title=f"Error {title}", caption=caption, box=None, title_justify="left", caption_justify="left")
     table.add_column("layer", overflow="fold")
     for column in ("QK effect", "QK error", "VO effect", "VO error"):

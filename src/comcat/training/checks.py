@@ -15,6 +15,7 @@ from ..errors import CheckpointError, ModelError, TrainingError
 from ..files import CONFIG_NAME
 from ..manifest import Manifest
 from ..profile import default_input_size
+from ..wording import by, some
 from . import state
 from .answers import Answers, answers_of
 from .config import FinetuneConfig
@@ -41,7 +42,7 @@ def check_models(student: nn.Module, teacher: nn.Module | None, config: Finetune
     if teacher is not None:
         if default_input_size(teacher) != size:
             raise ModelError(
-                f"the teacher takes images of {_by(default_input_size(teacher))} and the student of {_by(size)}; "
+                f"the teacher takes images of {by(default_input_size(teacher))} and the student of {by(size)}; "
                 "use the dense model that the student was made from"
             )
         theirs = answers_of(teacher, "teacher", answers.kind)
@@ -71,10 +72,6 @@ def refuse_half(model: nn.Module, role: str) -> None:
             f"the {role}'s weights are {dtypes.pop()}, too coarse for small updates; call {role}.float() and choose "
             "precision bf16 or fp16"
         )
-
-
-def _by(size: tuple[int, ...]) -> str:
-    return " x ".join(str(n) for n in size)
 
 
 def digest(model: nn.Module | None) -> str | None:
@@ -136,9 +133,8 @@ def check_same(saved: Mapping[str, Any], config: Settings, run: Mapping[str, Any
     found = differences(kept, {k: v for k, v in config.to_dict().items() if k not in config.free})
     found += differences(saved["run"], json.loads(json.dumps(run)))  # as it was saved: JSON has no tuples
     if found:
-        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise TrainingError(
-            f"the run to resume was started with other settings: {'; '.join(found[:5])}{more}. Use the old ones, or "
+            f"the run to resume was started with other settings: {some(found, '; ', 5)}. Use the old ones, or "
             "start anew with another --out"
         )
 

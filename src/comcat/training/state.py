@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import temporary
@@ -26,7 +25,8 @@ from ..errors import CheckpointError, TrainingError
 from ..files import sync_directory, tensor_bytes
 from ..manifest import Manifest, remove_emptied
 from ..owned import CHECKPOINT, strangers
-from ..reader import TENSOR_LIMIT, parse_tensors, read_bytes, read_json
+from ..reader import TENSOR_LIMIT, digest, parse_tensors, read_bytes, read_json
+from ..running import out_of_memory
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -92,8 +92,8 @@ def _is_ours(path: Path, step: int, recorded: bool) -> bool:
     if recorded:
         return True
     try:  # written before there were records
-        return bool(json.loads((path / _STATE).read_text())["state"]["step"] == step)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return bool(read_json(path / _STATE)["state"]["step"] == step)
+    except (CheckpointError, KeyError, TypeError):
         return False
 
 
@@ -136,8 +136,7 @@ def _fill(directory: Path, saved: Saved) -> None:
         files[f"{stem}.safetensors"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         _write(directory / f"{stem}.safetensors", content)
     state = {"format": FORMAT, "step": saved.step, "files": files, **saved.plain}
-    text = json.dumps(state, sort_keys=True)
-    _write(directory / _STATE, json.dumps({"sha256": _digest(text), "state": state}, sort_keys=True).encode())
+    _write(directory / _STATE, json.dumps({"sha256": digest(state), "state": state}, sort_keys=True).encode())
     sync_directory(directory)
 
 
@@ -150,7 +149,7 @@ def read(path: Path) -> Saved:
     try:
         document = read_json(path / _STATE)
         state = document["state"]
-        if _digest(json.dumps(state, sort_keys=True)) != document["sha256"]:
+        if digest(state) != document["sha256"]:
             raise CheckpointError(f"'{path / _STATE}' does not match its checksum")
         if state["format"] > FORMAT:
             raise CheckpointError(f"'{path}' was written by a newer comcat; upgrade comcat")
@@ -183,17 +182,13 @@ def restoring(saved: Saved) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (LookupError, TypeError, ValueError, AttributeError, AssertionError, OverflowError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         raise TrainingError(
             f"the checkpoint of step {saved.step} does not fit this run: {type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}; start anew with another --out"
         ) from error
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:
