@@ -7,9 +7,11 @@ matters.
 
 import os
 import signal
+import socket
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -96,6 +98,26 @@ def assert_same_outputs(a: Any, b: Any) -> None:
     """Equal up to rounding: the same weights in memory of another layout may go through another kernel."""
     eps = torch.finfo(b.dtype).eps
     torch.testing.assert_close(a, b, rtol=0, atol=64 * eps * max(1.0, float(b.detach().abs().max())))
+
+
+@pytest.fixture
+def sockets_blocked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Nothing may reach for the network: a name that is looked up, or an address, fails, and in the end the test."""
+    asked: list[Any] = []
+
+    def refuse(*args: Any, **_: Any) -> Any:
+        asked.append(args[1:] or args)
+        raise OSError(f"the network was asked for: {asked[-1]}")
+
+    for place, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(place, name, refuse)
+    for flag in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):  # what keeps the libraries from asking in the tests
+        monkeypatch.delenv(flag, raising=False)
+    hub = import_module("huggingface_hub.constants")
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(import_module("datasets.config"), "HF_HUB_OFFLINE", False, raising=False)
+    yield asked
+    assert not asked  # libraries swallow what is raised
 
 
 @pytest.fixture

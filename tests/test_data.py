@@ -1,7 +1,9 @@
 """Reading images: every source, every default, every refusal."""
 
 import io
+import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -257,6 +259,67 @@ def test_parquet_with_a_corrupt_image(tmp_path):
     names = list(batches.skipped)
     assert names[0].startswith("a/b.png in row 1 of split 'train'")
     assert "row 2" in names[1]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("hf://datasets/someone/x/a.parquet", "README.md' leads to hf://datasets/someone/x/a.parquet, outside"),
+        ("https://localhost:9/a.parquet", "leads to https://localhost:9/a.parquet, outside"),
+        ("../other/train.parquet", r"leads to \.\./other/train.parquet, outside"),
+        ("OUTSIDE/other/train.parquet", "leads to /.*/other/train.parquet, outside"),
+        ("train.parquet\n  data_dir: ..", "leads to train.parquet, outside"),
+        ("zip://a.parquet::b.zip", "leads to zip:"),
+        ("none/*.parquet", "there is no such parquet file"),
+        ("{a: [}", "it is not valid YAML"),
+        ("[[]]", "data_files of .* are damaged"),
+    ],
+)
+def test_a_readme_leads_nowhere_else(tmp_path, sockets_blocked, said, message):
+    root = make_parquet(tmp_path / "d", {"train": 3})
+    make_parquet(tmp_path / "other", {"train": 3})
+    said = said.replace("OUTSIDE", str(tmp_path))
+    (root / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {said}\n---\n# Pictures\n")
+    with pytest.raises(DataError, match=message):
+        load_dataset(str(root), data_config=CONFIG)
+
+
+def test_the_splits_of_a_readme_and_of_file_names(tmp_path, sockets_blocked):
+    root = make_parquet(tmp_path / "a[1] *d", {"part-a": 4, "part-b": 3, "data/test-00000-of-00001": 2})
+    assert load_dataset(str(root), data_config=CONFIG).splits == ["test"]  # as datasets reads names
+    card = {"train": "part-a.parquet", "extra": ["part-b.parquet", "data/*.parquet"]}
+    for files in (card, [{"split": split, "path": path} for split, path in card.items()]):
+        head = json.dumps({"configs": [{"config_name": "default", "data_files": files}]})
+        (root / "README.md").write_text(f"---\n{head}\n---\n")
+        assert [len(load_dataset(str(root), split, CONFIG)) for split in ("train", "extra")] == [4, 5]
+    (root / "README.md").write_text(f"---\n{json.dumps({'configs': [{'data_files': x} for x in 'ab']})}\n---\n")
+    with pytest.raises(DataError, match="describes 2 configurations"):
+        load_dataset(str(root), data_config=CONFIG)
+
+
+def test_cells_name_files_of_their_folder_only(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = tmp_path / "d"
+    (root / "images").mkdir(parents=True)
+    picture(0).save(root / "images" / "0.png")
+    picture(1).save(tmp_path / "private.png")
+    (root / "link.png").symlink_to(tmp_path / "private.png")
+    paths = [
+        "images/0.png",
+        "link.png",
+        "../private.png",
+        str(tmp_path / "private.png"),
+        str(root / "images" / "0.png"),
+    ]
+    cells = [{"bytes": None, "path": path} for path in paths]
+    pq.write_table(pa.table({"image": cells, "labels": [0] * 5}), root / "train.parquet")
+    data = load_dataset(str(root), data_config=CONFIG)
+    torch.testing.assert_close(data[0][0], data[4][0], rtol=0, atol=0)
+    for index in (1, 2, 3):
+        with pytest.raises(DataError, match=f"{re.escape(paths[index])} lies outside"):
+            data[index]
 
 
 def test_broken_parquet(tmp_path, capfd):

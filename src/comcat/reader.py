@@ -97,15 +97,18 @@ def parse_json(text: str, what: str, error: Failure = CheckpointError) -> Any:
 
 
 def read_yaml(path: str | Path, *, limit: int = 1 << 20, what: str = "", error: Failure = CheckpointError) -> Any:
-    """Plain data from a YAML file; None for an empty one. No tags of Python, no dates, no sets, no field twice.
+    """Plain data from a YAML file; see :func:`parse_yaml`."""
+    return parse_yaml(read_text(path, limit=limit, what=what, error=error), f"{what} '{path}'".strip(), error)
+
+
+def parse_yaml(text: str, name: str, error: Failure = CheckpointError) -> Any:
+    """Plain data from YAML; None for an empty text. No tags of Python, no dates, no sets, no field twice.
 
     Raises:
-        error: it cannot be read, or holds anything else.
+        error: it holds anything else.
     """
     import yaml
 
-    name = f"{what} '{path}'".strip()
-    text = read_text(path, limit=limit, what=what, error=error)
     try:
         value = yaml.load(text, Loader=_yaml_loader())
     except RecursionError as cause:

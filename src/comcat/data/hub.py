@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DataError
+from .card import described_files
 
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "cls")
@@ -25,12 +27,15 @@ class HubSource:
         self.split = split
         self._mode = mode
         with quiet_datasets(data) as datasets:
-            table = datasets.load_dataset(_hub_name(data), split=split, cache_dir=cache)
+            place = Place(data)
+            table = place.open(datasets, split, cache)
             if not len(table):
                 raise DataError(f"split {split!r} of {data} holds no images. Choose another split")
             self._image, self._label = _find_columns(table.features, data, datasets)
             # Undecoded, so that a corrupt image is ours to name.
             table = table.cast_column(self._image, datasets.Image(decode=False))
+            own = [datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, cache]
+        self._folders = [place.folder] if place.folder else [Path(path).resolve() for path in own if path]
         self._table = table.select_columns([k for k in (self._image, self._label) if k is not None])
         self.num_classes: int | None = getattr(table.features.get(self._label), "num_classes", None)
 
@@ -45,8 +50,19 @@ class HubSource:
         if not content:
             if not cell.get("path"):
                 raise ValueError("the cell is empty")
-            content = Path(cell["path"]).read_bytes()
+            content = self._inside(cell["path"]).read_bytes()
         return Image.open(io.BytesIO(content)).convert(self._mode), -1 if label is None else int(label)
+
+    def _inside(self, path: str) -> Path:
+        """The file that a cell names; a table from elsewhere must not choose what is read here.
+
+        Raises:
+            DataError: it lies, or a link leads, outside the folder of the table.
+        """
+        file = (self._folders[0] / path).resolve()
+        if not any(file.is_relative_to(folder) for folder in self._folders):
+            raise DataError(f"its file {path} lies outside {self.name}")
+        return file
 
     def describe(self, index: int) -> str:
         path = (self._table[index][self._image] or {}).get("path")
@@ -63,9 +79,57 @@ class HubSource:
 def hub_splits(data: str) -> list[str]:
     """The splits of a table, without reading it."""
     with quiet_datasets(data) as datasets:
-        builder = datasets.load_dataset_builder(_hub_name(data))
+        place = Place(data)
+        if place.folder is not None:
+            return list(place.files)
+        builder = datasets.load_dataset_builder(place.name)
     files = getattr(builder.config, "data_files", None)
     return [str(name) for name in (files or builder.info.splits or ())]
+
+
+class Place:
+    """What DATA is for the package ``datasets``: a name on the Hub, or the parquet files of a folder, by split.
+
+    The files are named one by one: left to itself, ``datasets`` follows whatever address or path a README.md names.
+
+    Raises:
+        DataError: the folder's README.md leads out of it, or to no file.
+    """
+
+    def __init__(self, data: str) -> None:
+        path = Path(data).expanduser()
+        self.name = data.partition("/")[2]
+        if not path.exists():
+            path = Path(self.name)  # hfds/FOLDER
+        self.folder = path.resolve() if path.exists() else None
+        self.files: dict[str, list[Path]] = {}
+        if self.folder is not None:
+            self.files = described_files(self.folder) or _usual_files(self.folder)
+
+    def open(self, datasets: Any, split: str | None, cache: str | None) -> Any:
+        """The table of a split."""
+        if self.folder is None:
+            return datasets.load_dataset(self.name, split=split, cache_dir=cache)
+        # Patterns to datasets, so that a bracket in a name would be one of a class of characters.
+        files = {name: [glob.escape(str(file)) for file in files] for name, files in self.files.items()}
+        # Not load_dataset("parquet"), which tells the Hub of every use.
+        return datasets.Dataset.from_parquet(files, split=split, cache_dir=cache)
+
+
+def _usual_files(folder: Path) -> dict[str, list[Path]]:
+    """Splits by the names of files and folders, as ``datasets`` reads them; all are train where none names one."""
+    from datasets.data_files import get_data_patterns, resolve_pattern
+
+    base = glob.escape(str(folder))
+    found = {}
+    for split, patterns in get_data_patterns(base).items():
+        files: set[Path] = set()
+        for pattern in patterns:
+            with contextlib.suppress(FileNotFoundError):  # one of several patterns of a split
+                files.update(map(Path, resolve_pattern(pattern, base)))
+        if files := {file for file in files if file.suffix == ".parquet"}:
+            found[str(split)] = sorted(files)
+    return found
 
 
 @contextlib.contextmanager
@@ -91,12 +155,6 @@ def quiet_datasets(data: str) -> Iterator[Any]:
         datasets.logging.set_verbosity(verbosity)
         if not hidden:
             datasets.enable_progress_bars()
-
-
-def _hub_name(data: str) -> str:
-    """The name ``datasets`` knows DATA by: an absolute path, or ``hfds/name`` without its prefix."""
-    path = Path(data).expanduser()
-    return str(path.resolve()) if path.exists() else data.partition("/")[2]
 
 
 def _find_columns(features: Any, data: str, datasets: Any) -> tuple[str, str | None]:
