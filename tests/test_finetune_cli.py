@@ -154,8 +154,12 @@ def test_wrong_files(place, tmp_path, text, message):
 def test_wrong_models(place, tmp_path):
     options = ["--data", place / "data", "--out", tmp_path / "out", *QUICK]
     refused(Result(["finetune", place / "data", *options]), "is not a model saved by comcat")
+    refused(
+        Result(["finetune", place / "small", *options]), "the teacher is not named.*--teacher-checkpoint.*--teacher DIR"
+    )
     # The dense model has three classes, timm's weights a thousand.
-    refused(Result(["finetune", place / "small", *options]), "no pretrained weights .* --teacher-checkpoint")
+    other = ["--teacher", NAME, "--teacher-arg", "num_classes=3"]
+    refused(Result(["finetune", place / "small", *options, *other]), "no pretrained weights .* --teacher-checkpoint")
     other = randomize(load_model(NAME, model_args={**ARGS, "num_classes": 5}, pretrained=False)).eval()
     comcat.save(other, tmp_path / "five")
     refused(Result(["finetune", place / "small", *options, "--teacher", tmp_path / "five"]), "5 classes and the .* 3")

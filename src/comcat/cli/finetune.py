@@ -50,7 +50,13 @@ def finetune(
         Path | None, opt.Option(metavar="FILE", help="YAML file with settings; options given here go first.")
     ] = None,
     teacher: Annotated[
-        str | None, _o(TEACHER, "The dense model, as MODEL elsewhere; by default the one that DIR was made from.")
+        str | None,
+        _o(
+            TEACHER,
+            "The dense model, as MODEL elsewhere: a timm name asks the network for its weights. May be left out with "
+            "--teacher-checkpoint: then it is the architecture that DIR was made from.",
+            "MODEL",
+        ),
     ] = None,
     teacher_checkpoint: Annotated[Path | None, _o(TEACHER, "Its weights (.safetensors).", "FILE")] = None,
     teacher_arg: Annotated[list[str] | None, _o(TEACHER, "Argument of timm's model; repeatable.", "NAME=VALUE")] = None,
@@ -157,11 +163,11 @@ def finetune(
     seed: Annotated[int | None, _setting("seed", opt.RUN, "Of everything random.", "N")] = None,
     json_output: opt.Json = False,
 ) -> None:
-    """Train the compressed model in DIR on DATA, guided by the dense model that it was made from.
+    """Train the compressed model in DIR on DATA, guided by a teacher, usually the dense model that it was made from.
 
     Under [bold]accelerate launch -m comcat finetune ...[/bold] it runs on many GPUs and machines.
 
-    [dim]comcat finetune deit-half --data imagenet/ --out deit-half-tuned --epochs 30[/dim]
+    [dim]comcat finetune deit-half --teacher deit_small_patch16_224 --data imagenet/ --out deit-half-tuned[/dim]
     """
     given = dict(locals())
     if device not in ("auto", "cpu"):

@@ -117,35 +117,39 @@ class Job:
         self.eval_batches = loader(evaluation, o.batch_size, o.workers, o.eval_images)
 
     def _load_teacher(self) -> nn.Module:
-        """The model that the options name, or the dense one that the student was made from.
+        """The model that the options name; the architecture of the student's file where only weights are given.
+
+        What a file says is never a reason to ask the network: pretrained weights are those of a NAME that was typed.
 
         Raises:
-            ModelError: its weights cannot be had.
+            ModelError: no teacher is named, or its weights cannot be had.
         """
-        import timm
-
         import comcat
 
         o = self.options
         if o.teacher is not None:
+            self._check_classes(o.teacher)
             return comcat.load_model(o.teacher, o.teacher_checkpoint, o.teacher_args)
         made: Any = self.student.comcat
-        source = made.source
-        name, args = source.name, {**source.args, **o.teacher_args}
-        if o.teacher_checkpoint is not None:
-            return comcat.load_model(name, o.teacher_checkpoint, args)
-        tag = source.config.get("tag")
-        if tag and timm.get_pretrained_cfg(f"{name}.{tag}", allow_unregistered=False) is not None:
-            name = f"{name}.{tag}"
-        known = timm.get_pretrained_cfg(name, allow_unregistered=False)
-        classes = args.get("num_classes", source.config.get("num_classes"))
-        if known is None or not known.has_weights or classes not in (None, known.num_classes):
+        if o.teacher_checkpoint is None:
+            raise ModelError(
+                "the teacher is not named. Give the dense model's weights: --teacher-checkpoint FILE.safetensors; or a "
+                "saved model: --teacher DIR; or a model with timm's pretrained weights, from the network: --teacher "
+                f"NAME (the student was made from {made.source.name}); or train without: --distillation none"
+            )
+        return comcat.load_model(made.source.name, o.teacher_checkpoint, {**made.source.args, **o.teacher_args})
+
+    def _check_classes(self, name: str) -> None:
+        """Raise ModelError if the classifier of timm's weights would not be used, so that the teacher's is random."""
+        import timm
+
+        known = None if ":" in name or Path(name).exists() else timm.get_pretrained_cfg(name, allow_unregistered=False)
+        classes = self.options.teacher_args.get("num_classes")
+        if self.options.teacher_checkpoint is None and known is not None and classes not in (None, known.num_classes):
             raise ModelError(
                 f"timm has no pretrained weights of '{name}' with {classes} classes to learn from. Give those of the "
                 "dense model: --teacher-checkpoint FILE.safetensors, or train with --distillation none"
             )
-        self.screen.note(f"the teacher is {name} with timm's pretrained weights")
-        return comcat.load_model(name, model_args=args)
 
     # -- the long work ---------------------------------------------------------------------------------------
 
