@@ -19,7 +19,7 @@ from comcat.cli import console
 from comcat.cli.console import PlainConsole, Screen, command
 from comcat.errors import DataError
 from comcat.files import atomic_file
-from comcat.report.plain import one_line, printable
+from comcat.report.text import one_line, printable
 from comcat.running import out_of_memory
 
 HOSTILE = "[/bold] [link=http://a]b[/link] \x1b]0;title\x07\x1b[31m \u202egnp\r\x9b1m\udc80 :smile:"

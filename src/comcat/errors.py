@@ -1,12 +1,12 @@
 """The exception tree: everything comcat raises on purpose derives from :class:`ComcatError`.
 
     ComcatError
-    ├── ModelError          the model cannot be built, has nothing to compress, or holds NaN
+    ├── ModelError          the model cannot be built or worked on as it is, has nothing to compress, or holds NaN
     ├── DataError           images are missing, unreadable or mislabelled
     ├── CalibrationError    statistics cannot be collected, or do not belong to this model
     ├── BudgetError         the budget is not a budget, or out of reach
     ├── PlanError           the plan does not fit the model
-    ├── CheckpointError     a saved model cannot be written or read back
+    ├── CheckpointError     a file or directory cannot be written or read back, or is not comcat's to replace
     └── TrainingError       training cannot start, go on or be resumed
 
 A message names the cause and the fix. The command line prints it without a traceback.
@@ -18,7 +18,7 @@ class ComcatError(Exception):
 
 
 class ModelError(ComcatError):
-    """The model cannot be built, has nothing to compress, or holds non-finite weights."""
+    """The model cannot be built or worked on as it is, has nothing to compress, or holds non-finite weights."""
 
 
 class DataError(ComcatError):
@@ -38,7 +38,7 @@ class PlanError(ComcatError):
 
 
 class CheckpointError(ComcatError):
-    """A saved model cannot be written or read back."""
+    """A file or directory cannot be written or read back, or is not comcat's to replace."""
 
 
 class TrainingError(ComcatError):

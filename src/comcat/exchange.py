@@ -15,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 _AT_FDCWD = -100
-#: (function, flag that forbids to replace, flag that exchanges)
-_LINUX, _MACOS = ("renameat2", 1, 2), ("renamex_np", 4, 2)
+#: Function, and the flag that forbids to replace.
+_LINUX, _MACOS = ("renameat2", 1), ("renamex_np", 4)
+_EXCHANGE = 2  # on both
 _NOT_THERE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
 
 
@@ -26,7 +27,7 @@ def exchange(a: Path, b: Path) -> bool:
     Raises:
         OSError: it could, and did not, e.g. for want of permission.
     """
-    return _call(a, b, 2)
+    return _call(a, b, exchanged=True)
 
 
 def onto_nothing(source: Path, target: Path) -> None:
@@ -35,18 +36,18 @@ def onto_nothing(source: Path, target: Path) -> None:
     Raises:
         FileExistsError: it is not.
     """
-    if _call(source, target, 1):
+    if _call(source, target, exchanged=False):
         return
     os.link(source, target)
     os.unlink(source)
 
 
-def _call(a: Path, b: Path, which: int) -> bool:
+def _call(a: Path, b: Path, exchanged: bool) -> bool:
     found = _function()
     if found is None:
         return False
-    function, flags = found
-    if function(os.fsencode(a), os.fsencode(b), flags[which - 1]) == 0:
+    function, exclusive = found
+    if function(os.fsencode(a), os.fsencode(b), _EXCHANGE if exchanged else exclusive) == 0:
         return True
     number = ctypes.get_errno()
     if number in _NOT_THERE:
@@ -55,10 +56,10 @@ def _call(a: Path, b: Path, which: int) -> bool:
 
 
 @functools.cache
-def _function() -> tuple[Callable[[bytes, bytes, int], int], tuple[int, int]] | None:
+def _function() -> tuple[Callable[[bytes, bytes, int], int], int] | None:
     if sys.platform not in ("linux", "darwin"):
         return None
-    name, *flags = _LINUX if sys.platform == "linux" else _MACOS
+    name, flag = _LINUX if sys.platform == "linux" else _MACOS
     try:
         function = getattr(ctypes.CDLL(None, use_errno=True), name)
     except (OSError, AttributeError):  # an older libc
@@ -66,6 +67,6 @@ def _function() -> tuple[Callable[[bytes, bytes, int], int], tuple[int, int]] | 
     function.restype = ctypes.c_int
     if sys.platform == "linux":
         function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
-        return lambda a, b, flag: function(_AT_FDCWD, a, _AT_FDCWD, b, flag), (flags[0], flags[1])
+        return lambda a, b, flags: function(_AT_FDCWD, a, _AT_FDCWD, b, flags), flag
     function.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint)
-    return lambda a, b, flag: function(a, b, flag), (flags[0], flags[1])
+    return lambda a, b, flags: function(a, b, flags), flag

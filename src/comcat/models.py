@@ -16,6 +16,7 @@ from .errors import ModelError
 from .files import CONFIG_NAME
 from .reader import read_json, read_tensors
 from .source import Source
+from .wording import some
 
 #: Names of weight files that are no pickles.
 _WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
@@ -149,9 +150,5 @@ def _difference(wanted: dict[str, tuple[int, ...]], there: dict[str, tuple[int, 
     unknown = [key for key in there if key not in wanted]
     shapes = [f"{k} is {there[k]}, not {wanted[k]}" for k in wanted if k in there and there[k] != wanted[k]]
     found = (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
-    said = [
-        f"{len(names)} tensors {what} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
-        for what, names in found
-        if names
-    ]
+    said = [f"{len(names)} tensors {what} ({some(names, count=2)})" for what, names in found if names]
     return "; ".join(said) + "; give the architecture's arguments with --model-arg, e.g. --model-arg img_size=32"

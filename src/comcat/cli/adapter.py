@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..report.plain import one_line
+from ..report.text import one_line
 from . import options as opt
 from .console import Screen, command
 from .customize import Device, Variant, adapter_name

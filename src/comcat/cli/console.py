@@ -29,7 +29,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from ..errors import ComcatError
-from ..report.plain import one_line, printable
+from ..report.text import one_line, printable
 from ..wording import some
 
 Command = TypeVar("Command", bound=Callable[..., None])

@@ -91,11 +91,13 @@ def header(handle: Adapter, storage: Storage = "float32") -> Header:
         parts[component] = Part(type(models[component]).__name__, fingerprint(sites), entries)
     token = handle.token
     name = getattr(pipe, "name_or_path", None) or getattr(models[denoiser(pipe)[0]], "name_or_path", None)
+    base = str(handle.info.get("base") or name or "")
     return Header(
         name=handle.name,
         scale=handle.scale,
         storage=storage,
-        base={"name": str(handle.info.get("base") or name or ""), "class": type(pipe).__name__},
+        # The bytes of a directory's name may be no text, which no reader would take.
+        base={"name": base.encode(errors="replace").decode(), "class": type(pipe).__name__},
         components=parts,
         token=None if token is None else {"text": token.text, "vectors": token.count},
         prompt=handle.info.get("prompt"),

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from .._version import __version__
 from ..errors import CheckpointError, ModelError
+from ..reader import parse_json
 from .adapter import NAME, check_scale
 from .tokens import is_word
 
@@ -66,8 +67,8 @@ class Header:
     @classmethod
     def from_json(cls, text: str, path: Path) -> Header:
         """Raises CheckpointError for anything that :meth:`to_json` could not have written."""
+        data: Any = parse_json(text, f"the metadata of '{path}'")
         try:
-            data = json.loads(text)
             version = data["format"]
             if not _is_int(version) or not 1 <= version <= FORMAT:
                 raise CheckpointError(
@@ -86,7 +87,7 @@ class Header:
                 raise CheckpointError(f"'{path}' is stored as {header.storage!r}, which is not known; upgrade comcat")
             header._check()
             return header
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, ModelError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, ModelError) as error:
             raise CheckpointError(f"the metadata of '{path}' is damaged: {error!r}") from error
 
     def _check(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from transformers import AddedToken
 
-from ..hosts.seam import derived
+from ..hosts.seam import derived, original_class
 
 _WORDS = "_comcat_words"  # word -> id
 _READER = "_comcat_reader"  # (what it was made from, the copy)
@@ -126,7 +126,7 @@ def unlearn(tokenizer: Any, words: Sequence[str]) -> None:
     own = tokenizer.__dict__
     own[_WORDS] = {word: i for word, i in own[_WORDS].items() if word not in words}
     if not own[_WORDS]:
-        tokenizer.__class__ = type(tokenizer).__bases__[1]
+        tokenizer.__class__ = original_class(tokenizer, Learned)
         del own[_WORDS]
         own.pop(_READER, None)
 
@@ -138,7 +138,7 @@ def learned(tokenizer: Any) -> dict[str, int]:
 
 def _original(tokenizer: Any) -> Any:
     """The tokenizer without learned words; it shares everything with it."""
-    cls: Any = type(tokenizer).__bases__[1]
+    cls = original_class(tokenizer, Learned)
     base = cls.__new__(cls)
     base.__dict__.update({k: v for k, v in tokenizer.__dict__.items() if k not in (_WORDS, _READER)})
     return base

@@ -146,9 +146,9 @@ def change_class(module: nn.Module, cls: type) -> None:
         call.forward, call.original_forward = rebound(call.forward), rebound(call.original_forward)
 
 
-def original_class(module: nn.Module, mixin: type) -> type:
-    """The class that a module had before :func:`derived`."""
-    cls = type(module)
+def original_class(of: Any, mixin: type) -> Any:
+    """The class that a module or tokenizer had before :func:`derived`."""
+    cls = type(of)
     return cls.__bases__[1] if issubclass(cls, mixin) else cls
 
 
@@ -174,6 +174,7 @@ def values(root: nn.Module, module: nn.Module, name: str) -> Tensor:
         offloading = None if registry is None else registry.get_hook("group_offloading")
         group: Any = getattr(offloading, "group", None)
         if getattr(group, "_is_offloaded_to_disk", False) and tensor in group.tensor_to_key:
+            # Written by diffusers in this process: nothing from outside, and one tensor of many is wanted.
             with safe_open(group.safetensors_file_path, "pt") as file:
                 return cast(Tensor, file.get_tensor(group.tensor_to_key[tensor]))
     return tensor

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import ComcatError
-from .plain import one_line
+from .text import one_line
 
 COLORS = {
     "qk": "#3a6ea5",
