@@ -133,3 +133,20 @@ def damaged_safetensors(content: bytes, r: random.Random) -> bytes:
             header["__metadata__"] = r.choice([None, [], {}, {"comcat": 5}, {"comcat": "[" * 100_000}])
     text = json.dumps(header).encode("utf-8", "surrogatepass")
     return struct.pack("<Q", len(text)) + text + data
+
+
+#: YAML beyond JSON: tags, aliases that multiply or lead back, and what its types make of a text.
+_YAML = (
+    "!!python/object/apply:os.system ['true']", "a: !!python/name:os.system\n", "a: &m {x: *m}\n", "a: " + "[" * 3000,
+    "a: &n0 [x]\n" + "".join(f"a{i}: &n{i} [{','.join([f'*n{i - 1}'] * 9)}]\n" for i in range(1, 9)),
+    "&a a: &b [1]\n", "1: 2\n", "? [a, b]\n: c\n", "lr: 2020-01-01\n", "budget: !!set {params}\n", "lr: {<<: 5}\n",
+    "lr: 0x" + "f" * 4000 + "\n", "lr: 190:20:30\n", "model: !!binary aGVsbG8=\n", "lr: 1\nlr: 2\n", "lr: .inf\n",
+    "lr: " + "9" * 400 + "\n", "? " * 2000, "- " * 2000, "a: *nothing\n", "%YAML 9.9\n---\na: 1\n", "a: 1\n---\na: 2\n",
+    "<<: [{a: 1}, {b: 2}]\n", "a: !!float 'x'\n", "a: !!int ''\n", "a: !!timestamp x\n", "a: !!omap [1]\n",
+)  # fmt: skip
+
+
+def damaged_yaml(content: bytes, r: random.Random) -> bytes:
+    """YAML that JSON cannot say, alone or after the document's fields."""
+    extra = r.choice(_YAML)
+    return (content[:-1] + b", b: " + extra.encode() + b"}") if r.random() < 0.3 else extra.encode()

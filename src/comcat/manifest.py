@@ -10,7 +10,7 @@ from pathlib import Path
 from .errors import CheckpointError
 from .files import atomic_file, onto_nothing, sync_directory, written
 from .owned import MANIFEST_NAME
-from .reader import read_json
+from .reader import read_json, shown
 
 _FIELD = "comcat_files"
 
@@ -75,8 +75,9 @@ class Manifest:
 
     def remove(self, name: str) -> None:
         """Remove a file of this run; one that was changed since, or is of something else, stays."""
-        if self.knows(name):
-            (self.folder / name).unlink(missing_ok=True)
+        path = self.folder / name
+        if self.knows(name) and not (path.is_dir() and not path.is_symlink()):
+            path.unlink(missing_ok=True)
             self.forget(name)
 
     def forget(self, name: str) -> None:
@@ -122,7 +123,18 @@ def _read(path: Path) -> dict[str, str | None]:
     files = document.get(_FIELD) if isinstance(document, dict) else None
     if not isinstance(files, dict) or not all(v is None or isinstance(v, str) for v in files.values()):
         raise CheckpointError(f"'{path}' is not comcat's list of its files; move it away or choose another directory")
+    for name in files:
+        if not _is_within(name):
+            raise CheckpointError(
+                f"'{path}' lists {shown(name)}, which is no file of its directory; move the list away"
+            )
     return files
+
+
+def _is_within(name: str) -> bool:
+    """Whether a name is that of something in the directory: a list that somebody edited must not lead elsewhere."""
+    parts = name.split("/")
+    return not any(part in ("", ".", "..") or len(part.encode()) > 255 or set(part) & set("\0\\") for part in parts)
 
 
 def _digest(path: Path) -> str:

@@ -34,6 +34,8 @@ Failure = type[ComcatError]
 DEPTH = 50
 #: Most values that one document may stand for, aliases of YAML written out.
 NODES = 5_000_000
+#: Most aliases in a file of YAML, and most fields that they may merge into one mapping.
+_ALIASES = 1000
 #: Largest file of settings, plan or metadata, and largest header of a safetensors file, in bytes.
 TEXT_LIMIT = 32 << 20
 #: Largest file of tensors, in bytes; far beyond any model of this library.
@@ -322,6 +324,36 @@ def _yaml_loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
+        """Gives up at the first bracket, indent or alias too many: a kilobyte could otherwise take minutes to read."""
+
+        aliases = 0
+
+        def fetch_flow_collection_start(self, token: Any) -> None:
+            self._bound(self.flow_level + len(self.indents))
+            super().fetch_flow_collection_start(token)
+
+        def add_indent(self, column: int) -> bool:
+            self._bound(len(self.indents))
+            return bool(super().add_indent(column))
+
+        def _bound(self, depth: int) -> None:
+            if depth > DEPTH:
+                raise RecursionError
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                self.aliases += 1
+                self._few(self.aliases, self.peek_event().start_mark)
+            return super().compose_node(parent, index)
+
+        def flatten_mapping(self, node: Any) -> None:
+            super().flatten_mapping(node)
+            self._few(len(node.value) if self.aliases else 0, node.start_mark)
+
+        def _few(self, count: int, mark: Any) -> None:
+            if count > _ALIASES:
+                raise yaml.constructor.ConstructorError(None, None, "its aliases stand for too many values", mark)
+
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             names = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
             for name, count in Counter(name for name in names if isinstance(name, str)).most_common(1):

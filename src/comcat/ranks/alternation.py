@@ -18,7 +18,7 @@ from ..training.loading import Batches
 from ..training.log import Log
 from ..training.losses import Loss
 from ..training.process import agree, on_main
-from ..training.snapshot import Snapshot
+from ..training.snapshot import MOMENTS, Snapshot, check_moments
 from ..training.state import Saved
 from .config import SearchConfig
 from .space import SearchSpace
@@ -217,6 +217,11 @@ class Alternation:
         logits = self.ranks.logits
         with torch.no_grad():
             logits.copy_(ranks.pop("logits"))
+        if set(ranks) != MOMENTS:
+            raise ValueError("the optimizer of its ranks has other moments")
+        check_moments("the ranks", logits, ranks)
+        if not logits.isfinite().all():
+            raise ValueError("its ranks are not finite")
         # AdamW's counter stays on the CPU, as it keeps it.
         self.rank_optimizer.state[logits] = {
             name: value if name == "step" else value.to(logits) for name, value in ranks.items()

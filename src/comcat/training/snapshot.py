@@ -84,9 +84,13 @@ class Snapshot:
         for name, tensor in saved.tensors.get("optimizer", {}).items():
             parameter, _, key = name.rpartition(".")
             state.setdefault(parameter, {})[key] = tensor
+        moments: Any = {}
         if main:
-            self._fill(state, saved)
-        moments: Any = {"state": state, "param_groups": saved.plain["optimizer"]} if main else {}
+            groups = self._groups(saved)
+            names = [name for group in groups for name in group["params"]]
+            _check(names, state, saved)
+            self._fill(names, state, saved)
+            moments = {"state": state, "param_groups": groups}
         set_optimizer_state_dict(self._model, self._optimizer, moments, options=self._load)
         if self._average is not None:
             with self._average.swapped():
@@ -99,10 +103,17 @@ class Snapshot:
         own = {name.partition(".")[2]: t for name, t in shared.items() if name.partition(".")[0] == str(index)}
         randomness.set_state(own, saved.plain["random"][index], self._accelerator.device)
 
+    def _groups(self, saved: Saved) -> list[dict[str, Any]]:
+        """The optimizer's groups: which parameters as saved, how they learn from this run's settings."""
+        own, found = self._optimizer.param_groups, saved.plain["optimizer"]
+        if [len(group["params"]) for group in found] != [len(group["params"]) for group in own]:
+            raise ValueError("its optimizer has other groups of parameters")
+        return [{**mine, "params": list(theirs["params"])} for mine, theirs in zip(own, found, strict=True)]
+
     @staticmethod
-    def _fill(state: dict[str, Any], saved: Saved) -> None:
+    def _fill(names: list[str], state: dict[str, Any], saved: Saved) -> None:
         """Parameters that no gradient has reached have no moments, which PyTorch takes for a damaged checkpoint."""
-        for name in (name for group in saved.plain["optimizer"] for name in group["params"]):
+        for name in names:
             weight = saved.tensors["model"][name]
             zeros = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
             state.setdefault(name, {"step": torch.zeros(()), **zeros})
@@ -114,3 +125,34 @@ class Snapshot:
 
     def _set(self, weights: Any) -> None:
         set_model_state_dict(self._model, weights, options=self._load)
+
+
+#: What AdamW keeps of a parameter.
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+
+
+def _check(names: list[str], state: dict[str, Any], saved: Saved) -> None:
+    """Raise ValueError unless weights, averages and moments are such as training can leave.
+
+    PyTorch takes any moments, and fails at the next step, or goes on with NaN.
+    """
+    model = saved.tensors["model"]
+    for stem in {"model", "average"} & set(saved.tensors):
+        for name in names:
+            tensor = saved.tensors[stem][name]
+            if not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise ValueError(f"'{name}' of its {stem} is no finite weight")
+    for name, values in state.items():
+        if name not in model or set(values) != MOMENTS:
+            raise ValueError(f"its optimizer has {sorted(values)} of '{name}'")
+        check_moments(name, model[name], values)
+
+
+def check_moments(name: str, weight: Tensor, moments: dict[str, Tensor]) -> None:
+    """Raise ValueError unless they are AdamW's moments of a weight of this shape."""
+    for key, tensor in moments.items():
+        shape = () if key == "step" else tuple(weight.shape)
+        if not tensor.is_floating_point() or tuple(tensor.shape) != shape or not tensor.isfinite().all():
+            raise ValueError(f"{key} of {name} in its optimizer does not fit")
+        if key != "exp_avg" and tensor.numel() and float(tensor.min()) < 0:
+            raise ValueError(f"{key} of {name} in its optimizer is below zero")
