@@ -48,6 +48,22 @@ def make_adapter(folder: Path) -> None:
         clean()
 
 
+def damage_adapter(folder: Path, r: random.Random) -> None:
+    """Most without their checksum, as older versions wrote them."""
+    file = r.choice(sorted(folder.glob("*.safetensors")))
+    for other in folder.iterdir():
+        if other != file:
+            other.unlink()
+    if r.random() < 0.8:
+        content = file.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        header["__metadata__"].pop("comcat_sha256")
+        text = json.dumps(header).encode()
+        file.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    rewrite(file.name, damaged_bytes, *[damaged_safetensors] * 3)(folder, r)
+
+
 def read_adapter(folder: Path) -> None:
     """Shown, converted and loaded, as the command line does."""
     from comcat.cli.adapter import _lines
@@ -166,7 +182,7 @@ def make_learned(folder: Path) -> None:
 
 
 ADAPTERS: dict[str, Kind] = {
-    "adapter": Kind(make_adapter, rewrite("*.safetensors", damaged_bytes, damaged_safetensors), read_adapter),
+    "adapter": Kind(make_adapter, damage_adapter, read_adapter),
     "lora-diffusers": Kind(make_lora("diffusers"), damage_lora, read_lora),
     "lora-kohya": Kind(make_lora("kohya"), damage_lora, read_lora),
     "lora-peft": Kind(make_peft, damage_lora, read_lora),

@@ -17,6 +17,8 @@ import comcat
 from comcat.checkpoint import TENSORS_NAME
 from comcat.errors import CheckpointError
 from comcat.files import CONFIG_NAME
+from comcat.heads import as_parameter
+from comcat.plan import Plan
 from conftest import SWIN, VIT, assert_same_outputs, calibrated, images, make, swin, vit
 from test_compress import half_plan
 
@@ -350,3 +352,16 @@ def test_a_model_compressed_twice_can_be_saved(tmp_path: Path) -> None:
     twice = comcat.compress(once, comcat.Plan({"head": {"rank": 3}}))
     comcat.save(twice, tmp_path / "out")
     check_same(twice, comcat.load(tmp_path / "out"))
+
+
+def test_strides_are_those_of_a_file(tmp_path: Path) -> None:
+    """An axis of length 1 may have any stride, and kernels round by strides: made and loaded models have the same."""
+    model = comcat.compress(vit(), Plan({"head": {"rank": 1}, "blocks.0.mlp": {"fc1": 1}}))
+    comcat.save(model, tmp_path / "m")
+    again = comcat.load(tmp_path / "m")
+    strides = {name: tensor.stride() for name, tensor in again.state_dict().items()}
+    assert {name: tensor.stride() for name, tensor in model.state_dict().items()} == strides
+    wide = torch.ones(3, 1).mT
+    assert wide.is_contiguous()
+    assert wide.stride() == (1, 1)
+    assert as_parameter(wide, wide).stride() == (3, 1)

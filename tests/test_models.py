@@ -1,5 +1,6 @@
 """From what a user types to a model with weights."""
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,25 @@ def test_a_source_that_cannot_be_built_is_refused() -> None:
         CheckpointError, match=r"timm cannot build 'vit_tiny_patch16_224' with 'wheels', which is no argument"
     ):
         Source(NAME, {"wheels": 4}).build()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"embed_dim": 6144, "num_heads": 2}, r"would take [\d,]+ bytes, far beyond the [\d,]+ of the architecture"),
+        ({"num_classes": 2**31}, "would take"),
+        ({"depth": 2, "mlp_ratio": 1e15}, "cannot be built with"),
+    ],
+)
+def test_huge_arguments_are_refused_before_they_take_memory(args: dict[str, Any], message: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelError, match=message):
+        comcat.load_model("vit_tiny_patch16_224", model_args=args, pretrained=False)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
+
+
+def test_a_checkpoint_is_compared_before_a_model_is_built(checkpoint: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelError, match=r"does not fit the model: .* of another shape"):
+        comcat.load_model("vit_tiny_patch16_224", checkpoint, {"embed_dim": 6144, "num_heads": 2})
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000

@@ -8,7 +8,8 @@ what its components are worth: the expected squared error that dropping them cau
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import factorize
+from .errors import CalibrationError
 from .factorize import NeuronOrder, Projection, QKFactors
 from .heads import HeadWeights, as_parameter, flatten_heads, zeros_like_bias
 from .linear import LowRankLinear
@@ -40,13 +42,19 @@ class SiteFactors(ABC, Generic[SiteT]):
         tail = energy.flip(0).cumsum(0).flip(0)
         return torch.cat([tail, tail.new_zeros(1)])
 
-    @abstractmethod
     def energy(self, part: str) -> Tensor:
-        """(full,) energies of the components of ``part`` in the order in which they are kept."""
+        """(full,) energies of the components of ``part`` in the order in which they are kept.
 
-    @abstractmethod
+        Raises:
+            CalibrationError: the layer's moments cannot be factored, here and in the other methods.
+        """
+        with self._named():
+            return self._energy(part)
+
     def build(self, choice: Choice) -> dict[str, nn.Module]:
         """New modules by full name; empty for the dense choice."""
+        with self._named():
+            return self._build(choice)
 
     def relative_error(self, choice: Choice) -> float:
         """Sum over the parts of dropped energy over total energy; a rough guide, comparable within a part only."""
@@ -60,7 +68,30 @@ class SiteFactors(ABC, Generic[SiteT]):
         """The largest relative ridge that the moments behind ``choice`` need; None without moments."""
         if not self.moments:
             return None
-        return max(factorize.ridge_used(moment) for moment in self._moments_of(choice))
+        with self._named():
+            return max(factorize.ridge_used(moment) for moment in self._moments_of(choice))
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """What cannot be factored inside is an error about this layer."""
+        try:
+            yield
+        except torch.linalg.LinAlgError as error:
+            what = "moments" if self.moments else "weights"
+            fix = "calibrate again, on more images" if self.moments else "calibrate, or leave the layer out"
+            raise CalibrationError(
+                f"the {what} of '{self.site.name}' are too close to singular to be factored: {error}; {fix}"
+            ) from error
+        except CalibrationError as error:
+            raise CalibrationError(f"'{self.site.name}': {error}") from error
+
+    @abstractmethod
+    def _energy(self, part: str) -> Tensor:
+        """See :meth:`energy`."""
+
+    @abstractmethod
+    def _build(self, choice: Choice) -> dict[str, nn.Module]:
+        """See :meth:`build`."""
 
     @abstractmethod
     def _moments_of(self, choice: Choice) -> list[Tensor]:
@@ -107,11 +138,11 @@ class AttentionFactors(SiteFactors[AttentionSite]):
         products = [self.moments["q"], self.moments["k"]] if "qk" in choice else []
         return [*products, self._value_moments] if "vo" in choice else products
 
-    def energy(self, part: str) -> Tensor:
+    def _energy(self, part: str) -> Tensor:
         # Heads of one layer share a rank: a component of the layer is one component of every head.
         return (self.qk if part == "qk" else self.vo).gains.sum(0)
 
-    def build(self, choice: Choice) -> dict[str, nn.Module]:
+    def _build(self, choice: Choice) -> dict[str, nn.Module]:
         new = empty_modules(self.site, choice)
         if not new:
             return new
@@ -234,12 +265,12 @@ class FFNFactors(SiteFactors[FFNSite]):
     def _moments_of(self, choice: Choice) -> list[Tensor]:
         return [self.moments["x" if part == "fc1" else "h"] for part in choice]
 
-    def energy(self, part: str) -> Tensor:
+    def _energy(self, part: str) -> Tensor:
         if part == "neurons":
             return -self.neurons.errors.diff()
         return self.projection(part).gains
 
-    def build(self, choice: Choice) -> dict[str, nn.Module]:
+    def _build(self, choice: Choice) -> dict[str, nn.Module]:
         if "neurons" in choice:
             check_choice(self.site, choice)
             return self._narrowed(choice)
@@ -266,7 +297,7 @@ class FFNFactors(SiteFactors[FFNSite]):
         fc1, fc2 = linears.values()
         assert isinstance(fc1, nn.Linear)
         assert isinstance(fc2, nn.Linear)
-        low = FFNFactors(FFNSite(self.site.name, self.site.module, fc1, fc2), moments).build(ranks)
+        low = FFNFactors(FFNSite(self.site.name, self.site.module, fc1, fc2), moments)._build(ranks)
         return {**linears, **low}
 
     def _fill_neurons(self, count: int, new1: Any, new2: Any) -> None:
@@ -295,10 +326,10 @@ class HeadFactors(SiteFactors[HeadSite]):
     def _moments_of(self, choice: Choice) -> list[Tensor]:
         return [self.moments["x"]]
 
-    def energy(self, part: str) -> Tensor:
+    def _energy(self, part: str) -> Tensor:
         return self.projection.gains
 
-    def build(self, choice: Choice) -> dict[str, nn.Module]:
+    def _build(self, choice: Choice) -> dict[str, nn.Module]:
         new = empty_modules(self.site, choice)
         for small in new.values():
             _fill_linear(small, self.site.module, self.projection, self.moments.get("x_mean"))

@@ -69,8 +69,12 @@ def is_identity(module: nn.Module | None) -> bool:
 
 
 def as_parameter(value: Tensor, like: Tensor) -> nn.Parameter:
-    """A parameter with the dtype and device of ``like``."""
-    return nn.Parameter(value.to(dtype=like.dtype, device=like.device).contiguous(), like.requires_grad)
+    """A parameter with the dtype and device of ``like``, and with the strides that a file gives back.
+
+    ``contiguous`` keeps any stride of an axis of length 1, and kernels round by strides.
+    """
+    value = value.to(dtype=like.dtype, device=like.device)
+    return nn.Parameter(value.clone(memory_format=torch.contiguous_format), like.requires_grad)
 
 
 def zeros_like_bias(bias: Tensor | None, size: int, like: Tensor) -> Tensor:

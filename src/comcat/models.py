@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .arguments import check_args
 from .checkpoint import load
@@ -18,6 +20,8 @@ from .reader import read_json, read_tensors
 from .source import Source
 from .wording import some
 
+#: A model may take this many bytes, or this many times those of its checkpoint or of the bare architecture.
+_MOST_BYTES, _MOST_TIMES = 1 << 30, 2
 #: Names of weight files that are no pickles.
 _WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
 
@@ -37,8 +41,8 @@ def load_model(
         pretrained: whether to load pretrained weights where no checkpoint is given.
 
     Raises:
-        ModelError: unknown name, arguments that the architecture does not take, weights that cannot be had, or a
-            checkpoint that does not fit (the differing tensors are named).
+        ModelError: unknown name, arguments that the architecture does not take or that make it huge, weights that
+            cannot be had, or a checkpoint that does not fit (the differing tensors are named).
         CheckpointError: a saved directory that is damaged.
     """
     args = dict(model_args or {})
@@ -56,22 +60,29 @@ def load_model(
         close = difflib.get_close_matches(name, timm.list_models(), 3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; see timm.list_models()"
         raise ModelError(f"timm has no model named '{name}'{hint}")
-    if checkpoint is not None:
-        _check_readable(checkpoint)
-    model = _create(name, pretrained and checkpoint is None, args)
-    if checkpoint is not None:
-        _load_checkpoint(model, Path(checkpoint))
+    tensors = None if checkpoint is None else _read_checkpoint(Path(checkpoint))
+    model = _create(name, pretrained and checkpoint is None, args, tensors, checkpoint)
+    if tensors is not None:
+        _fill(model, tensors, checkpoint)
     architecture = (model.pretrained_cfg or {}).get("architecture") or name
     if ":" not in name:
         model.comcat_source = Source(architecture, args)
     return model
 
 
-def _create(name: str, pretrained: bool, args: dict[str, Any]) -> Any:
+def _create(
+    name: str,
+    pretrained: bool,
+    args: dict[str, Any],
+    tensors: Mapping[str, Tensor] | None = None,
+    checkpoint: str | Path | None = None,
+) -> Any:
     try:
         source, _, place = name.partition(":")
         if place and pretrained:
             _check_source(source, place)
+        if args or place or tensors is not None:
+            _check_size(name, args, tensors, checkpoint)
         return timm.create_model(name, pretrained=pretrained, **args)
     except ModelError:
         raise
@@ -82,6 +93,42 @@ def _create(name: str, pretrained: bool, args: dict[str, Any]) -> Any:
         what = "the pretrained weights of " if pretrained else ""
         fix = "; check the network, or give --checkpoint FILE.safetensors" if pretrained else ""
         raise ModelError(f"cannot load {what}'{name}': {type(error).__name__}: {error}{fix}") from error
+
+
+def _check_size(
+    name: str, args: dict[str, Any], tensors: Mapping[str, Tensor] | None, checkpoint: str | Path | None
+) -> None:
+    """Raise ModelError before a model is built that does not fit its checkpoint, or is out of all proportion."""
+    try:
+        model = _shapes(name, args)
+    except (NotImplementedError, RuntimeError) as error:
+        with contextlib.suppress(NotImplementedError, RuntimeError):
+            _shapes(name, {})
+            raise ModelError(f"'{name}' cannot be built with {args}: {error}") from error
+        return  # one of the few architectures that look at numbers while they are built
+    if tensors is not None:
+        _check_fits(model, tensors, checkpoint)
+    there = 0 if tensors is None else _bytes(tensors.values())
+    needed = _bytes([*model.parameters(), *model.buffers()])
+    if needed <= _MOST_BYTES:
+        return
+    own = _shapes((model.pretrained_cfg or {}).get("architecture") or name, {})
+    usual = max(there, _bytes([*own.parameters(), *own.buffers()]))
+    if needed > _MOST_TIMES * usual:
+        raise ModelError(
+            f"'{name}' with {args} would take {needed:,} bytes, far beyond the {usual:,} of the architecture or its "
+            "checkpoint; choose a larger architecture, or correct the arguments"
+        )
+
+
+def _shapes(name: str, args: dict[str, Any]) -> Any:
+    """The architecture without memory."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return timm.create_model(name, pretrained=False, **args)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _check_source(source: str, place: str) -> None:
@@ -123,8 +170,7 @@ def _check_source(source: str, place: str) -> None:
         raise ModelError(f"the model configuration of '{source}:{place}' leads elsewhere by {led[0]!r}; remove it")
 
 
-def _check_readable(path: str | Path) -> None:
-    path = Path(path)
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ModelError(f"checkpoint '{path}' does not exist")
     if path.suffix != ".safetensors":
@@ -132,16 +178,30 @@ def _check_readable(path: str | Path) -> None:
             f"checkpoint '{path}' is not a .safetensors file; pickled checkpoints can run code when read and are never "
             "opened: convert it once with safetensors.torch.save_file"
         )
+    tensors: dict[str, Tensor] = timm.models.clean_state_dict(
+        read_tensors(path, what="checkpoint", error=ModelError)[1]
+    )
+    return tensors
 
 
-def _load_checkpoint(model: nn.Module, path: Path) -> None:
-    _, tensors = read_tensors(path, what="checkpoint", error=ModelError)
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor], checkpoint: str | Path | None) -> None:
     try:
-        model.load_state_dict(timm.models.clean_state_dict(tensors), strict=True)
-    except RuntimeError as error:
-        there = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-        raise ModelError(f"checkpoint '{path}' does not fit the model: {_difference(wanted, there)}") from error
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError:
+        _check_fits(model, tensors, checkpoint)
+        raise
+
+
+def _check_fits(model: nn.Module, tensors: Mapping[str, Tensor], checkpoint: str | Path | None) -> None:
+    there = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    if there != wanted:
+        raise ModelError(f"checkpoint '{checkpoint}' does not fit the model: {_difference(wanted, there)}")
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() != tensors[key].is_floating_point():
+            raise ModelError(
+                f"checkpoint '{checkpoint}' does not fit the model: {key} is of dtype {tensors[key].dtype}"
+            )
 
 
 def _difference(wanted: dict[str, tuple[int, ...]], there: dict[str, tuple[int, ...]]) -> str:
