@@ -324,6 +324,18 @@ def test_a_manifest_knows_its_own_files(tmp_path: Path) -> None:
         Manifest(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../mine", "/etc/hostname", "..", ".", "", "a//b", "a/../../b", "a\0b", "x" * 300])
+def test_a_manifest_leads_nowhere_else(tmp_path: Path, name: str) -> None:
+    manifest = Manifest(tmp_path)
+    manifest.path.write_text(json.dumps({"comcat_files": {name: None}}))
+    with pytest.raises(CheckpointError, match="which is no file of its directory"):
+        Manifest(tmp_path)
+    (tmp_path / "folder").mkdir()
+    manifest.record("folder")
+    manifest.remove("folder")  # of files
+    assert (tmp_path / "folder").is_dir()
+
+
 def test_tensor_bytes_takes_views_and_parameters() -> None:
     base = torch.arange(6.0).view(2, 3)
     content = tensor_bytes({"t": base.T, "p": torch.nn.Parameter(base[:, :2])})

@@ -190,6 +190,35 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed, tmp_path):
     assert state.read(newest).step == 6
 
 
+@pytest.mark.parametrize(
+    ("stem", "entry", "damage"),
+    [
+        ("optimizer", "exp_avg", lambda t: t.flatten()[0]),
+        ("optimizer", "exp_avg", lambda t: t.to(torch.int32)),
+        ("optimizer", "exp_avg_sq", lambda t: t - 1),
+        ("optimizer", "step", lambda t: t.expand(2).clone()),
+        ("model", "weight", lambda t: t * torch.nan),
+        ("average", "weight", lambda t: t * torch.inf),
+    ],
+)
+def test_what_no_training_leaves_is_refused(undisturbed, tmp_path, stem, entry, damage):
+    """Its checksums are right: PyTorch would take it, and fail or go on with NaN."""
+    again = tmp_path / "out"
+    train(again, settings(ema=0.9), stop=3)
+    [(_, path)] = state.checkpoints(again)
+    saved = state.read(path)
+    name = next(
+        name for name, t in saved.tensors[stem].items() if name.endswith(entry) and (t.dim() or entry == "step")
+    )
+    tensors = {**saved.tensors, stem: {**saved.tensors[stem], name: damage(saved.tensors[stem][name])}}
+    plain = {key: value for key, value in saved.plain.items() if key not in ("format", "files", "step")}
+    state.write(again, state.Saved(saved.step, tensors, plain), 1)
+    with pytest.raises(
+        TrainingError, match=r"the checkpoint of step 3 does not fit this run: ValueError: .*start anew"
+    ):
+        train(again, settings(ema=0.9), resume=True)
+
+
 @pytest.mark.parametrize("file", ["state.json", "model.safetensors", "random.safetensors"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "torn"])
 def test_every_file_is_checked(undisturbed, tmp_path, file, damage):

@@ -104,6 +104,12 @@ def test_json_within_the_limits_is_read(tmp_path):
         ("a: &m {x: *m}", "too deeply|not valid YAML"),
         ("a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
             f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)), "too many values"),
+        ("a: " + "[" * 100_000, "nested too deeply"),
+        ("? " * 2000, "nested too deeply"),
+        ("- " * 2000, "nested too deeply"),
+        ("a0: &a0 {x: 1, y: 2}\n" + "".join(
+            f"a{i}: &a{i} {{<<: [{','.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 10)), "too many values"),
+        ("a: &a 1\nb: [" + ", ".join(["*a"] * 1001) + "]", "too many values"),
     ],
 )  # fmt: skip
 def test_yaml_beyond_the_limits_is_refused(tmp_path, text, said):
