@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from comcat.cli.generate import parse_adapter, parse_seeds, slug
 from comcat.customize import contest, digits, load_adapter
@@ -180,6 +181,25 @@ def test_convert_to_a_lora_and_back(place, dog, tmp_path, layout):
     assert {layer.rank for layer in handle.layers.values()} == {8}
 
 
+def test_convert_with_an_alpha(place, tmp_path):
+    """Of a LoRA that does not say it: alpha / rank is what its effects are multiplied by."""
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    rows, columns = digits.build().unet.get_submodule(name).weight.shape
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"A": (2, columns), "B": (rows, 2)}
+    lora = {f"unet.{name}.lora_{k}.weight": torch.randn(s, generator=generator) for k, s in shapes.items()}
+    save_file(lora, tmp_path / "lora.safetensors")
+    effects = {}
+    for alpha in (None, 5):
+        more = [] if alpha is None else ["--lora-alpha", alpha]
+        out = tmp_path / f"{alpha}.safetensors"
+        more += ["--to", "comcat", "--rank", 4, "--base", place / "base", "--json"]
+        result = Result(["adapter", "convert", tmp_path / "lora.safetensors", out, *more])
+        assert result.code == 0, result.err
+        effects[alpha] = max(layer["effect"] for layer in json.loads(result.out)["layers"])
+    assert effects[5] == pytest.approx(effects[None] * 5 / 2, rel=1e-3)
+
+
 def test_convert_weighed_by_inputs(place, dog, tmp_path):
     lora = tmp_path / "lora.safetensors"
     more = ["--base", place / "base", "--lora-rank", 2, "--scale", 0.5, "--prompt", "a V* photo"]
@@ -306,5 +326,21 @@ def test_parsing(tmp_path):
     assert parse_adapter(str(tmp_path / "a:1")) == (tmp_path / "a:1", None, None)
     assert parse_adapter("dog.safetensors:0.8,token=V2*") == (Path("dog.safetensors"), 0.8, "V2*")
     assert parse_adapter("dog.safetensors,token=<d:1>") == (Path("dog.safetensors"), None, "<d:1>")
+    assert parse_adapter("dog.safetensors,token=V2*:0.8") == (Path("dog.safetensors"), 0.8, "V2*")
+    assert parse_adapter(r"C:\dog.safetensors:0.8") == (Path(r"C:\dog.safetensors"), 0.8, None)
+    (tmp_path / "a,token=b.safetensors").write_text("")
+    assert parse_adapter(str(tmp_path / "a,token=b.safetensors:2")) == (tmp_path / "a,token=b.safetensors", 2, None)
+    assert parse_adapter("a" * 999 + ":1") == (Path("a" * 999), 1, None)
+    for text in (
+        "x.safetensors:abc",
+        "x.safetensors:",
+        "x.safetensors:0,8",
+        "x.safetensors:1,token=",
+        "x.safetensors,1",
+    ):
+        with pytest.raises(typer.BadParameter, match=r"write FILE, FILE:0\.8 or FILE:0\.8,token="):
+            parse_adapter(text)
+    with pytest.raises(typer.BadParameter, match="more than 10,000 seeds"):
+        parse_seeds("0-9223372036854775806")
     assert slug("A photo of <V*>, äh!") == "a-photo-of-v-h"
     assert slug("***") == "prompt"

@@ -209,3 +209,24 @@ def test_bases(place, tmp_path, case):
     refused(Result(["generate", base, "--prompt", "x", "--out", tmp_path / "images"]), "^error: ", BASES[case])
     assert not out.exists()
     assert not (tmp_path / "images").exists()
+
+
+def test_a_conversion_needs_another_file(place, tmp_path):
+    own = tmp_path / "dog.safetensors"
+    shutil.copy(place / "dog.safetensors", own)
+    (tmp_path / "link.safetensors").symlink_to(own)
+    before = own.read_bytes()
+    for out in (own, tmp_path / "link.safetensors"):
+        result = Result(["adapter", "convert", own, out, "--to", "comcat", "--overwrite"])
+        assert result.code == 2
+        assert "is FILE itself" in result.err
+    assert own.read_bytes() == before
+
+
+@pytest.mark.parametrize("more", [["--rank", 2], ["--lora-alpha", 2], ["--partial"]])
+@pytest.mark.parametrize("to", ["comcat", "kohya"])
+def test_what_is_for_loras_alone(place, tmp_path, more, to):
+    result = Result(["adapter", "convert", place / "dog.safetensors", tmp_path / "x.safetensors", "--to", to, *more])
+    assert result.code == 2
+    assert "--lora-alpha" in result.err
+    nothing_in(tmp_path)

@@ -42,6 +42,22 @@ def learn(pipe: Any, tmp_path: Path, prompt: str = "a photo of V*", out: Path | 
     return train(pipe, folder if folder.exists() else photos(folder), prompt, config, out=out, cpu=True, **more)
 
 
+def test_captions_that_work_against_the_run_are_noted(pipe, tmp_path):
+    notes: list[str] = []
+    both = "a photo of a dog"
+    more = {"class_prompt": both, "class_images": photos(tmp_path / "class")}
+    learn(pipe, tmp_path, both, steps=1, note=notes.append, **more)
+    assert [note for note in notes if "is both the class prompt and the caption of photos" in note]
+    notes.clear()
+    learn(pipe, tmp_path, "a <V*> dog", name="other", steps=1, note=notes.append)
+    assert [note for note in notes if "no word of 'a <V*> dog' looks like a new one" in note]
+
+
+def test_a_strength_of_nothing_learns_nothing():
+    with pytest.raises(TrainingError, match="scale is 0, at which no product learns anything"):
+        CustomizeConfig(scale=0.0)
+
+
 # What the VAE says of its latents
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 import accelerate
 
 from comcat import customize
-from comcat.errors import ModelError
+from comcat.errors import DataError, ModelError
 from comcat.hosts import clip
 from diffusion import fill, picture, pipeline, tokenizer
 
@@ -301,3 +301,35 @@ def test_the_tokenizer_is_saved_as_it_was(tmp_path: Path) -> None:
     customize.add_adapter(pipe, token="V*")
     pipe.tokenizer.save_pretrained(tmp_path)
     assert not any("V*" in f.read_text() for f in tmp_path.iterdir())
+
+
+def test_a_word_whose_vectors_are_in_another_text_encoder() -> None:
+    """A tokenizer that is shared, and an encoder that is not: what would come out is an index beyond the table."""
+    one, other = pipeline(), pipeline()
+    customize.add_adapter(one, token="V*")
+    other.tokenizer = one.tokenizer
+    customize.generate(other, ["a dog"], steps=1, height=8, width=8)
+    with pytest.raises(
+        DataError, match=r"'V\*' in 'a V\*' is a learned word of this pipeline's tokenizer, and its vec"
+    ):
+        customize.generate(other, ["a V*"], steps=1, height=8, width=8)
+    other.text_encoder = one.text_encoder
+    customize.generate(other, ["a V*"], steps=1, height=8, width=8)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"prompts": "a dog"}, "prompts must be a list of texts"),
+        ({"prompts": [3]}, "prompts must be a list of texts"),
+        ({"steps": 0}, "steps is 0, but must be a whole number of at least 1"),
+        ({"height": 0, "width": 0}, "height is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"seeds": (1.5,)}, "the seed 1.5 must be a whole number"),
+        ({"seeds": (2**64,)}, "the seed 18446744073709551616 must be"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+    ],
+)
+def test_requests_that_cannot_be_drawn(request_: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        customize.generate(pipeline(), **{"prompts": ["a dog"], "steps": 1, **request_})

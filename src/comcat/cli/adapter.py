@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -109,8 +110,14 @@ def convert(
             raise typer.BadParameter(f"{to!r} is not diffusers, kohya or comcat", param_hint="--to")
         if storage not in STORAGES:
             raise typer.BadParameter(f"{storage!r} is not one of {', '.join(STORAGES)}", param_hint="--storage")
+        if os.path.exists(out) and os.path.exists(file) and os.path.samefile(file, out):
+            raise typer.BadParameter("is FILE itself, of which a conversion loses something", param_hint="OUT")
         check_output_file(out, overwrite)
         if to != "comcat":
+            if rank is not None or lora_alpha is not None or partial:
+                raise typer.BadParameter(
+                    f"{to} takes no --rank, --lora-alpha and --partial, which are for --to comcat", param_hint="--to"
+                )
             check_output_file(embedding_path(out), overwrite)
         if to == "comcat":
             document = _to_comcat(screen, file, out, base, rank, storage, scale, lora_alpha, partial, variant, device)
@@ -136,6 +143,12 @@ def _to_comcat(
     from ..customize.restoring import is_adapter, restore_adapter
 
     if is_adapter(file):
+        if rank is not None or lora_alpha is not None or partial:
+            raise typer.BadParameter(
+                "is an adapter of comcat, and keeps its ranks: leave out --rank, --lora-alpha and --partial, which are "
+                "for LoRAs",
+                param_hint="FILE",
+            )
         restore_adapter(file, out, storage, scale)
         screen.done((out, "bold"), f": the same adapter, stored as {storage}")
         return {"storage": storage}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from .customize import Base, Device, Variant
 from .inputs import parse_device
 
 IMAGES = "Images"
+MOST_SEEDS = 10_000
 
 
 @command
@@ -131,19 +133,36 @@ def generate(
 
 
 def parse_adapter(text: str) -> tuple[Path, float | None, str | None]:
-    """``dog.safetensors:0.8,token=V2*`` -> (path, strength or None, word or None)."""
-    token = None
-    if not Path(text).exists():
-        head, found, tail = text.rpartition(",token=")
-        if found:
-            text, token = head, tail
-    head, colon, tail = text.rpartition(":")
-    if colon and not Path(text).exists():
-        try:
-            return Path(head), float(tail), token
-        except ValueError:
-            pass
-    return Path(text), None, token
+    """``dog.safetensors:0.8,token=V2*`` -> (path, strength or None, word or None), in either order.
+
+    What is there under this name is taken as it is. BadParameter for a strength or a word that is none.
+    """
+    scale = token = None
+    rest = text
+    while not os.path.exists(rest):
+        head, _, tail = rest.rpartition(":")
+        front, found, word = rest.rpartition(",token=")
+        if head and scale is None and (number := _number(tail)) is not None:
+            rest, scale = head, number
+        elif found and token is None:
+            rest, token = front, word
+        else:
+            break
+    typo = None if os.path.exists(rest) else re.search(r"(?i)(?<=\.safetensors)[:,].*", rest)
+    if typo or token == "":
+        raise typer.BadParameter(
+            f"{typo[0] if typo else ',token='!r} of {text!r} cannot be read; write FILE, FILE:0.8 or "
+            "FILE:0.8,token=WORD",
+            param_hint="--adapter",
+        )
+    return Path(rest), scale, token
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -153,7 +172,10 @@ def parse_seeds(text: str) -> list[int]:
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
         if match is None or not int(match[1]) <= int(match[2] or match[1]) < 2**63:
             raise typer.BadParameter(f"{item!r} is no seed; write them like 0-3,7", param_hint="--seeds")
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if len(found) + last - first >= MOST_SEEDS:
+            raise typer.BadParameter(f"{text!r} is more than {MOST_SEEDS:,} seeds", param_hint="--seeds")
+        found += range(first, last + 1)
     return list(dict.fromkeys(found))
 
 

@@ -123,6 +123,8 @@ class CustomizeConfig(Settings):
         self.check()
         if len(self.betas) != 2:
             raise TrainingError(f"betas has {len(self.betas)} values; give two, e.g. [0.9, 0.999]")
+        if self.scale == 0:
+            raise TrainingError("scale is 0, at which no product learns anything; train at 1, and load it at 0")
         if self.random_crop and self.cache_latents:
             raise TrainingError(
                 "random_crop needs another encoding every time; set cache_latents to false, or crop alike"

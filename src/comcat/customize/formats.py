@@ -281,7 +281,7 @@ def _read_token(
     pipe: Any, found: Header, text: str | None, tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None
 ) -> Token:
     token = found.token or {}
-    text, count = text or token["text"], token["vectors"]
+    text, count = token["text"] if text is None else text, token["vectors"]
     check_new(pipe, text, count)
     vectors = {}
     for encoder, module in text_encoders(pipe).items():

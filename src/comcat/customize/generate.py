@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 
 from ..errors import DataError
+from ..hosts import clip
 from ..progress import Progress
 from .adapter import Adapter, adapters
 from .components import text_encoders, tokenizer_name
@@ -49,9 +51,10 @@ def generate(
         Per prompt, the images of all seeds.
 
     Raises:
-        DataError: the pipeline does not take one of these, such as a negative prompt; or a learned word would be cut
-            off at the end of a prompt, or is not known to this pipeline.
+        DataError: one of these is no such number or text; the pipeline does not take it, such as a negative prompt; or
+            a learned word would be cut off at the end of a prompt, or is not known to this pipeline.
     """
+    _check_request(prompts, seeds, batch_size, {"steps": steps, "height": height, "width": width}, guidance_scale)
     check_words(pipe, [*prompts, *([] if negative_prompt is None else [negative_prompt])])
     wanted = {
         "num_inference_steps": steps,
@@ -95,6 +98,21 @@ def generate(
                 progress(stage, len(images), len(jobs))
     count = len(seeds)
     return [images[i * count : (i + 1) * count] for i in range(len(prompts))]
+
+
+def _check_request(
+    prompts: Any, seeds: Any, batch_size: Any, sizes: Mapping[str, Any], guidance_scale: float | None
+) -> None:
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise DataError("prompts must be a list of texts, such as ['a photo of a dog']")
+    for name, value in {"batch_size": batch_size, **sizes}.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise DataError(f"{name} is {value!r}, but must be a whole number of at least 1")
+    for seed in seeds:
+        if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+            raise DataError(f"the seed {seed!r} must be a whole number of at most 64 bits")
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise DataError(f"guidance_scale is {guidance_scale}, but must be a finite number")
 
 
 @contextlib.contextmanager
@@ -152,6 +170,15 @@ def check_words(pipe: Any, texts: Sequence[str]) -> None:
             "library that does, and pass prompt_embeds to the pipeline",
             stacklevel=3,
         )
+    for encoder, module in text_encoders(pipe).items():
+        tokenizer = getattr(pipe, tokenizer_name(encoder), None)
+        there = clip.known_ids(module)
+        foreign = {word for word, i in learned(tokenizer).items() if i not in there}
+        for text, word in ((text, word) for text in texts for word in foreign if has_token(text, word)):
+            raise DataError(
+                f"{word!r} in {text!r} is a learned word of this pipeline's {tokenizer_name(encoder)}, and its vectors "
+                f"are in another text encoder than its {encoder}. Share both, e.g. by from_pipe, or neither"
+            )
     for handle in adapters(pipe).values():
         if handle.token is None:
             continue

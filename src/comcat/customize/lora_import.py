@@ -50,8 +50,8 @@ def import_lora(
     """
     if rank < 1:
         raise ModelError(f"the rank is {rank}, but must be a whole number from 1 to the head width")
-    if lora_alpha is not None and not math.isfinite(lora_alpha):
-        raise ModelError(f"lora_alpha is {lora_alpha}, but must be a finite number")
+    if lora_alpha is not None and not (math.isfinite(lora_alpha) and lora_alpha):
+        raise ModelError(f"lora_alpha is {lora_alpha}, but must be a finite number other than 0")
     metadata, tensors = read_tensors(path, dtypes=PLAIN | FLOAT8)
     models = components(pipe)
     modules = {c: dict(m.named_modules()) for c, m in models.items()}

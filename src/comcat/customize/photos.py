@@ -88,16 +88,19 @@ def find_photos(
         DataError: a photo or the folder cannot be read; there are no photos; a caption is missing or malformed.
     """
     tell = note or (lambda _: None)
-    files, images = _list_images(Path(folder).expanduser())
+    files, images, others = _list_images(Path(folder).expanduser())
     captions = _find_captions(files, images, prompt, option)
     stems = {path.stem for path in images.values()}
     useful = {METADATA, *images, *(f.name for f in files if f.suffix.lower() == ".txt" and f.stem in stems)}
-    if useless := [f.name for f in files if f.name not in useful]:
+    if useless := sorted({*(f.name for f in files if f.name not in useful), *others}):
         tell(f"ignored, as neither photos ({', '.join(EXTENSIONS)}) nor captions of one: {some(map(repr, useless))}")
     photos: list[Photo] = []
     for name, path in images.items():
         try:
-            photos.append(Photo(path, captions[name], _decode(path).size[::-1]))
+            image, frames = _decode_first(path)
+            photos.append(Photo(path, captions[name], image.size[::-1]))
+            if frames > 1:
+                tell(f"of {name!r}, which holds {frames} images, the first one is used")
         except DataError as e:
             if not skip_bad:
                 raise
@@ -193,8 +196,8 @@ def load_photo(photo: Photo, bucket: Bucket, *, flip: bool = False, crop: tuple[
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div(127.5).sub(1)
 
 
-def _list_images(folder: Path) -> tuple[list[Path], dict[str, Path]]:
-    """All visible files of the folder, sorted by name, and the images among them by name."""
+def _list_images(folder: Path) -> tuple[list[Path], dict[str, Path], list[str]]:
+    """All visible files of the folder, sorted by name, the images among them by name, and what is no file."""
     try:
         if not folder.exists():
             raise DataError(f"there is no folder {folder}. Give the folder that holds the photos")
@@ -212,7 +215,7 @@ def _list_images(folder: Path) -> tuple[list[Path], dict[str, Path]]:
     if not images:
         found = f"{some(repr(e.name) for e in entries)}, and photos end in {', '.join(EXTENSIONS)}"
         raise DataError(f"no photos in {folder}: it holds {found}. Give the folder that holds them, or convert them")
-    return files, images
+    return files, images, [e.name for e in entries if e not in files]
 
 
 def _find_captions(
@@ -271,12 +274,18 @@ def _read_text(path: Path) -> str:
 
 
 def _decode(path: Path) -> Image.Image:
-    """The upright RGB image; DataError if there is none."""
+    """The upright RGB image, the first of several; DataError if there is none."""
+    return _decode_first(path)[0]
+
+
+def _decode_first(path: Path) -> tuple[Image.Image, int]:
+    """The upright RGB image, and how many images the file holds (frames, pages); DataError if there is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata, large photos; what is corrupt raises
             with Image.open(path) as image:
-                return _to_rgb(ImageOps.exif_transpose(image))
+                frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: previews of a camera
+                return _to_rgb(ImageOps.exif_transpose(image)), frames
     except MemoryError:
         raise
     except Exception as e:  # Pillow's decoders raise whatever they like on damaged bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +83,13 @@ def train(
         config = replace(config, token=token)
         if any(f"({token}:" in photo.caption for photo in photos):
             note(f"weights such as ({token}:1.2) mean nothing to diffusers: brackets and numbers are learned as text")
+    elif odd := next((photo.caption for photo in photos if re.search(r"\w\*|<\S+>", photo.caption)), None):
+        note(f"no word of {odd!r} looks like a new one, such as V* or <dog>, so none is learned; name it with --token")
+    if class_prompt in {photo.caption for photo in photos}:
+        note(
+            f"{class_prompt!r} is both the class prompt and the caption of photos: the class images hold it to what it "
+            "was. Give the photos a caption with a new word, e.g. V*"
+        )
     prompt = prompt or photos[0].caption
     given = Path(class_images) if class_images is not None else None
     with contextlib.ExitStack() as stack:

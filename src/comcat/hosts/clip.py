@@ -121,3 +121,9 @@ class ExtraRows(Carries):
 def embeddings(encoder: nn.Module) -> nn.Module:
     """The module that looks up tokens and places."""
     return next(module for module in encoder.modules() if isinstance(module, CLIPTextEmbeddings))
+
+
+def known_ids(encoder: nn.Module) -> set[int]:
+    """The ids of the learned words whose vectors are in this encoder."""
+    extras = getattr(embeddings(encoder), "extras", {})
+    return {token_id for new in extras.values() for token_id in new.ids}
