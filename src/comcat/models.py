@@ -18,6 +18,7 @@ from .errors import ModelError
 from .files import CONFIG_NAME
 from .reader import read_json, read_tensors
 from .source import Source
+from .versions import check_versions
 from .wording import some
 
 #: A model may take this many bytes, or this many times those of its checkpoint or of the bare architecture.
@@ -41,10 +42,12 @@ def load_model(
         pretrained: whether to load pretrained weights where no checkpoint is given.
 
     Raises:
-        ModelError: unknown name, arguments that the architecture does not take or that make it huge, weights that
-            cannot be had, or a checkpoint that does not fit (the differing tensors are named).
+        ModelError: timm or PyTorch is too old to be safe; unknown name, arguments that the architecture does not take
+            or that make it huge, weights that cannot be had, or a checkpoint that does not fit (the differing tensors
+            are named).
         CheckpointError: a saved directory that is damaged.
     """
+    check_versions()
     args = dict(model_args or {})
     check_args(name, args)
     if Path(name).is_dir():

@@ -13,6 +13,7 @@ from torch import nn
 from .arguments import allowed, behaviour, check_args, recorded, structure
 from .errors import CheckpointError
 from .profile import default_input_size
+from .versions import check_versions
 
 #: What of timm's ``pretrained_cfg`` a user of the small model still needs: the data config and the classes.
 _CONFIG_KEYS = (
@@ -30,7 +31,12 @@ class Source:
     config: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise CheckpointError unless timm knows the architecture and it takes these arguments."""
+        """Raise CheckpointError unless timm knows the architecture and it takes these arguments.
+
+        Raises:
+            ModelError: timm or PyTorch is too old to be safe.
+        """
+        check_versions()
         if not timm.is_model(self.name):  # nor anything that would lead to the network
             raise CheckpointError(
                 f"timm has no architecture '{self.name}'; upgrade timm, or the description was edited"
@@ -66,7 +72,30 @@ class Source:
         if dense:
             there, here = {**structure(model), **there}, {**structure(built), **here}
         changed = {k: v for k, v in there.items() if here.get(k) != v and (known is None or k in known)}
+        if "global_pool" in changed:
+            changed = self._pooling(model, changed)
         return replace(self, args={**self.args, **changed}) if changed else self
+
+    def _pooling(self, model: nn.Module, changed: dict[str, Any]) -> dict[str, Any]:
+        """``changed`` so that what is built pools through the modules that the model has.
+
+        For a ViT, the argument ``global_pool`` also chooses the place of the last norm, which ``reset_classifier``
+        leaves where it was: then that is said too; or the argument is left out, and the attribute carried.
+        """
+        known = allowed(self.name)
+        ways: list[dict[str, Any]] = [{}]
+        if known is not None and "fc_norm" in known:
+            ways.append({"fc_norm": not isinstance(getattr(model, "fc_norm", None), nn.Identity)})
+        for more in ways:
+            built = replace(self, args={**self.args, **changed, **more}).build(meta=True)
+            if all(_standing(model, name) == _standing(built, name) for name in ("norm", "fc_norm", "attn_pool")):
+                return {**changed, **more}
+        return {name: value for name, value in changed.items() if name != "global_pool"}
+
+
+def _standing(model: nn.Module, name: str) -> bool:
+    """Whether the model has such a module, and it does something."""
+    return not isinstance(getattr(model, name, None), (nn.Identity, type(None)))
 
 
 def describe(model: nn.Module) -> Source | None:

@@ -1,7 +1,9 @@
 """What makes two modules alike beyond their tensors: the classes of their parts, and plain attributes of these.
 
 A dropout rate, an epsilon or "takes images of any size" leaves no trace in one evaluation, so comparing outputs does
-not find that it was lost.
+not find that it was lost. Switches of a run that are plain attributes, such as timm's ``grad_checkpointing``, count too
+and come back; training mode and ``requires_grad`` do not, since a loaded model is in evaluation mode and all of it can
+be trained.
 """
 
 from __future__ import annotations
@@ -11,15 +13,20 @@ from collections.abc import Mapping
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import timm
 import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError
 from .reader import shown
 
-#: Of the object, not of what it computes.
-_OWN = frozenset({"training", "comcat", "comcat_source", "pretrained_cfg", "default_cfg", "pretrained_model_args"})
+#: Of the object, not of what it computes; ``feature_info`` tells of the layers what they themselves tell.
+_OWN = frozenset({
+    "training", "comcat", "comcat_source", "pretrained_cfg", "default_cfg", "pretrained_model_args", "feature_info",
+})  # fmt: skip
 _MISSING = object()
+#: Classes that compute the same from the same attributes; `norm_layer=partial(nn.LayerNorm, eps=...)` is common.
+_ALIKE: dict[type, type] = {timm.layers.LayerNorm: nn.LayerNorm}
 
 
 class Difference(NamedTuple):
@@ -43,8 +50,9 @@ def differences(model: nn.Module, built: nn.Module) -> list[Difference]:
     there, here = (dict(m.named_modules(remove_duplicate=False)) for m in (model, built))
     for name in dict.fromkeys([*there, *here]):
         a, b = there.get(name), here.get(name)
-        if a is None or b is None or type(a) is not type(b):
-            old, new = ("missing" if module is None else f"a {type(module).__name__}" for module in (a, b))
+        if a is None or b is None or _kind(a) is not _kind(b):
+            full = a is not None and b is not None and type(a).__name__ == type(b).__name__
+            old, new = (_class_name(module, full) for module in (a, b))
             found.append(Difference(name, "", old, new))
             continue
         for attribute in vars(a):
@@ -84,6 +92,16 @@ def is_plain(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(is_plain, value))
     return value is None or type(value) in (bool, int, float, str)
+
+
+def _kind(module: nn.Module) -> type:
+    return _ALIKE.get(type(module), type(module))
+
+
+def _class_name(module: nn.Module | None, full: bool) -> str:
+    if module is None:
+        return "missing"
+    return f"a {type(module).__module__ + '.' if full else ''}{type(module).__qualname__}"
 
 
 def _comparable(value: Any) -> Any:
