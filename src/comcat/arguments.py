@@ -140,6 +140,14 @@ def structure(model: nn.Module) -> dict[str, Any]:
     return args
 
 
+def _classes(model: nn.Module) -> int | None:
+    """Outputs of a classifier that somebody has put there, whatever ``num_classes`` says; None if that is right."""
+    head, said = getattr(model, "head", None), getattr(model, "num_classes", None)
+    width = getattr(head, "out_features", None)
+    plain = isinstance(head, nn.Linear) and isinstance(said, int) and said > 0
+    return width if plain and isinstance(width, int) and width != said else None
+
+
 def behaviour(model: nn.Module) -> dict[str, Any]:
     """Arguments that can be read off a ViT or Swin, compressed or not, and that may change after it is built."""
     args: dict[str, Any] = {}
@@ -157,6 +165,9 @@ def behaviour(model: nn.Module) -> dict[str, Any]:
             value = getattr(place, name, None)
             if isinstance(value, (bool, int, str, tuple)):
                 args[name] = value
+    classes = _classes(model)
+    if classes is not None:
+        args["num_classes"] = classes
     drops = {
         "drop_rate": getattr(model, "head_drop", None) or getattr(getattr(model, "head", None), "drop", None),
         "pos_drop_rate": getattr(model, "pos_drop", None),

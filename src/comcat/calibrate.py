@@ -220,7 +220,7 @@ def calibrate(
         ModelError: nothing to compress, non-finite weights, or outputs that comcat cannot read.
     """
     check_plain(model)
-    with exclusive(model):
+    with exclusive(model), torch.inference_mode(False):
         return _calibrate(model, batches, fisher, probe_images, seed, progress, outputs)
 
 

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ._version import __version__
+from .attention import LowRankAttention
 from .compress import Compression
 from .description import FORMAT, Description, description_digest, read_description
 from .errors import CheckpointError, ModelError, PlanError
 from .files import CONFIG_NAME, atomic_directory, read_whole, tensor_bytes
 from .hosts import find_sites
+from .linear import LowRankLinear
 from .plain import check_plain
 from .plan import Plan
 from .profile import default_input_size
@@ -56,12 +58,18 @@ def save(
             differs is named.
         ModelError: the model holds NaN or infinite weights.
     """
+    _check_path(path)
     check_plain(model)
     made = getattr(model, "comcat", None)
     plan, report, source = (made.plan, made.report, made.source) if made else (Plan({}), None, describe(model))
     if source is None:
         raise CheckpointError("the model does not come from timm.create_model, so it could not be rebuilt when loading")
     check_finite(model)
+    if made is None and any(isinstance(module, (LowRankAttention, LowRankLinear)) for module in model.modules()):
+        raise CheckpointError(
+            "the model holds small layers but not the plan that made them: it is a part of a compressed model, or "
+            "`comcat` was removed from it; compress the timm model itself, before it is wrapped, and save that"
+        )
     plan = standing(plan, model)
     source = source.following(model) if model_args is None else Source(source.name, dict(model_args), source.config)
     source = _current(source, model)
@@ -71,7 +79,10 @@ def save(
             content = tensor_bytes(state, {"format": "pt"})
             parse_tensors(content, "the model")  # dtypes that no model here has are refused before anything is written
         except RuntimeError as error:  # tensors that share memory
-            raise CheckpointError(f"the tensors cannot be written: {error}") from error
+            raise CheckpointError(
+                "the model has layers that share weights, which no architecture of timm has, so that it cannot be "
+                f"rebuilt when loading; save its state_dict() instead ({' '.join(str(error).split())[:300]})"
+            ) from error
         architecture = {"library": "timm", "name": source.name, "args": source.args, "config": source.config}
         config: dict[str, Any] = {
             "comcat_format": FORMAT,
@@ -119,7 +130,17 @@ def load(path: str | Path) -> nn.Module:
     Raises:
         CheckpointError: not a comcat directory, of a newer version, damaged, or inconsistent; the message says which.
     """
-    path = Path(path)
+    _check_path(path)
+    with torch.inference_mode(False), torch.device("cpu"):  # whatever the caller has set
+        return _load(Path(path))
+
+
+def _check_path(path: str | Path) -> None:
+    if "\0" in str(path):
+        raise CheckpointError(f"{str(path)!r} is no path: it holds a NUL character")
+
+
+def _load(path: Path) -> nn.Module:
     config, state, size = read_whole(path, lambda: _read(path))
     name = f"'{path / CONFIG_NAME}'"
     try:

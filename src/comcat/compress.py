@@ -19,8 +19,8 @@ from .hosts import find_sites
 from .hosts.changed import hooked
 from .modes import exclusive
 from .plain import check_plain
-from .plan import Plan
-from .profile import Profile, default_input_size, profile, site_shapes
+from .plan import Plan, check_plan
+from .profile import Profile, default_input_size, image_size, profile, site_shapes
 from .progress import Progress
 from .running import still
 from .sites import Choice, FFNSite, Inventory, LeftDense, Site, check_finite
@@ -137,7 +137,8 @@ def compress_(
             parameters of the result are not what the layers add up to. Whatever is raised, nothing has been changed.
     """
     check_plain(model)
-    with exclusive(model), still(model):
+    check_plan(plan)
+    with exclusive(model), still(model), torch.inference_mode(False):
         return _compress(model, plan, calibration, input_size, keep_original, progress)
 
 
@@ -157,7 +158,7 @@ def _compress(
     _refuse_hooks(inventory, plan)
     earlier: Compression | None = getattr(model, "comcat", None)
     whole = _merged(earlier, plan, inventory)
-    size = tuple(
+    size = image_size(
         input_size or (calibration.input_size if calibration else plan.input_size or default_input_size(model))
     )
     source = earlier.source if earlier else describe(model)
@@ -201,8 +202,9 @@ def compress(
     ModelError also where the model cannot be copied.
     """
     check_plain(model)
+    check_plan(plan)
     try:
-        with exclusive(model):
+        with exclusive(model), torch.inference_mode(False):
             small = copy.deepcopy(model)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise ModelError(f"the model cannot be copied ({error}); compress_ works on it in place") from error

@@ -104,7 +104,7 @@ def _check_size(
     """Raise ModelError before a model is built that does not fit its checkpoint, or is out of all proportion."""
     try:
         model = _shapes(name, args)
-    except (NotImplementedError, RuntimeError) as error:
+    except (NotImplementedError, RuntimeError, ValueError) as error:
         with contextlib.suppress(NotImplementedError, RuntimeError):
             _shapes(name, {})
             raise ModelError(f"'{name}' cannot be built with {args}: {error}") from error

@@ -61,6 +61,11 @@ def check_plain(model: Any) -> None:
     for name, tensor in _tensors(model):
         if isinstance(tensor, nn.UninitializedParameter):
             raise ModelError(f"parameter '{name}' has no shape yet: run the model once on an image first")
+        if tensor.is_inference():
+            raise ModelError(
+                f"parameter '{name}' was made under torch.inference_mode, which allows neither gradients nor changes: "
+                "make or load the model outside of it, or under torch.no_grad"
+            )
         if tensor.is_meta:
             raise ModelError(
                 f"parameter '{name}' is on the meta device, without values: load the weights first (of a model that "

@@ -169,6 +169,15 @@ class Plan:
         return {"comcat_plan": FORMAT, **asdict(self)}
 
 
+def check_plan(plan: Any) -> None:
+    """Raise PlanError unless ``plan`` is a plan at all."""
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"a plan is a comcat.Plan, not {type(plan).__name__}; make one with comcat.plan, read one with "
+            "comcat.Plan.load(path), or write Plan({'blocks.0.attn': {'qk': 24}})"
+        )
+
+
 def full_rank_plan(model: nn.Module, ffn: str = "low-rank") -> Plan:
     """Every rank at its full width: the compressed model computes what the dense one does, to rounding.
 

@@ -29,7 +29,7 @@ from .modes import evaluating, exclusive
 from .plain import check_plain
 from .plan import Budget, Plan
 from .probe import Prober, levels, probe_images, probe_key
-from .profile import default_input_size, profile, site_shapes
+from .profile import default_input_size, image_size, profile, site_shapes
 from .progress import Progress
 from .running import exact, still
 from .sites import PARTS, Choice, Inventory, Site, check_finite, check_parts, gradient_shapes, select_parts
@@ -167,7 +167,7 @@ class Planner:
         check_finite(model)
         if calibration is not None:
             calibration.check(inventory, model)
-        size = tuple(input_size or (calibration.input_size if calibration else default_input_size(model)))
+        size = image_size(input_size or (calibration.input_size if calibration else default_input_size(model)))
         self.shapes = (
             calibration.shapes
             if calibration is not None and size == tuple(calibration.input_size)

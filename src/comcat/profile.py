@@ -67,6 +67,18 @@ def _sizes(value: Any) -> tuple[int, ...]:
     return tuple(found) if all(type(n) is int and n > 0 for n in found) else ()
 
 
+def image_size(size: Any) -> tuple[int, int, int]:
+    """``size`` as (C, H, W).
+
+    Raises:
+        ModelError: it is anything else than three positive whole numbers.
+    """
+    found = _sizes(tuple(size) if isinstance(size, (tuple, list, torch.Size)) else size)
+    if len(found) != 3:
+        raise ModelError(f"an input size is (channels, height, width) in pixels, such as (3, 224, 224), not {size!r}")
+    return (found[0], found[1], found[2])
+
+
 def profile(model: nn.Module, input_size: Sequence[int] | None = None) -> Profile:
     """Count parameters and MACs with one forward pass of a single image.
 
@@ -77,7 +89,9 @@ def profile(model: nn.Module, input_size: Sequence[int] | None = None) -> Profil
     Raises:
         ModelError: the model does not run on an input of this size.
     """
-    size = tuple(input_size or default_input_size(model))
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"a model is a torch.nn.Module, not {type(model).__name__}; make one with timm.create_model")
+    size = image_size(input_size or default_input_size(model))
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise ModelError(f"{type(model).__name__} has no parameters to count")

@@ -60,7 +60,7 @@ def check_same(model: nn.Module, again: nn.Module, advice: str) -> None:
         raise CheckpointError(f"the rebuilt model computes something else: {found}; {advice}")
     parameter = next(model.parameters())
     again = again.to(parameter.device)
-    image = torch.rand(1, *default_input_size(model), generator=torch.Generator().manual_seed(0))
+    image = torch.rand(1, *default_input_size(model), generator=torch.Generator().manual_seed(0), device="cpu")
     image = image.to(parameter.device, parameter.dtype)
     with torch.no_grad(), evaluating(model), evaluating(again):
         if not _close(model(image), again(image)):

@@ -120,7 +120,8 @@ def images_of(batch: Any, place: str = "the batch", kind: type[ComcatError] = Da
             f"{place} holds {len(images)} images of {images.dtype}; the model needs floating-point images, normalized "
             "as in its training"
         )
-    return images.detach()
+    images = images.detach()  # what was made under inference_mode is of no use to gradients
+    return images.clone() if images.is_inference() and not torch.is_inference_mode_enabled() else images
 
 
 def labels_of(batch: Any) -> Tensor:

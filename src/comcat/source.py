@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,7 +49,7 @@ class Source:
         """
         self.check()
         try:
-            with torch.random.fork_rng(devices=[]), torch.device("meta") if meta else nullcontext():
+            with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
                 model = timm.create_model(self.name, pretrained=False, **self.args)
         except Exception as error:  # whatever an architecture raises for arguments that do not go together
             raise CheckpointError(f"timm cannot build '{self.name}' with {self.args}: {error}") from error
