@@ -122,7 +122,7 @@ GENERATE = {
     "size": (["--prompt", PROMPT, "--height", 9, "--width", 16], 1, "Pipeline cannot draw this: .*divisible by 8"),
     "steps": (["--prompt", PROMPT, "--steps", 0], 2, "Invalid value for '--steps'"),
     "strength": (["--prompt", PROMPT, "--adapter", "DOG:nan"], 1, "a strength must be a finite number, not nan"),
-    "no strength": (["--prompt", PROMPT, "--adapter", "DOG:much"], 1, "cannot read '.*dog.safetensors:much'"),
+    "no strength": (["--prompt", PROMPT, "--adapter", "DOG:much"], 2, "Invalid value for --adapter: .:much. of"),
     "twice": (["--prompt", PROMPT, "--adapter", "DOG"], 1, r"has learned 'V\*' already"),
 }
 
