@@ -30,6 +30,7 @@ from .latency import LatencyTable
 from .manifest import Manifest
 from .modes import exclusive
 from .plain import check_plain
+from .plan import FORMAT as PLAN_FORMAT
 from .plan import Budget, Plan
 from .progress import Progress
 from .ranks.alternation import Alternation
@@ -121,7 +122,8 @@ def search(
             sampled = sample_batches(train_loader, UNIT_IMAGES, config.seed)
             loss = Loss(answers.kind, agree(accelerator, unit(answers, model, sampled)))
         if start is None and saved is not None:
-            start = Plan(saved.plain["run"]["start"])
+            with restoring(saved):
+                start = Plan.from_dict({"comcat_plan": PLAN_FORMAT, "layers": saved.plain["run"]["start"]})
         if start is None:
             start = best_training_free(
                 model,

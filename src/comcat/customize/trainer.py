@@ -249,7 +249,8 @@ class Trainer:
             if not fits:
                 wrong.append(key)
         if self.config.optimizer == "adamw":
-            wrong += [name for name in self.parameters if f"{name}|step" not in kept]
+            entries = [f"{name}|{entry}" for name in self.parameters for entry in ("step", "exp_avg", "exp_avg_sq")]
+            wrong += [entry for entry in entries if entry not in kept]
         if wrong:
             raise TrainingError(
                 f"the checkpoint of step {saved.step} does not fit this run: {some(wrong)}. Remove it to continue from "
