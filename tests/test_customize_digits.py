@@ -22,6 +22,15 @@ from comcat.errors import CheckpointError, ComcatError
 STEPS: dict[str, Any] = {"vae_steps": 2, "steps": 2}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Bit by bit is what one thread promises: two may add up gradients in another order, in every run anew."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusionPipeline:
     return digits.build()

@@ -43,6 +43,15 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Bit by bit is what one thread promises: two may add up gradients in another order, in every run anew."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def settings(**changes: Any) -> CustomizeConfig:
     return CustomizeConfig(**{**EVERYTHING, **changes})
 
