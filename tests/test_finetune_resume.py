@@ -219,6 +219,18 @@ def test_what_no_training_leaves_is_refused(undisturbed, tmp_path, stem, entry, 
         train(again, settings(ema=0.9), resume=True)
 
 
+@pytest.mark.parametrize("meter", [[1, [True]], [1, [[[], 1.0, 0.0, 0.0, 1.0]]], ["1", [[0.0] * 5]], [-1, [[0.0] * 5]]])
+def test_sums_of_another_kind_are_refused(undisturbed, tmp_path, meter):
+    again = tmp_path / "out"
+    train(again, settings(), stop=3)
+    [(_, path)] = state.checkpoints(again)
+    saved = state.read(path)
+    plain = {key: value for key, value in saved.plain.items() if key not in ("format", "files", "step")}
+    state.write(again, state.Saved(saved.step, saved.tensors, {**plain, "meter": meter}), 1)
+    with pytest.raises(TrainingError, match=r"the checkpoint of step 3 does not fit this run: .*start anew"):
+        train(again, settings(), resume=True)
+
+
 @pytest.mark.parametrize("file", ["state.json", "model.safetensors", "random.safetensors"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "torn"])
 def test_every_file_is_checked(undisturbed, tmp_path, file, damage):

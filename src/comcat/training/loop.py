@@ -167,8 +167,10 @@ class Trainer:
         return [self._count, sums.tolist()]
 
     def restore_meter(self, meter: list[Any]) -> None:
-        self._count = meter[0]
-        self._sums = torch.tensor(meter[1][self.accelerator.process_index]).to(self._sums)
+        count, sums = meter[0], torch.tensor(meter[1][self.accelerator.process_index])
+        if type(count) is not int or count < 0 or sums.shape != self._sums.shape:
+            raise ValueError("its sums of losses are of another kind")
+        self._count, self._sums = count, sums.to(self._sums)
 
     def _everywhere(self, tensor: Tensor) -> Tensor:
         gathered: Tensor = self.accelerator.gather(tensor[None])
