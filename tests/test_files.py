@@ -288,6 +288,36 @@ def test_threads_that_save_one_path_leave_it_whole(tmp_path: Path, exchanging: b
     assert names(tmp_path) == ["d", "f"]
 
 
+def test_a_directory_that_is_replaced_while_it_is_looked_at_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "d").mkdir()
+    mark(tmp_path / "d", "old")
+    listed = Path.iterdir
+    calls = []
+
+    def replaced(path: Path) -> Any:
+        if path == tmp_path / "d":
+            calls.append(path)
+            if len(calls) == 2:  # after the look whether it is empty
+                path.rename(tmp_path / "set aside")
+                path.mkdir()
+                mark(path, "new")
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", replaced)
+    check_free(tmp_path / "d", overwrite=True)
+    assert len(calls) == 4
+
+    def gone(path: Path) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "iterdir", gone)
+    with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
+        check_free(tmp_path / "d", overwrite=True)
+
+
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     with (
         temporary.claimed(tmp_path / "out"),

@@ -252,12 +252,13 @@ def read_whole(path: str | Path, read: Callable[[], T]) -> T:
                 raise
 
 
-def _identity(path: str | Path) -> tuple[int, int] | None:
+def _identity(path: str | Path) -> tuple[int, int, int] | None:
+    """What ``path`` stands for; the time of the last change with it, since the number of a removed one is used again."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
         return None
-    return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_ctime_ns
 
 
 def _check(path: Path, overwrite: bool, kind: Kind) -> None:

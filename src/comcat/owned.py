@@ -112,9 +112,17 @@ def check_kind(path: Path, kind: Kind) -> None:
 
 
 def strangers(path: Path, layout: Layout) -> list[str]:
-    """Relative names of what is in ``path`` and not in ``layout``."""
+    """Relative names of what is in ``path`` and not in ``layout``.
+
+    Raises:
+        CheckpointError: it cannot be read, for example because another process has just replaced it.
+    """
+    try:
+        entries = sorted(path.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"directory '{path}' cannot be read: {error.strerror}") from error
     found = []
-    for entry in sorted(path.iterdir()):
+    for entry in entries:
         inner = next((layout[pattern] for pattern in layout if fnmatchcase(entry.name, pattern)), Ellipsis)
         is_directory = entry.is_dir() and not entry.is_symlink()
         if inner is Ellipsis or (inner is None) == is_directory or (inner is not None and entry.is_symlink()):
