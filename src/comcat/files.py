@@ -253,7 +253,7 @@ def read_whole(path: str | Path, read: Callable[[], T]) -> T:
 
 
 def _identity(path: str | Path) -> tuple[int, int, int] | None:
-    """What ``path`` stands for; the time of the last change with it, since the number of a removed one is used again."""
+    """What ``path`` stands for, with the time of its last change: the number of a removed one is used again."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
