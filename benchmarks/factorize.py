@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 import comcat
-from comcat.factors import AttentionFactors
-from comcat.heads import HeadWeights
 from comcat.hosts import find_sites
-from comcat.sites import AttentionSite
+from comcat.layers.factors import AttentionFactors
+from comcat.layers.heads import HeadWeights
+from comcat.layers.sites import AttentionSite
 from common import parser, write
 
 

@@ -66,7 +66,7 @@ def damage_adapter(folder: Path, r: random.Random) -> None:
 
 def read_adapter(folder: Path) -> None:
     """Shown, converted and loaded, as the command line does."""
-    from comcat.cli.adapter import _lines
+    from comcat.cli.adapter_command import _lines
     from comcat.customize.restoring import restore_adapter
 
     for file in sorted(folder.glob("*.safetensors")):

@@ -133,7 +133,7 @@ def make_settings(folder: Path) -> None:
 
 
 def read_settings(folder: Path) -> None:
-    from comcat.cli.run import Recipe
+    from comcat.cli.run_command import Recipe
 
     recipe = Recipe.read(folder / "r.yaml")
     comcat.Budget(**recipe.budget)

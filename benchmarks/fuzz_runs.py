@@ -33,7 +33,7 @@ def settings(make: dict[str, Any], read: Callable[[Path], object]) -> Kind:
 
 
 def read_recipe(file: Path) -> None:
-    from comcat.cli.run import Recipe
+    from comcat.cli.run_command import Recipe
 
     recipe = Recipe.read(file)
     comcat.Budget(**recipe.budget)
@@ -41,7 +41,7 @@ def read_recipe(file: Path) -> None:
 
 
 def read_finetune(file: Path) -> None:
-    from comcat.cli.finetune import merge
+    from comcat.cli.finetune_command import merge
     from comcat.training.settings import read_yaml
 
     merge({}, read_yaml(file))
@@ -54,7 +54,7 @@ def read_search(file: Path) -> None:
 
 
 def read_customize(file: Path) -> None:
-    from comcat.cli.customize import settings_of
+    from comcat.cli.customize_command import settings_of
 
     settings_of({}, file)
 
@@ -123,7 +123,7 @@ def make_searched(folder: Path) -> None:
 
 
 def make_manifest(folder: Path) -> None:
-    from comcat.manifest import Manifest
+    from comcat.storage.manifest import Manifest
 
     (folder / "run").mkdir()
     Manifest(folder / "run").write("metrics.jsonl", b"{}\n")
@@ -132,7 +132,7 @@ def make_manifest(folder: Path) -> None:
 
 def read_manifest(folder: Path) -> None:
     """Whatever the list says, what is outside the run's directory stays."""
-    from comcat.manifest import Manifest
+    from comcat.storage.manifest import Manifest
     from comcat.training import state
 
     run = folder / "run"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import comcat
-from comcat.cli.run import Recipe
+from comcat.cli.run_command import Recipe
 from common import parser, write
 
 FOLDER = Path(__file__).parent.parent / "recipes"

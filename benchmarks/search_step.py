@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import comcat
-from comcat.profile import default_input_size
-from comcat.ranks.distribution import RankDistribution
-from comcat.ranks.gates import AttentionGates, GatedModel, LinearGates
-from comcat.ranks.space import SearchSpace
+from comcat.models.profile import default_input_size
+from comcat.rank_search.distribution import RankDistribution
+from comcat.rank_search.gates import AttentionGates, GatedModel, LinearGates
+from comcat.rank_search.space import SearchSpace
 from common import parser, write
 
 WAYS = ("gates", "matrices mixed", "outputs mixed")

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import comcat
-from comcat.factorize import whitening
 from comcat.hosts import find_sites
-from comcat.sites import AttentionSite
+from comcat.layers.sites import AttentionSite
+from comcat.linalg.factorize import whitening
 from common import accuracy, cifar10, parser, spread, teacher, write
 
 MHA = (0.8, 0.6, 0.4, 0.2)

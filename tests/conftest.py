@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import comcat
-from comcat.profile import default_input_size
+from comcat.models.profile import default_input_size
 
 # Tiny models do not gain from threads, and lose much where other tests share the cores; child processes neither.
 os.environ["OMP_NUM_THREADS"] = THREADS = os.environ.get("COMCAT_TEST_THREADS", "1")
@@ -123,7 +123,7 @@ def sockets_blocked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 @pytest.fixture
 def no_source(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip reading off the architecture, most of the time that a tiny compression takes; nothing can be saved."""
-    monkeypatch.setattr(import_module("comcat.compress"), "describe", lambda model: None)
+    monkeypatch.setattr(import_module("comcat.compression"), "describe", lambda model: None)
 
 
 def heed_interrupts() -> None:

@@ -16,7 +16,7 @@ from diffusers.models import attention_processor as ap
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 
 from comcat import customize
-from comcat.added import AddedLayer, AddedProduct, Strength, narrow, widen
+from comcat.nn.added import AddedLayer, AddedProduct, Strength, narrow, widen
 from diffusion import fill, text_encoder
 
 F64 = torch.float64

@@ -5,10 +5,10 @@ from itertools import product
 import numpy as np
 import pytest
 
-from comcat.allocate import Options, allocate, lower_hull, site_options
-from comcat.cost import Shape, break_even, site_cost
 from comcat.errors import BudgetError, PlanError
 from comcat.hosts import find_sites
+from comcat.planning.allocate import Options, allocate, lower_hull, site_options
+from comcat.planning.cost import Shape, break_even, site_cost
 from conftest import vit
 
 SITES = {site.kind: site for site in find_sites(vit()).sites}

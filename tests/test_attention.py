@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from comcat.attention import LowRankAttention, attend
-from comcat.heads import HeadWeights, flatten_heads, gram, is_identity
+from comcat.layers.heads import HeadWeights, flatten_heads, gram, is_identity
+from comcat.nn.attention import LowRankAttention, attend
 from conftest import randomize
 
 B, H, N, D, OUT = 2, 3, 7, 13, 11

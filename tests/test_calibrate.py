@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import comcat
-from comcat.calibrate import Moment, Reservoir
+from comcat.calibration.collect import Moment, Reservoir
 from comcat.errors import CalibrationError, ModelError
 from comcat.hosts import find_sites
 from conftest import calibrated, images, make, swin, vit

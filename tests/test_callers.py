@@ -7,7 +7,7 @@ from torch import nn
 
 import comcat
 from comcat.errors import CheckpointError, ModelError, PlanError
-from comcat.models import load_model
+from comcat.models.opening import load_model
 from conftest import VIT, vit
 
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 import comcat
-from comcat.checkpoint import TENSORS_NAME
 from comcat.errors import CheckpointError
-from comcat.files import CONFIG_NAME
-from comcat.heads import as_parameter
-from comcat.plan import Plan
+from comcat.layers.heads import as_parameter
+from comcat.planning.plan import Plan
+from comcat.storage.atomic import CONFIG_NAME
+from comcat.storage.checkpoint import TENSORS_NAME
 from conftest import SWIN, VIT, assert_same_outputs, calibrated, images, make, swin, vit
 from test_compress import half_plan
 
@@ -278,8 +278,10 @@ def test_a_failed_save_leaves_nothing_behind(
         import os
 
         real = os.rename
-        monkeypatch.setattr("comcat.files.exchange", fail)
-        monkeypatch.setattr("comcat.files.os.rename", lambda a, b: fail() if str(a).endswith(".tmp") else real(a, b))
+        monkeypatch.setattr("comcat.storage.atomic.exchange", fail)
+        monkeypatch.setattr(
+            "comcat.storage.atomic.os.rename", lambda a, b: fail() if str(a).endswith(".tmp") else real(a, b)
+        )
     else:
         monkeypatch.setattr(Path, at, fail)
     expected = (

@@ -15,7 +15,7 @@ import comcat
 from comcat.cli import app
 from comcat.cli.inputs import parse_count, parse_model_args
 from comcat.data import load_dataset, loader
-from comcat.models import load_model
+from comcat.models.opening import load_model
 from conftest import randomize
 from test_data import make_folder, make_parquet, picture
 

@@ -18,9 +18,9 @@ from rich.table import Table
 from comcat.cli import console
 from comcat.cli.console import PlainConsole, Screen, command
 from comcat.errors import DataError
-from comcat.files import atomic_file
+from comcat.models.running import out_of_memory
 from comcat.report.text import one_line, printable
-from comcat.running import out_of_memory
+from comcat.storage.atomic import atomic_file
 
 HOSTILE = "[/bold] [link=http://a]b[/link] \x1b]0;title\x07\x1b[31m \u202egnp\r\x9b1m\udc80 :smile:"
 HARMLESS = "[/bold] [link=http://a]b[/link] ]0;title[31m gnp1m :smile:"
@@ -150,7 +150,10 @@ def test_an_adapter_without_layers_is_described() -> None:
         training={},
     )
     text = shown(
-        *(lambda s, line=line: s.say(*line) for line in import_module("comcat.cli.adapter")._lines(header, "5 B"))
+        *(
+            lambda s, line=line: s.say(*line)
+            for line in import_module("comcat.cli.adapter_command")._lines(header, "5 B")
+        )
     )
     assert text.count(HARMLESS) == 2
     assert "0 attention layers of UNet, no products" in text

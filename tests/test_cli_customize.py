@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from comcat.cli.generate import parse_adapter, parse_seeds, slug
+from comcat.cli.generate_command import parse_adapter, parse_seeds, slug
 from comcat.customize import contest, digits, load_adapter
 from comcat.customize.digits_score import score
 from comcat.customize.trainer import Trainer

@@ -14,8 +14,8 @@ from test_cli import Result
 @pytest.mark.slow
 def test_demo(tmp_path, monkeypatch):
     # By its name the package holds the command itself, not the module.
-    monkeypatch.setattr(sys.modules["comcat.cli.demo"], "BUDGETS", (0.5, 0.3))
-    monkeypatch.setattr(sys.modules["comcat.cli.demo"], "TUNING_EPOCHS", 1)
+    monkeypatch.setattr(sys.modules["comcat.cli.demo_command"], "BUDGETS", (0.5, 0.3))
+    monkeypatch.setattr(sys.modules["comcat.cli.demo_command"], "TUNING_EPOCHS", 1)
     monkeypatch.setitem(demo.MODEL_ARGS, "depth", 2)
     out = tmp_path / "demo"
     threads = torch.get_num_threads()

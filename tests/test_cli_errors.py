@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import comcat
-from comcat.models import load_model
+from comcat.models.opening import load_model
 from conftest import heed_interrupts, randomize
 from test_cli import ARGS, NAME, Result, compress, model_options, place  # noqa: F401 - a fixture
 from test_data import make_folder

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import comcat
-from comcat import timing
-from comcat.models import load_model
+from comcat.models.opening import load_model
+from comcat.planning import timing
 from conftest import randomize
 from test_cli import ARGS, NAME, Result, compress, model_options, place  # noqa: F401 - a fixture
 from test_latency import measure

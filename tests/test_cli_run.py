@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 import comcat
 from comcat import SearchConfig, TrainingError
-from comcat.cli.finetune import merge
-from comcat.cli.run import Recipe
-from comcat.models import load_model
-from comcat.sites import check_parts
+from comcat.cli.finetune_command import merge
+from comcat.cli.run_command import Recipe
+from comcat.layers.sites import check_parts
+from comcat.models.opening import load_model
 from conftest import randomize
 from test_cli import ARGS, NAME, Result
 from test_cli_errors import refused
@@ -89,14 +89,14 @@ def test_resumed_after_every_stage(
     assert [path.name for path in out.iterdir()] == ["search"]
     refused(run(place, out), "already holds something; continue with --resume or choose another --out")
 
-    original = comcat.training.run.Run._after_step
+    original = comcat.training.engine.Run._after_step
 
     def interrupt(self: Any, due: Any) -> None:
         original(self, due)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(comcat.training.run.Run, "_after_step", interrupt)
+        patch.setattr(comcat.training.engine.Run, "_after_step", interrupt)
         result = run(place, out, "--resume")
     assert result.code == 130, result.err
     assert {path.name for path in out.iterdir()} == {"compressed", "finetuned"}

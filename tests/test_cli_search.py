@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import comcat
-from comcat.ranks.alternation import Alternation
+from comcat.rank_search.alternation import Alternation
 from test_cli import Result, compress, place  # noqa: F401 - a fixture
 from test_cli_errors import refused
 from test_data import make_folder

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import comcat
-from comcat.attention import LowRankAttention
 from comcat.errors import CalibrationError, ModelError, PlanError
 from comcat.hosts import find_sites
 from comcat.hosts.timm import LowRankWindowAttention
-from comcat.linear import LowRankLinear
+from comcat.nn.attention import LowRankAttention
+from comcat.nn.linear import LowRankLinear
 from conftest import VIT, assert_same_outputs, calibrated, images, make, swin, vit
 
 pytestmark = pytest.mark.usefixtures("no_source")

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 import comcat
-from comcat.cost import (
+from comcat.hosts import find_sites
+from comcat.models.profile import profile, site_shapes
+from comcat.nn.linear import LowRankLinear
+from comcat.planning.cost import (
     Cost,
     Shape,
     attention_cost,
@@ -17,9 +20,6 @@ from comcat.cost import (
     neurons_cost,
     site_cost,
 )
-from comcat.hosts import find_sites
-from comcat.linear import LowRankLinear
-from comcat.profile import profile, site_shapes
 from conftest import VIT, make, swin, vit
 
 pytestmark = pytest.mark.usefixtures("no_source")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from comcat.curves import Curve, probed_curve, spectrum_curve, uniform_curve
-from comcat.factors import site_factors
 from comcat.hosts import find_sites
+from comcat.layers.factors import site_factors
+from comcat.planning.curves import Curve, probed_curve, spectrum_curve, uniform_curve
 from conftest import calibrated, vit
 
 

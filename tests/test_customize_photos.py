@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from comcat.customize.photos import (
-    find_photos,
-)
+from comcat.customize.photos import find_photos
 from comcat.errors import DataError
 
 PROMPT = "a photo of sks dog"
@@ -216,7 +214,7 @@ def test_unreadable_sidecar(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("comcat.reader.os.open", refuse)
+    monkeypatch.setattr("comcat.storage.reader.os.open", refuse)
     assert "a.txt cannot be read (Permission denied)" in refusal(tmp_path)
 
 

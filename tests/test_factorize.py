@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from comcat.errors import CalibrationError
-from comcat.factorize import (
+from comcat.layers.heads import gram
+from comcat.linalg.factorize import (
     REFIT_RIDGE,
     RIDGE,
     factor_qk,
@@ -16,7 +17,6 @@ from comcat.factorize import (
     ridge_used,
     whitening,
 )
-from comcat.heads import gram
 
 H, d, D, OUT, N = 3, 5, 13, 11, 997
 

@@ -7,8 +7,8 @@ import torch
 
 import comcat
 from comcat.errors import CalibrationError
-from comcat.factors import site_factors
 from comcat.hosts import find_sites
+from comcat.layers.factors import site_factors
 from conftest import vit
 
 

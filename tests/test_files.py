@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from comcat import temporary
 from comcat.errors import CheckpointError
-from comcat.files import CONFIG_NAME, atomic_directory, atomic_file, check_free, recover, tensor_bytes
-from comcat.manifest import Manifest
+from comcat.storage import temporary
+from comcat.storage.atomic import CONFIG_NAME, atomic_directory, atomic_file, check_free, recover, tensor_bytes
+from comcat.storage.manifest import Manifest
 
 
 def full_disk(*args: Any) -> None:
@@ -36,8 +36,8 @@ def text(directory: Path) -> str:
 def exchanging(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both ways to replace a directory."""
     if request.param == "no exchange":
-        monkeypatch.setattr("comcat.files.exchange", lambda a, b: False)
-        monkeypatch.setattr("comcat.exchange._function", lambda: None)
+        monkeypatch.setattr("comcat.storage.atomic.exchange", lambda a, b: False)
+        monkeypatch.setattr("comcat.storage.exchange._function", lambda: None)
     return bool(request.param == "exchange")
 
 
@@ -59,7 +59,7 @@ def test_a_file_appears_complete(tmp_path: Path) -> None:
 @pytest.mark.parametrize("function", ["fsync", "replace", "open"])
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     (tmp_path / "a").write_bytes(b"old")
-    monkeypatch.setattr(f"comcat.files.os.{function}", full_disk)
+    monkeypatch.setattr(f"comcat.storage.atomic.os.{function}", full_disk)
     with (
         pytest.raises(CheckpointError, match="No space left on device; nothing was written"),
         atomic_file(tmp_path / "a") as file,
@@ -106,9 +106,11 @@ def test_the_old_directory_comes_back_if_the_rename_fails(
     with atomic_directory(tmp_path / "d") as directory:
         mark(directory, "old")
     real = os.rename
-    monkeypatch.setattr("comcat.files.os.rename", lambda a, b: full_disk() if str(a).endswith(".tmp") else real(a, b))
+    monkeypatch.setattr(
+        "comcat.storage.atomic.os.rename", lambda a, b: full_disk() if str(a).endswith(".tmp") else real(a, b)
+    )
     if exchanging:
-        monkeypatch.setattr("comcat.files.exchange", full_disk)
+        monkeypatch.setattr("comcat.storage.atomic.exchange", full_disk)
     with pytest.raises(CheckpointError, match="No space left"), atomic_directory(tmp_path / "d", overwrite=True) as new:
         mark(new, "new")
     assert names(tmp_path) == ["d"]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import comcat
-from comcat.models import load_model
+from comcat.models.opening import load_model
 from conftest import heed_interrupts, randomize
 from test_cli import ARGS, NAME, Result
 from test_cli_errors import refused
@@ -85,7 +85,7 @@ def test_settings_from_a_file(place, tmp_path):
 def test_interrupted_and_resumed(place, tmp_path, monkeypatch):
     options = [*QUICK, "--epochs", 2, "--random-erasing", 0.5, "--keep-checkpoints"]
     assert finetune(place, tmp_path / "whole", *options).code == 0
-    original = comcat.training.run.Run._after_step
+    original = comcat.training.engine.Run._after_step
 
     def interrupt(self, due):
         original(self, due)
@@ -93,7 +93,7 @@ def test_interrupted_and_resumed(place, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(comcat.training.run.Run, "_after_step", interrupt)
+        patch.setattr(comcat.training.engine.Run, "_after_step", interrupt)
         result = finetune(place, tmp_path / "out", *options)
     refused(result, "interrupted; the checkpoint of step 6 is in '.*out'; continue with --resume$", code=130)
     assert not (tmp_path / "out" / "comcat.json").exists()

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import comcat
+from comcat.calibration.fingerprint import fingerprint
 from comcat.errors import CalibrationError
-from comcat.fingerprint import fingerprint
 from comcat.hosts import find_sites
-from comcat.modes import _busy, exclusive
+from comcat.models.modes import _busy, exclusive
 from conftest import calibrated, images, vit
 
 pytestmark = pytest.mark.usefixtures("no_source")

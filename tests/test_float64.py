@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from comcat import factorize, factors, heads, running
-from comcat.factors import site_factors
 from comcat.hosts import find_sites
-from comcat.ranks import gates
+from comcat.layers import factors, heads
+from comcat.layers.factors import site_factors
+from comcat.linalg import factorize
+from comcat.models import running
+from comcat.rank_search import gates
 from conftest import calibrated, vit
 
 MODULES = (factorize, factors, heads, gates)

@@ -12,10 +12,10 @@ from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsB
 from torch import nn
 
 import comcat
-from comcat.attention import LowRankAttention
 from comcat.errors import ModelError
 from comcat.hosts import find_sites
-from comcat.linear import LowRankLinear
+from comcat.nn.attention import LowRankAttention
+from comcat.nn.linear import LowRankLinear
 from conftest import SWIN, VIT, calibrated, images, make, randomize, swin, vit
 
 

@@ -10,14 +10,14 @@ import pytest
 from torch import nn
 
 import comcat
-from comcat import timing
-from comcat.allocate import TOLERANCE
 from comcat.errors import BudgetError, CalibrationError, ModelError
 from comcat.hosts import find_sites
-from comcat.latency import Grid, LayerTimes, nested
-from comcat.planner import Planner
-from comcat.profile import site_shapes
-from comcat.sites import PARTS
+from comcat.layers.sites import PARTS
+from comcat.models.profile import site_shapes
+from comcat.planning import timing
+from comcat.planning.allocate import TOLERANCE
+from comcat.planning.latency import Grid, LayerTimes, nested
+from comcat.planning.planner import Planner
 from conftest import calibrated, swin, vit
 
 pytestmark = pytest.mark.usefixtures("no_source")

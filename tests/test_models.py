@@ -11,7 +11,7 @@ from torch import nn
 
 import comcat
 from comcat.errors import CheckpointError, ModelError
-from comcat.source import Source, describe
+from comcat.models.source import Source, describe
 from conftest import VIT, assert_same_outputs, images, make, swin, vit
 from test_compress import half_plan
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import comcat
 from comcat.errors import DataError, ModelError, PlanError
-from comcat.outputs import KINDS, Draw, Outputs, bernoulli_kl, divergence
+from comcat.evaluation.outputs import KINDS, Draw, Outputs, bernoulli_kl, divergence
 from conftest import calibrated, images, swin, vit
 
 pytestmark = pytest.mark.usefixtures("no_source")

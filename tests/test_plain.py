@@ -11,7 +11,7 @@ from torch import nn
 
 import comcat
 from comcat.errors import ModelError
-from comcat.plain import check_plain
+from comcat.models.wrappers import check_plain
 from conftest import calibrated, images, vit
 
 

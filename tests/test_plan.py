@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 import comcat
-from comcat.allocate import TOLERANCE
-from comcat.cost import Cost, break_even
-from comcat.cost import parts_cost as site_parts_cost
 from comcat.errors import BudgetError, CheckpointError, ModelError, PlanError
 from comcat.hosts import find_sites
-from comcat.profile import site_shapes
-from comcat.sites import PARTS, select_parts
+from comcat.layers.sites import PARTS, select_parts
+from comcat.models.profile import site_shapes
+from comcat.planning.allocate import TOLERANCE
+from comcat.planning.cost import Cost, break_even
+from comcat.planning.cost import parts_cost as site_parts_cost
 from conftest import calibrated, swin, vit
 
 pytestmark = pytest.mark.usefixtures("no_source")

@@ -9,11 +9,11 @@ from timm.models.vision_transformer import ParallelThingsBlock
 from torch import nn
 
 import comcat
-from comcat.factors import site_factors
 from comcat.hosts import find_sites
-from comcat.modes import evaluating
-from comcat.probe import Prober, levels, sample_size, swapped
-from comcat.sites import Inventory
+from comcat.layers.factors import site_factors
+from comcat.layers.sites import Inventory
+from comcat.models.modes import evaluating
+from comcat.planning.probe import Prober, levels, sample_size, swapped
 from conftest import VIT, calibrated, images, make, swin, vit
 
 pytestmark = pytest.mark.usefixtures("no_source")

@@ -9,7 +9,7 @@ from torch import nn
 import comcat
 from comcat.errors import ModelError
 from comcat.hosts import find_sites
-from comcat.profile import default_input_size, site_shapes
+from comcat.models.profile import default_input_size, site_shapes
 from conftest import VIT, make, swin, vit
 
 

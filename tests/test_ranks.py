@@ -10,9 +10,9 @@ from torch import Tensor, nn
 import comcat
 from comcat import Budget, Plan, PlanError
 from comcat.hosts import find_sites
-from comcat.ranks.distribution import RankDistribution, candidate_widths, reach
-from comcat.ranks.space import SearchSpace
-from comcat.sites import FFNSite, HeadSite, Site
+from comcat.layers.sites import FFNSite, HeadSite, Site
+from comcat.rank_search.distribution import RankDistribution, candidate_widths, reach
+from comcat.rank_search.space import SearchSpace
 from conftest import calibrated, images, make, swin, vit
 from test_latency import measure
 

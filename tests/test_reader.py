@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 
 from comcat import CheckpointError, PlanError
-from comcat.reader import (
+from comcat.storage.reader import (
     DEPTH,
     PLAIN,
     parse_json,

@@ -14,9 +14,9 @@ from torch import nn
 
 import comcat
 from comcat.errors import CheckpointError, ComcatError, ModelError
-from comcat.models import load_model
-from comcat.traits import carry, differences
-from comcat.versions import LEAST
+from comcat.models.opening import load_model
+from comcat.models.traits import carry, differences
+from comcat.models.versions import LEAST
 from conftest import VIT, assert_same_outputs, images, make, swin, vit
 from test_compress import half_plan
 

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import comcat
 from comcat import Budget, BudgetError, Plan, SearchConfig
 from comcat.hosts import find_sites
-from comcat.ranks.distribution import reach
-from comcat.ranks.space import SearchSpace
+from comcat.rank_search.distribution import reach
+from comcat.rank_search.space import SearchSpace
 from conftest import calibrated, images, swin, vit
 from test_latency import WIDE, measure
 

@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 import comcat
 from comcat import DataError, SearchConfig, TrainingError
 from comcat.data import load_dataset
-from comcat.data.training import training_loader
+from comcat.data.training_set import training_loader
 from conftest import images, vit
 from test_data import make_folder
 from test_search import HALF, host, loader, settings, statistics  # noqa: F401 - fixtures
@@ -75,7 +75,7 @@ def test_our_own_evaluation_data_are_refused(host: nn.Module, tmp_path: Path, sp
 
 
 def test_training_data_pass(host: nn.Module) -> None:
-    refuse = import_module("comcat.ranks.data").refuse_evaluation_data
+    refuse = import_module("comcat.rank_search.halves").refuse_evaluation_data
     for data in (Split(host, split="train"), Split(host, train=True), Split(host), Subset(Split(host), [0])):
         refuse(DataLoader(data))
         refuse(DataLoader(data), DataLoader(Split(host, split="test")))

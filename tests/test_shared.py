@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import comcat
-from comcat.attention import LowRankAttention
 from comcat.errors import CheckpointError, ModelError
 from comcat.hosts import find_sites
+from comcat.nn.attention import LowRankAttention
 from conftest import calibrated, images, vit
 
 WIDE = {"embed_dim": 48, "num_heads": 3, "depth": 3, "mlp_ratio": 2.0}

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import comcat
-from comcat.cost import break_even
 from comcat.errors import CalibrationError, ModelError
 from comcat.hosts import find_sites
+from comcat.planning.cost import break_even
 from conftest import calibrated, swin, vit
 
 

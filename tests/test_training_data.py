@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 from comcat import DataError
 from comcat.data import load_dataset
 from comcat.data.loading import BadImage, StreamData
-from comcat.data.training import Augmentation, Batch, PerSample, collate, training_loader
+from comcat.data.training_set import Augmentation, Batch, PerSample, collate, training_loader
 from test_data import CONFIG, make_folder, picture
 
 STRONG = Augmentation(auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5, color_jitter=0.3)

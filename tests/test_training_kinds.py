@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import comcat
 from comcat import Budget, DataError, FinetuneConfig, ModelError, SearchConfig, TrainingError
-from comcat.outputs import KINDS, Outputs, Spread, answers, divergence
+from comcat.evaluation.outputs import KINDS, Outputs, Spread, answers, divergence
+from comcat.evaluation.scores import SHOWN
 from comcat.report import tables
-from comcat.scores import SHOWN
 from comcat.training.answers import Answers, unit
-from comcat.training.config import Kind
+from comcat.training.finetune_config import Kind
 from comcat.training.losses import Loss
 from conftest import calibrated, images, vit
 from test_outputs import Wrapped

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from comcat import FinetuneConfig, TrainingError
 from comcat.training import state
 from comcat.training.average import Average
-from comcat.training.features import Features, block_names
+from comcat.training.block_outputs import Features, block_names
 from comcat.training.log import Log
 from comcat.training.losses import feature_loss, hard_distillation, soft_distillation, terms
 from comcat.training.randomness import get_state, isolated, seed_all, set_state

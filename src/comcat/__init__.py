@@ -20,21 +20,21 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .calibrate import calibrate
-    from .calibration import Calibration
-    from .checkpoint import load, save
-    from .compress import LayerReport, Report, compress, compress_, restore_
-    from .evaluate import Agreement, Evaluation, agreement, evaluate, throughput
-    from .finetune import FinetuneConfig, FinetuneResult, finetune
-    from .latency import LatencyTable
-    from .models import load_model
-    from .plan import Budget, Plan, full_rank_plan
-    from .planner import check_budget, plan
-    from .profile import Profile, profile
-    from .ranks.config import SearchConfig
-    from .search import search
-    from .spectra import Spectrum, spectra
-    from .timing import measure_latency
+    from .calibration.collect import calibrate
+    from .calibration.statistics import Calibration
+    from .compression import LayerReport, Report, compress, compress_, restore_
+    from .evaluation.measure import Agreement, Evaluation, agreement, evaluate, throughput
+    from .models.opening import load_model
+    from .models.profile import Profile, profile
+    from .planning.latency import LatencyTable
+    from .planning.plan import Budget, Plan, full_rank_plan
+    from .planning.planner import check_budget, plan
+    from .planning.spectra import Spectrum, spectra
+    from .planning.timing import measure_latency
+    from .rank_search.run import search
+    from .rank_search.search_config import SearchConfig
+    from .storage.checkpoint import load, save
+    from .training.finetuning import FinetuneConfig, FinetuneResult, finetune
 
 __all__ = [
     "Agreement",
@@ -83,37 +83,37 @@ __all__ = [
 _lazy.package(
     __name__,
     {
-        "Agreement": "evaluate",
-        "Budget": "plan",
-        "Calibration": "calibration",
-        "Evaluation": "evaluate",
-        "FinetuneConfig": "finetune",
-        "FinetuneResult": "finetune",
-        "LatencyTable": "latency",
-        "LayerReport": "compress",
-        "Plan": "plan",
-        "Profile": "profile",
-        "Report": "compress",
-        "SearchConfig": "ranks.config",
-        "Spectrum": "spectra",
-        "agreement": "evaluate",
-        "calibrate": "calibrate",
-        "check_budget": "planner",
-        "compress": "compress",
-        "compress_": "compress",
-        "evaluate": "evaluate",
-        "finetune": "finetune",
-        "full_rank_plan": "plan",
-        "load": "checkpoint",
-        "load_model": "models",
-        "measure_latency": "timing",
-        "plan": "planner",
-        "profile": "profile",
-        "restore_": "compress",
-        "save": "checkpoint",
-        "search": "search",
-        "spectra": "spectra",
-        "throughput": "evaluate",
+        "Agreement": "evaluation.measure",
+        "Budget": "planning.plan",
+        "Calibration": "calibration.statistics",
+        "Evaluation": "evaluation.measure",
+        "FinetuneConfig": "training.finetuning",
+        "FinetuneResult": "training.finetuning",
+        "LatencyTable": "planning.latency",
+        "LayerReport": "compression",
+        "Plan": "planning.plan",
+        "Profile": "models.profile",
+        "Report": "compression",
+        "SearchConfig": "rank_search.search_config",
+        "Spectrum": "planning.spectra",
+        "agreement": "evaluation.measure",
+        "calibrate": "calibration.collect",
+        "check_budget": "planning.planner",
+        "compress": "compression",
+        "compress_": "compression",
+        "evaluate": "evaluation.measure",
+        "finetune": "training.finetuning",
+        "full_rank_plan": "planning.plan",
+        "load": "storage.checkpoint",
+        "load_model": "models.opening",
+        "measure_latency": "planning.timing",
+        "plan": "planning.planner",
+        "profile": "models.profile",
+        "restore_": "compression",
+        "save": "storage.checkpoint",
+        "search": "rank_search.run",
+        "spectra": "planning.spectra",
+        "throughput": "evaluation.measure",
     },
 )
 

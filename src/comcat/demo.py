@@ -60,7 +60,7 @@ def write_digits(folder: Path, seed: int = 0) -> None:
 
 def build(seed: int = 0) -> nn.Module:
     """The untrained model, with the same weights for the same seed."""
-    from .models import load_model
+    from .models.opening import load_model
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -7,16 +7,16 @@ from typing import Annotated
 
 import typer
 
-from .adapter import app as adapter
-from .compress import compress
-from .customize import customize
-from .demo import demo
-from .demo_customize import demo_customize
-from .evaluate import evaluate
-from .finetune import finetune
-from .generate import generate
-from .inspect import inspect
-from .run import run
+from .adapter_command import app as adapter
+from .compress_command import compress
+from .customize_command import customize
+from .demo_command import demo
+from .demo_customize_command import demo_customize
+from .evaluate_command import evaluate
+from .finetune_command import finetune
+from .generate_command import generate
+from .inspect_command import inspect
+from .run_command import run
 
 app = typer.Typer(
     name="comcat",

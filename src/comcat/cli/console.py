@@ -165,7 +165,7 @@ def command(function: Command) -> Command:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
-        from ..files import written
+        from ..storage.atomic import written
 
         json_output = bool(kwargs.get("json_output"))
         already = len(written)
@@ -181,7 +181,7 @@ def command(function: Command) -> Command:
         except BrokenPipeError as error:  # the reader of a pipe has had enough
             raise typer.Exit(1) from error
         except (MemoryError, OSError, RuntimeError) as error:
-            from ..running import out_of_memory  # imports PyTorch
+            from ..models.running import out_of_memory  # imports PyTorch
 
             if out_of_memory(error):
                 _fail("out of memory. Use a smaller --batch-size, or --device cpu", 1, json_output, error)

@@ -15,9 +15,9 @@ from .inputs import Reading, report_skipped
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..data.training import Augmentation
-    from ..finetune import FinetuneResult
-    from ..training.config import FinetuneConfig
+    from ..data.training_set import Augmentation
+    from ..training.finetune_config import FinetuneConfig
+    from ..training.finetuning import FinetuneResult
 
 #: Left beside the model, its log and, on request, its checkpoints.
 DOCUMENT = "finetune.json"
@@ -69,11 +69,11 @@ class Job:
 
     def _check_out(self) -> None:
         """Raise CheckpointError if the model could not be written into OUT in the end."""
-        from ..checkpoint import TENSORS_NAME
         from ..errors import CheckpointError
-        from ..files import CONFIG_NAME, check_place
-        from ..manifest import Manifest
-        from ..owned import MODEL, check_kind
+        from ..storage.atomic import CONFIG_NAME, check_place
+        from ..storage.checkpoint import TENSORS_NAME
+        from ..storage.manifest import Manifest
+        from ..storage.owned import MODEL, check_kind
 
         out = self.options.out
         check_place(out / TENSORS_NAME)
@@ -89,7 +89,7 @@ class Job:
 
     def _open_data(self) -> None:
         from ..data import loader
-        from ..data.training import training_loader
+        from ..data.training_set import training_loader
         from .inputs import count_classes
 
         o, screen = self.options, self.screen
@@ -155,9 +155,9 @@ class Job:
 
     def run(self) -> None:
         """Train; the main process writes the model, and removes the checkpoints when it is safe."""
-        from ..finetune import finetune
-        from ..manifest import Manifest
+        from ..storage.manifest import Manifest
         from ..training import state
+        from ..training.finetuning import finetune
         from ..training.process import process_index
 
         o = self.options
@@ -183,9 +183,9 @@ class Job:
         """The model into OUT, beside the log; the file that makes a directory a model comes last."""
         import comcat
 
-        from .. import temporary
-        from ..files import CONFIG_NAME, sync_tree
-        from ..manifest import Manifest
+        from ..storage import temporary
+        from ..storage.atomic import CONFIG_NAME, sync_tree
+        from ..storage.manifest import Manifest
 
         out = self.options.out
         temporary.sweep(out)
@@ -223,9 +223,9 @@ class Job:
 
     def show(self) -> None:
         """Print the outcome."""
-        from ..checkpoint import TENSORS_NAME
         from ..report import tables
         from ..report.tables import Measured
+        from ..storage.checkpoint import TENSORS_NAME
 
         out, result = self.screen.out, self.result
         document = self._document()

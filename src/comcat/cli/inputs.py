@@ -97,7 +97,7 @@ class Reading:
         """The model's preprocessing with the options' values, which become its own and are saved with it."""
         from timm.data import resolve_model_data_config
 
-        from ..profile import default_input_size
+        from ..models.profile import default_input_size
 
         if self.interpolation is not None:
             from timm.data.transforms import str_to_interp_mode

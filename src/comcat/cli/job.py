@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..calibration import Calibration
-    from ..compress import Report
+    from ..calibration.statistics import Calibration
+    from ..compression import Report
     from ..data.loading import ImageData, ImageLoader, StreamData
-    from ..latency import LatencyTable
-    from ..plan import Budget, Plan
+    from ..planning.latency import LatencyTable
+    from ..planning.plan import Budget, Plan
     from ..report.tables import Measured
     from .searching import Search
 
@@ -86,10 +86,10 @@ class Job:
 
         import comcat
 
-        from ..calibration import Calibration
+        from ..calibration.statistics import Calibration
+        from ..evaluation.outputs import check_kind
         from ..hosts import find_sites
-        from ..outputs import check_kind
-        from ..sites import check_finite, check_parts
+        from ..layers.sites import check_finite, check_parts
 
         check_parts(self.settings.parts)
         check_kind(self.settings.outputs)
@@ -263,11 +263,11 @@ class Job:
         """Compress, evaluate, write; the output directory appears complete or not at all."""
         import comcat
 
-        from ..checkpoint import TENSORS_NAME
         from ..errors import ComcatError
-        from ..files import atomic_directory
         from ..report.figures import draw_kept
         from ..report.tables import Measured
+        from ..storage.atomic import atomic_directory
+        from ..storage.checkpoint import TENSORS_NAME
 
         screen = self.screen
         small_model = comcat.compress(self.model, plan, calibration=self.calibration, progress=screen.progress)
@@ -297,7 +297,7 @@ class Job:
         """Accuracy one after the other, speed in turns."""
         import torch
 
-        from ..evaluate import evaluate, throughput
+        from ..evaluation.measure import evaluate, throughput
 
         assert self.eval_batches is not None
         measured = []

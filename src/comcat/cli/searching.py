@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.data import DataLoader
 
-    from ..ranks.config import SearchConfig
+    from ..rank_search.search_config import SearchConfig
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Search:
         Raises:
             DataError: they are the images to evaluate on, or have no labels.
         """
-        from ..data.training import training_loader
-        from ..ranks.data import refuse_evaluation_data
+        from ..data.training_set import training_loader
+        from ..rank_search.halves import refuse_evaluation_data
 
         data_config = reading.configure(model)
         data = reading.open(self.split, "calibration", data_config, count_classes(model), self.config.seed)
@@ -63,7 +63,7 @@ class Search:
 
     def hand_over(self, out: Path) -> None:
         """Copy log and picture into the directory of the finished model."""
-        from ..search import LOG_NAME, PICTURE_NAME
+        from ..rank_search.run import LOG_NAME, PICTURE_NAME
 
         for name in (LOG_NAME, PICTURE_NAME):
             if (self.folder / name).exists():
@@ -71,8 +71,8 @@ class Search:
 
     def clean(self) -> None:
         """Remove the working files, which the search wrote, and nothing else; for when the model is safe."""
-        from ..manifest import Manifest
-        from ..search import LOG_NAME, PICTURE_NAME
+        from ..rank_search.run import LOG_NAME, PICTURE_NAME
+        from ..storage.manifest import Manifest
         from ..training import state
         from ..training.log import remove_board
 
@@ -98,7 +98,7 @@ def read_config(file: Path | None, given: dict[str, Any]) -> SearchConfig:
     Raises:
         TrainingError: the file is no YAML mapping, an unknown field, or a value out of range.
     """
-    from ..ranks.config import SearchConfig
+    from ..rank_search.search_config import SearchConfig
     from ..training.settings import read_yaml
 
     values = read_yaml(file) if file is not None else {}

@@ -10,8 +10,8 @@ from .console import Screen
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..latency import LatencyTable
-    from ..plan import Plan
+    from ..planning.latency import LatencyTable
+    from ..planning.plan import Plan
     from ..report.tables import Measured
 
 
@@ -22,7 +22,7 @@ def read_table(path: Path | None, batch_size: int | None, screen: Screen) -> Lat
         CalibrationError: it cannot be read, or was measured at another batch size than asked for.
     """
     from ..errors import CalibrationError
-    from ..latency import LatencyTable
+    from ..planning.latency import LatencyTable
 
     if path is None or not path.is_file():
         return None
@@ -38,7 +38,7 @@ def read_table(path: Path | None, batch_size: int | None, screen: Screen) -> Lat
 
 def measure_table(model: nn.Module, path: Path | None, batch_size: int | None, screen: Screen) -> LatencyTable:
     """A new table, kept in a file if one is named."""
-    from ..timing import measure_latency
+    from ..planning.timing import measure_latency
 
     table = measure_latency(model, batch_size or 1, progress=screen.progress)
     if path is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import tensor_bytes
+from ..storage.atomic import tensor_bytes
 from ..wording import some
 from .header import KEY, Header
 

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..files import tensor_bytes
 from ..progress import Progress
+from ..storage.atomic import tensor_bytes
 from ..training.process import accelerated
 from . import digits
 from .adapter import Adapter, adapters, add_adapter, attach, new_adapter, remove_adapter

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import atomic_file, tensor_bytes
 from ..hosts.seam import Site
 from ..progress import Progress
+from ..storage.atomic import atomic_file, tensor_bytes
 from .adapter import Adapter
 from .components import components, find_sites, text_encoders
 from .formats import the_adapter

@@ -8,12 +8,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import temporary
 from ..errors import CheckpointError
-from ..files import atomic_directory
-from ..owned import DIGITS_CACHE, strangers
 from ..progress import Progress
-from ..reader import read_json
+from ..storage import temporary
+from ..storage.atomic import atomic_directory
+from ..storage.owned import DIGITS_CACHE, strangers
+from ..storage.reader import read_json
 from . import digits
 from .opening import quiet_loading
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..added import AddedLayer
 from ..errors import CheckpointError, ModelError
-from ..files import atomic_file
 from ..hosts.seam import Site, place, precision
-from ..reader import read_tensors
+from ..nn.added import AddedLayer
+from ..storage.atomic import atomic_file
+from ..storage.reader import read_tensors
 from ..wording import some
 from . import adapter as adapters_
 from .adapter import Adapter

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import modes
 from ..errors import ModelError, TrainingError
-from ..running import out_of_memory
+from ..models import modes
+from ..models.running import out_of_memory
 from .components import denoiser
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from .._version import __version__
 from ..errors import CheckpointError, ModelError
-from ..reader import parse_json
+from ..storage.reader import parse_json
 from .adapter import NAME, check_scale
 from .tokens import is_word
 

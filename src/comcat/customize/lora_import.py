@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ModelError
 from ..hosts.seam import Site
-from ..reader import FLOAT8, PLAIN, read_tensors
+from ..storage.reader import FLOAT8, PLAIN, read_tensors
 from ..wording import some
 from .adapter import Adapter, attach, new_adapter
 from .components import components, find_sites

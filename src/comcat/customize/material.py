@@ -12,9 +12,9 @@ from typing import Any
 from PIL import Image
 
 from ..errors import DataError
-from ..files import atomic_file
-from ..manifest import Manifest
 from ..progress import Progress
+from ..storage.atomic import atomic_file
+from ..storage.manifest import Manifest
 from ..wording import some
 from .config import CustomizeConfig
 from .families import Family

@@ -25,8 +25,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .. import reader
 from ..errors import DataError
+from ..storage import reader
 from ..wording import some
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")

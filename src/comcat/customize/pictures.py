@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..files import atomic_file
+from ..storage.atomic import atomic_file
 
 _GAP = 4  # pixels between the images of a grid
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..files import atomic_file
-from ..reader import read_tensors
+from ..storage.atomic import atomic_file
+from ..storage.reader import read_tensors
 from .adapter import check_scale
 from .contents import check_contents, pack
 from .formats import encode, read_adapter

@@ -16,11 +16,11 @@ from torch import nn
 
 from .._version import __version__
 from ..errors import TrainingError
-from ..manifest import Manifest
 from ..progress import Progress
+from ..storage.manifest import Manifest
 from ..training import checks, state
+from ..training.fresh_or_resumed import alone
 from ..training.log import Log
-from ..training.opening import alone
 from ..training.process import accelerated, on_main
 from .adapter import Adapter, add_adapter, remove_adapter
 from .components import denoiser, find_sites, fingerprint

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import reader
 from ..errors import TrainingError
+from ..storage import reader
 from ..training.schedule import fall
 from ..training.state import Saved
 from ..wording import some

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import ModelError
-from ..sites import Inventory
+from ..layers.sites import Inventory
 from ..wording import some
 from . import changed, timm
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..linear import LowRankLinear
+from ..nn.linear import LowRankLinear
 
 #: Of what comcat itself has made.
 ALREADY = "already low-rank; to reduce it further, make a new plan for the dense model and compress that"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPTextEmbeddings, eager_attention_forward
 
-from ..added import AddedLayer, add_output, narrow, widen
 from ..errors import ModelError
+from ..nn.added import AddedLayer, add_output, narrow, widen
 from .seam import Carries, Refusal, Site, Stream, carry, drop, run_layers
 
 STREAM = Stream("sample", "q_proj", "k_proj", "v_proj", "out_proj")

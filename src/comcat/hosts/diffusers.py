@@ -26,8 +26,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import Tensor, nn
 
-from ..added import AddedLayer, add_output, narrow, widen
 from ..errors import ModelError
+from ..nn.added import AddedLayer, add_output, narrow, widen
 from .seam import Carries, Kind, Refusal, Site, Stream, carry, drop, run_layers
 
 SAMPLE = Stream("sample", "to_q", "to_k", "to_v", "to_out.0")

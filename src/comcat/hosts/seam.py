@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..added import AddedLayer, AddedProduct, Strength
+from ..nn.added import AddedLayer, AddedProduct, Strength
 
 Kind = Literal["self", "cross", "joint", "text"]
 

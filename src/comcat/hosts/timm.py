@@ -12,10 +12,10 @@ from timm.layers.attention import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from ..attention import LowRankAttention
-from ..heads import is_identity
-from ..linear import LowRankLinear
-from ..sites import AttentionSite, FFNSite, HeadSite, Inventory, LeftDense, Site
+from ..layers.heads import is_identity
+from ..layers.sites import AttentionSite, FFNSite, HeadSite, Inventory, LeftDense, Site
+from ..nn.attention import LowRankAttention
+from ..nn.linear import LowRankLinear
 from .changed import ALREADY, Sharing, changed, patched
 
 _ROPE = "rotary position embedding acts between the projections and the scores"

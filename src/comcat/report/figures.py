@@ -9,8 +9,8 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from .style import COLORS, INK, MUTED, TITLES, TRACK, heading, new_figure, save, tidy
 
 if TYPE_CHECKING:
-    from ..compress import LayerReport, Report
-    from .spectra import SpectrumSummary
+    from ..compression import LayerReport, Report
+    from .spectra_figure import SpectrumSummary
 
 __all__ = ["draw_demo", "draw_kept", "draw_spectra"]
 

@@ -14,9 +14,9 @@ from rich.text import Text
 from . import format as fmt
 
 if TYPE_CHECKING:
-    from ..compress import Report
-    from ..evaluate import Evaluation
-    from .spectra import SpectrumSummary
+    from ..compression import Report
+    from ..evaluation.measure import Evaluation
+    from .spectra_figure import SpectrumSummary
 
 SPECTRA_NOTE = (
     "components that hold 90 / 99 % of the energy; below its break-even rank (even) a low-rank layer is smaller than "

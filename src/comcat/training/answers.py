@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, ModelError
-from ..modes import evaluating
-from ..outputs import Outputs, Spread
-from ..profile import default_input_size
-from ..running import explained, images_of, labels_of
-from ..scores import check_labels
+from ..evaluation.outputs import Outputs, Spread
+from ..evaluation.scores import check_labels
+from ..models.modes import evaluating
+from ..models.profile import default_input_size
+from ..models.running import explained, images_of, labels_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Answers:
     """The outputs of a model.
 
     Attributes:
-        kind: one of :data:`comcat.outputs.KINDS`; maps of one channel (depth) are values.
+        kind: one of :data:`comcat.evaluation.outputs.KINDS`; maps of one channel (depth) are values.
         shapes: of its tensors for one image of the model's own size.
     """
 
@@ -39,7 +39,7 @@ class Answers:
         return f"{self.kind} of shape {' and '.join(str(shape) for shape in self.shapes)}"
 
     def check(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Labels as the loss takes them: those of :func:`comcat.scores.check_labels`, at their own resolution.
+        """Labels as the loss takes them: of :func:`comcat.evaluation.scores.check_labels`, at their own resolution.
 
         Raises:
             DataError: they do not fit the outputs.

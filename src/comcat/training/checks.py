@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, ModelError, TrainingError
-from ..files import CONFIG_NAME
-from ..manifest import Manifest
-from ..profile import default_input_size
+from ..models.profile import default_input_size
+from ..storage.atomic import CONFIG_NAME
+from ..storage.manifest import Manifest
 from ..wording import by, some
 from . import state
 from .answers import Answers, answers_of
-from .config import FinetuneConfig
+from .finetune_config import FinetuneConfig
 from .settings import Settings
 from .state import Saved
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError
-from ..files import atomic_file
-from ..manifest import Manifest
-from ..owned import EVENTS, strangers
+from ..storage.atomic import atomic_file
+from ..storage.manifest import Manifest
+from ..storage.owned import EVENTS, strangers
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"

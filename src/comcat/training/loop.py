@@ -13,12 +13,12 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from ..errors import DataError, TrainingError
-from ..outputs import Outputs
-from ..running import explained
+from ..evaluation.outputs import Outputs
+from ..models.running import explained
 from .answers import Answers
 from .average import Average
-from .config import FinetuneConfig
-from .features import Features, block_names
+from .block_outputs import Features, block_names
+from .finetune_config import FinetuneConfig
 from .losses import Loss, Terms, feature_loss, terms
 from .randomness import MIXUP, isolated
 from .schedule import Steps, fall, learning_rate

@@ -2,7 +2,7 @@
 
     (1 - w) labelled(student, labels) + w distillation(student, teacher) + f MSE(features)
 
-By the kind of outputs (see :mod:`comcat.outputs`):
+By the kind of outputs (see :mod:`comcat.evaluation.outputs`):
 
     classes   cross-entropy                     T² KL at temperature T, or cross-entropy with the teacher's answer
     labels    sum of binary cross-entropies     T² sum of Bernoulli KLs, or the same with the teacher's answers
@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DataError
-from ..outputs import answers, bernoulli_kl, squared_error
-from ..scores import IGNORED
-from .config import FinetuneConfig
+from ..evaluation.outputs import answers, bernoulli_kl, squared_error
+from ..evaluation.scores import IGNORED
+from .finetune_config import FinetuneConfig
 
 
 class Terms(NamedTuple):
@@ -42,7 +42,7 @@ class Loss:
     """The losses of one kind of outputs.
 
     Args:
-        kind: one of :data:`comcat.outputs.KINDS`.
+        kind: one of :data:`comcat.evaluation.outputs.KINDS`.
         spreads: the unit of the squared error of values and features, for every tensor of the outputs.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .config import FinetuneConfig
+from .finetune_config import FinetuneConfig
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 from ..errors import TrainingError
-from ..reader import read_yaml as _read_yaml
+from ..storage.reader import read_yaml as _read_yaml
 
 Own = TypeVar("Own", bound="Settings")
 

@@ -20,13 +20,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import temporary
 from ..errors import CheckpointError, TrainingError
-from ..files import sync_directory, tensor_bytes
-from ..manifest import Manifest, remove_emptied
-from ..owned import CHECKPOINT, strangers
-from ..reader import TENSOR_LIMIT, digest, parse_tensors, read_bytes, read_json
-from ..running import out_of_memory
+from ..models.running import out_of_memory
+from ..storage import temporary
+from ..storage.atomic import sync_directory, tensor_bytes
+from ..storage.manifest import Manifest, remove_emptied
+from ..storage.owned import CHECKPOINT, strangers
+from ..storage.reader import TENSOR_LIMIT, digest, parse_tensors, read_bytes, read_json
 
 FORMAT = 1
 FOLDER = "checkpoints"

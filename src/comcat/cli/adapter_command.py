@@ -1,0 +1,254 @@
+"""``comcat adapter``: look into an adapter file, convert it, and see what a conversion costs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..report.text import one_line
+from . import options as opt
+from .console import Screen, command
+from .customize_command import Device, Variant, adapter_name
+from .inputs import check_output_file, parse_device
+
+app = typer.Typer(help="Look into adapter files and convert them.", no_args_is_help=True)
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="An adapter or a LoRA (.safetensors).")]
+BaseOption = Annotated[
+    str | None, opt.Option("--base", metavar="BASE", help="The pipeline it is for: a directory or a name on the Hub.")
+]
+Prompts = Annotated[
+    list[str] | None,
+    opt.Option(
+        "--prompt", metavar="TEXT", help="What to draw to see the layers' inputs; the prompt it was taught with."
+    ),
+]
+DataFree = Annotated[bool, opt.Option("--data-free", help="Do not draw anything: weigh all inputs alike.")]
+LoraRank = Annotated[int | None, opt.Option("--lora-rank", min=1, help="Cut the LoRA to this rank; heads times rank.")]
+
+
+@app.command()
+@command
+def info(file: File, json_output: opt.Json = False) -> None:
+    """What an adapter file holds, without its base model."""
+    from ..customize.contents import check_contents
+    from ..customize.formats import read_adapter
+    from ..report.format import count, size
+
+    screen = Screen(json_output)
+    header, tensors = read_adapter(file)
+    check_contents(header, tensors, file)
+    parameters = sum(t.numel() for t in tensors.values())
+    document = {**asdict(header), "bytes": file.stat().st_size, "parameters": parameters}
+    for line in _lines(header, f"{size(file.stat().st_size)}, {count(parameters)} parameters"):
+        screen.say(*line)
+    screen.result(document)
+
+
+def _lines(header: Any, amount: str) -> list[list[str | tuple[object, str]]]:
+    lines = [
+        f"  base       {header.base.get('name') or 'unnamed'} ({header.base.get('class', '?')})",
+        f"  strength   {header.scale:g}",
+    ]
+    if header.token:
+        vectors = header.token["vectors"]
+        lines.append(f"  token      {header.token['text']} ({vectors} vector{'s' if vectors > 1 else ''})")
+    if header.prompt:
+        lines.append(f"  prompt     {header.prompt}")
+    for component, part in header.components.items():
+        ranks = sorted({entry.rank for entry in part.layers.values()})
+        shown = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}" if ranks else "no products"
+        lines.append(f"  {component:<10} {len(part.layers)} attention layers of {part.model}, {shown}")
+    if header.training:
+        known = ("steps", "batch_size", "lr", "photos", "class_images", "final_loss")
+        lines.append("  training   " + ", ".join(f"{k} {header.training[k]}" for k in known if k in header.training))
+    said: list[list[str | tuple[object, str]]] = [[(header.name, "bold"), f"  {amount}, stored as {header.storage}"]]
+    said += [[one_line(line)] for line in lines]
+    return said
+
+
+@app.command()
+@command
+def convert(
+    file: File,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write (.safetensors).")],
+    to: Annotated[str, opt.Option(metavar="FORMAT", help="diffusers or kohya (a LoRA), or comcat (an adapter).")],
+    base: BaseOption = None,
+    rank: Annotated[int | None, opt.Option(min=1, help="Of the adapter's products, to comcat from a LoRA.")] = None,
+    lora_rank: LoraRank = None,
+    scale: Annotated[float | None, opt.Option(help="Strength at which to convert; the file's own.")] = None,
+    storage: Annotated[
+        str, opt.Option(metavar="TYPE", help="float32, float16, bfloat16 or int8 (to comcat).")
+    ] = "float16",
+    prompt: Prompts = None,
+    data_free: DataFree = False,
+    lora_alpha: Annotated[
+        float | None, opt.Option("--lora-alpha", help="Alpha of a LoRA that does not say it, to comcat.", metavar="X")
+    ] = None,
+    partial: Annotated[
+        bool, opt.Option("--partial", help="Leave out of a LoRA what products cannot express, and name it.")
+    ] = False,
+    variant: Variant = None,
+    device: Device = "auto",
+    overwrite: Annotated[bool, opt.Option("--overwrite", help="Replace OUT.")] = False,
+    json_output: opt.Json = False,
+) -> None:
+    """Turn an adapter into an ordinary LoRA, a LoRA into an adapter, or an adapter into another storage.
+
+    A conversion to or from LoRA is the nearest in that format, not exact; the error is printed.
+    """
+    screen = Screen(json_output)
+    with screen:
+        from ..customize.convert import embedding_path
+        from ..customize.header import STORAGES
+
+        if to not in ("diffusers", "kohya", "comcat"):
+            raise typer.BadParameter(f"{to!r} is not diffusers, kohya or comcat", param_hint="--to")
+        if storage not in STORAGES:
+            raise typer.BadParameter(f"{storage!r} is not one of {', '.join(STORAGES)}", param_hint="--storage")
+        if os.path.exists(out) and os.path.exists(file) and os.path.samefile(file, out):
+            raise typer.BadParameter("is FILE itself, of which a conversion loses something", param_hint="OUT")
+        check_output_file(out, overwrite)
+        if to != "comcat":
+            if rank is not None or lora_alpha is not None or partial:
+                raise typer.BadParameter(
+                    f"{to} takes no --rank, --lora-alpha and --partial, which are for --to comcat", param_hint="--to"
+                )
+            check_output_file(embedding_path(out), overwrite)
+        if to == "comcat":
+            document = _to_comcat(screen, file, out, base, rank, storage, scale, lora_alpha, partial, variant, device)
+        else:
+            document = _to_lora(screen, file, out, to, base, lora_rank, scale, prompt, data_free, variant, device)
+    screen.result({"out": str(out), "bytes": out.stat().st_size, **document})
+
+
+def _to_comcat(
+    screen: Screen,
+    file: Path,
+    out: Path,
+    base: str | None,
+    rank: int | None,
+    storage: Any,
+    scale: float | None,
+    lora_alpha: float | None,
+    partial: bool,
+    variant: str | None,
+    device: str,
+) -> dict[str, Any]:
+    from ..customize.formats import write_adapter
+    from ..customize.restoring import is_adapter, restore_adapter
+
+    if is_adapter(file):
+        if rank is not None or lora_alpha is not None or partial:
+            raise typer.BadParameter(
+                "is an adapter of comcat, and keeps its ranks: leave out --rank, --lora-alpha and --partial, which are "
+                "for LoRAs",
+                param_hint="FILE",
+            )
+        restore_adapter(file, out, storage, scale)
+        screen.done((out, "bold"), f": the same adapter, stored as {storage}")
+        return {"storage": storage}
+    from ..customize.lora_import import import_lora
+    from ..report.customize_pictures import conversion as table
+
+    if rank is None:
+        raise typer.BadParameter("say which rank the adapter's products are to have, e.g. 4", param_hint="--rank")
+    pipe = _open(screen, base, variant, device)
+    handle, conversion = import_lora(
+        pipe, file, rank=rank, name=adapter_name(out), partial=partial, lora_alpha=lora_alpha
+    )
+    for note in conversion.notes:
+        screen.note(note)
+    if scale is not None:
+        handle.scale = scale
+    handle.info["base"] = base
+    write_adapter(handle, out, storage)
+    screen.out.print(table(conversion, "from a LoRA"))
+    return conversion.to_dict()
+
+
+def _to_lora(
+    screen: Screen,
+    file: Path,
+    out: Path,
+    layout: Any,
+    base: str | None,
+    rank: int | None,
+    scale: float | None,
+    prompts: list[str] | None,
+    data_free: bool,
+    variant: str | None,
+    device: str,
+) -> dict[str, Any]:
+    from ..customize.convert import embedding_path, write_lora
+    from ..report.customize_pictures import conversion as table
+
+    handle, factors, result, output = _converted(screen, file, base, rank, scale, prompts, data_free, variant, device)
+    write_lora(handle, factors, out, layout)
+    screen.out.print(table(result, f"as a LoRA ({layout})", output))
+    if handle.token is not None:
+        screen.say("the token's vectors: ", (embedding_path(out), "bold"))
+    return {**result.to_dict(), "output_error": output}
+
+
+@app.command("merge-report")
+@command
+def merge_report(
+    file: File,
+    base: BaseOption = None,
+    lora_rank: LoraRank = None,
+    scale: Annotated[float | None, opt.Option(help="Strength; the file's own.")] = None,
+    prompt: Prompts = None,
+    data_free: DataFree = False,
+    variant: Variant = None,
+    device: Device = "auto",
+    json_output: opt.Json = False,
+) -> None:
+    """What would be lost if the adapter became a LoRA, or were merged into the weights: layer by layer."""
+    screen = Screen(json_output)
+    with screen:
+        from ..report.customize_pictures import conversion as table
+
+        _, _, result, output = _converted(screen, file, base, lora_rank, scale, prompt, data_free, variant, device)
+    screen.out.print(table(result, "as a LoRA", output))
+    screen.result({**result.to_dict(), "output_error": output})
+
+
+def _converted(
+    screen: Screen,
+    file: Path,
+    base: str | None,
+    rank: int | None,
+    scale: float | None,
+    prompts: list[str] | None,
+    data_free: bool,
+    variant: str | None,
+    device: str,
+) -> Any:
+    from ..customize.convert import as_lora
+    from ..customize.formats import load_adapter, read_adapter
+    from ..customize.moments import no_roots, record
+    from ..customize.probe import output_error
+    from ..errors import DataError
+
+    read_adapter(file)
+    pipe = _open(screen, base, variant, device)
+    handle = load_adapter(pipe, file, scale=scale)
+    texts = prompts or ([handle.info["prompt"]] if handle.info.get("prompt") else [])
+    if not texts and not data_free:
+        raise DataError("the file does not say what it was taught with; give --prompt, or --data-free")
+    roots = no_roots if data_free else record(handle, texts, progress=screen.progress).roots
+    factors, result = as_lora(handle, rank=rank, roots=roots, progress=screen.progress)
+    return handle, factors, result, output_error(handle, factors, texts[0] if texts else "")
+
+
+def _open(screen: Screen, base: str | None, variant: str | None, device: str) -> Any:
+    from ..customize.opening import open_pipeline
+
+    if base is None:
+        raise typer.BadParameter("the conversion needs the base model's weights", param_hint="--base")
+    return open_pipeline(base, "no", parse_device(device), variant, screen.note)

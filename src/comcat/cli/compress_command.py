@@ -1,0 +1,290 @@
+"""``comcat compress``: from a trained model to a small one on disk."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import options as opt
+from .console import Screen, command
+from .inputs import Reading, check_input_file, parse_count, parse_device, parse_model_args
+
+if TYPE_CHECKING:
+    from ..planning.plan import Budget
+
+BUDGET = "Budget (one of these)"
+HOW = "How"
+SEARCH = "Learned ranks (--method search)"
+
+
+@command
+def compress(
+    model: opt.Model,
+    out: Annotated[Path, opt.Option(metavar="DIR", help="Directory to write the small model to.")],
+    data: opt.OptionalData = None,
+    keep: Annotated[
+        float | None, opt.Option(metavar="F", help="Fraction of the parameters.", rich_help_panel=BUDGET)
+    ] = None,
+    keep_macs: Annotated[
+        float | None, opt.Option(metavar="F", help="Fraction of the MACs.", rich_help_panel=BUDGET)
+    ] = None,
+    max_params: Annotated[
+        str | None, opt.Option(metavar="N", help="Parameters, e.g. 11M.", rich_help_panel=BUDGET)
+    ] = None,
+    max_macs: Annotated[
+        str | None, opt.Option(metavar="N", help="MACs of one image, e.g. 2.3G.", rich_help_panel=BUDGET)
+    ] = None,
+    keep_latency: Annotated[
+        float | None,
+        opt.Option(metavar="F", help="Fraction of the time that a batch takes here.", rich_help_panel=BUDGET),
+    ] = None,
+    max_latency: Annotated[
+        float | None,
+        opt.Option(min=0.001, metavar="MS", help="Milliseconds for a batch.", rich_help_panel=BUDGET),
+    ] = None,
+    of: Annotated[
+        str,
+        opt.Option(
+            metavar="model|parts",
+            help="Whether the budget is of the whole model or of the compressed parts only.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = "model",
+    method: Annotated[
+        str | None,
+        opt.Option(
+            metavar="spectrum|probe|uniform|search",
+            help="How ranks are chosen; spectrum with output gradients, else probe; uniform without images.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    parts: Annotated[
+        str, opt.Option(help="Parts to compress, of qk, vo, ffn and head.", rich_help_panel=HOW)
+    ] = "qk,vo,ffn,head",
+    rank_multiple: Annotated[
+        int | None,
+        opt.Option(
+            min=1,
+            metavar="N",
+            help="Round ranks to multiples of N (8 for GPUs); 8 for a latency budget, else 1.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    latency_file: Annotated[
+        Path | None,
+        opt.Option(
+            "--latency",
+            metavar="FILE",
+            help="Timings of layers for a latency budget: read if the file exists, else measured and written there.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    latency_batch: Annotated[
+        int | None,
+        opt.Option(min=1, metavar="N", help="Images in a batch when timing layers; 1.", rich_help_panel=HOW),
+    ] = None,
+    plan_file: Annotated[
+        Path | None,
+        opt.Option("--plan", metavar="FILE", help="Apply this plan instead of making one.", rich_help_panel=HOW),
+    ] = None,
+    calibration_images: Annotated[
+        int | None,
+        opt.Option(metavar="N", help="Images to collect statistics from; 1024 or all.", rich_help_panel=HOW),
+    ] = None,
+    calibration_file: Annotated[
+        Path | None,
+        opt.Option(
+            "--calibration",
+            metavar="FILE",
+            help="Statistics: read if the file exists, else collected and written there, to be used again.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    fisher: Annotated[
+        bool | None,
+        opt.Option(
+            "--fisher/--no-fisher",
+            help="Weigh errors by output gradients (one backward pass); on for models with a classifier.",
+            show_default=False,
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    outputs: Annotated[
+        str | None,
+        opt.Option(
+            metavar="KIND",
+            help="What the model returns, where it cannot be told: classes, labels, values, features or maps.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    data_free: Annotated[
+        bool, opt.Option("--data-free", help="Use the weights only; no images needed.", rich_help_panel=HOW)
+    ] = False,
+    no_eval: Annotated[
+        bool, opt.Option("--no-eval", help="Do not measure accuracy and speed.", rich_help_panel=HOW)
+    ] = False,
+    search_epochs: Annotated[
+        float | None, opt.Option(metavar="N", help="Passes over the training images; 1.", rich_help_panel=SEARCH)
+    ] = None,
+    search_steps: Annotated[
+        int | None, opt.Option(metavar="N", help="End after N batches, if that is sooner.", rich_help_panel=SEARCH)
+    ] = None,
+    search_config: Annotated[
+        Path | None,
+        opt.Option(metavar="FILE", help="YAML file with settings of comcat.SearchConfig.", rich_help_panel=SEARCH),
+    ] = None,
+    search_split: Annotated[
+        str | None,
+        opt.Option(metavar="SPLIT", help="Labelled images to learn from; train.", rich_help_panel=SEARCH),
+    ] = None,
+    search_batch: Annotated[
+        int, opt.Option(min=1, metavar="N", help="Images in a batch of one process.", rich_help_panel=SEARCH)
+    ] = 64,
+    resume: Annotated[
+        bool, opt.Option("--resume", help="Continue the search that was interrupted.", rich_help_panel=SEARCH)
+    ] = False,
+    checkpoint: opt.Checkpoint = None,
+    model_arg: opt.ModelArgs = None,
+    split: Annotated[
+        str | None,
+        opt.Option(help="Split for calibration and evaluation both.", rich_help_panel=opt.DATA),
+    ] = None,
+    calibration_split: Annotated[
+        str | None,
+        opt.Option(help="Split to calibrate on; train if there is one.", rich_help_panel=opt.DATA),
+    ] = None,
+    eval_split: Annotated[
+        str | None,
+        opt.Option(help="Split to evaluate on; validation, val or test.", rich_help_panel=opt.DATA),
+    ] = None,
+    eval_images: opt.EvalImages = None,
+    data_root: opt.DataRoot = None,
+    class_map: opt.ClassMap = None,
+    skip_bad_images: opt.SkipBad = False,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    crop_pct: opt.CropPct = None,
+    interpolation: opt.Interpolation = None,
+    batch_size: opt.BatchSize = 32,
+    workers: opt.Workers = None,
+    device: opt.Device = "auto",
+    seed: opt.Seed = 0,
+    overwrite: opt.Overwrite = False,
+    json_output: opt.Json = False,
+) -> None:
+    """Compress MODEL to a budget and write a small model that loads without the original.
+
+    Calibrates on images of DATA (labels are not used), chooses ranks, and evaluates before and after.
+
+    [dim]comcat compress deit_small_patch16_224 --data imagenet/ --keep 0.5 --out deit-half[/dim]
+    """
+    budget = _budget(plan_file, keep, keep_macs, max_params, max_macs, keep_latency, max_latency, of)
+    learned = (search_epochs, search_steps, search_config, search_split, resume or None)
+    if method != "search" and any(value is not None for value in learned):
+        raise typer.BadParameter("the --search options and --resume belong to it", param_hint="--method search")
+    if (latency_file or latency_batch) and keep_latency is None and max_latency is None:
+        raise typer.BadParameter("belongs to --keep-latency or --max-latency", param_hint="--latency")
+    args = parse_model_args(model_arg)
+    if data is None and not data_free and not (calibration_file and calibration_file.is_file()):
+        raise typer.BadParameter("give --data DATA to calibrate on, or --data-free", param_hint="--data")
+    if data_free and (calibration_file or fisher or calibration_images or method in ("probe", "search")):
+        raise typer.BadParameter(
+            "goes without --calibration, --calibration-images, --fisher and the methods probe and search",
+            param_hint="--data-free",
+        )
+    screen = Screen(json_output)
+    with screen, contextlib.ExitStack() as stack:
+        from ..planning.plan import Plan
+        from ..storage.atomic import check_free, claimed_output
+        from ..training.process import process_index
+        from .job import Job, Settings
+
+        check_free(out, overwrite)
+        if process_index() == 0:
+            stack.enter_context(claimed_output(out))
+        check_input_file(plan_file, "--plan")
+        check_input_file(checkpoint, "--checkpoint")
+        check_input_file(search_config, "--search-config")
+        settings = Settings(
+            model=model,
+            out=out,
+            overwrite=overwrite,
+            method=method,
+            parts=tuple(p.strip() for p in parts.split(",") if p.strip()),
+            rank_multiple=rank_multiple,
+            latency_file=latency_file,
+            latency_batch=latency_batch,
+            calibration_images=calibration_images,
+            calibration_file=calibration_file,
+            fisher=fisher,
+            outputs=outputs,
+            data_free=data_free,
+            evaluate=not no_eval,
+            calibration_split=calibration_split or split,
+            eval_split=eval_split or split,
+            eval_images=eval_images,
+            batch_size=batch_size,
+            workers=workers,
+            seed=seed,
+            search=None,
+        )
+        if method == "search":
+            from .searching import Search, read_config, working_folder
+
+            values = {"outputs": outputs, "epochs": search_epochs, "max_steps": search_steps, "seed": seed or None}
+            search = Search(
+                config=read_config(search_config, values),
+                folder=working_folder(out),
+                resume=resume,
+                split=search_split,
+                batch_size=search_batch,
+                workers=workers,
+                cpu=parse_device(device).type == "cpu",
+            )
+            settings = replace(settings, search=search)
+        reading = None
+        if data is not None:
+            reading = Reading(data, data_root, class_map, skip_bad_images, mean, std, crop_pct, interpolation)
+        given = Plan.load(plan_file) if plan_file else None
+        job = Job(screen, settings, reading, budget, given)
+        job.load(checkpoint, args, parse_device(device))
+        job.open_data()
+        job.run()
+    job.show()
+
+
+def _budget(
+    plan: Path | None,
+    keep: float | None,
+    keep_macs: float | None,
+    max_params: str | None,
+    max_macs: str | None,
+    keep_latency: float | None,
+    max_latency: float | None,
+    of: str,
+) -> Budget | None:
+    amounts = (keep, keep_macs, max_params, max_macs, keep_latency, max_latency)
+    given = [value for value in amounts if value is not None]
+    if plan is not None and given:
+        raise typer.BadParameter("a plan has its ranks already: leave the budget out", param_hint="--plan")
+    if plan is None and len(given) != 1:
+        raise typer.BadParameter(
+            "give exactly one of --keep, --keep-macs, --keep-latency, --max-params, --max-macs and --max-latency",
+            param_hint="budget",
+        )
+    most_params = parse_count(max_params, "--max-params")
+    most_macs = parse_count(max_macs, "--max-macs")
+    if plan is not None:
+        return None
+    from ..planning.plan import Budget
+
+    return Budget(
+        params=most_params if keep is None else keep,
+        macs=most_macs if keep_macs is None else keep_macs,
+        latency=keep_latency if max_latency is None else round(1e6 * max_latency),
+        of=of,
+    )

@@ -1,0 +1,89 @@
+"""``comcat evaluate``: accuracy and speed of a model, small or dense."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from . import options as opt
+from .console import Screen, command
+from .inputs import Reading, check_input_file, parse_device, parse_model_args, report_skipped
+
+
+@command
+def evaluate(
+    model: opt.Model,
+    data: opt.Data,
+    checkpoint: opt.Checkpoint = None,
+    model_arg: opt.ModelArgs = None,
+    reference: Annotated[
+        str | None,
+        opt.Option(
+            metavar="MODEL",
+            help="Also say how often the answers equal those of this model.",
+            rich_help_panel=opt.MODEL,
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        opt.Option(help="validation, val or test otherwise.", rich_help_panel=opt.DATA),
+    ] = None,
+    eval_images: opt.EvalImages = None,
+    data_root: opt.DataRoot = None,
+    class_map: opt.ClassMap = None,
+    skip_bad_images: opt.SkipBad = False,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    crop_pct: opt.CropPct = None,
+    interpolation: opt.Interpolation = None,
+    batch_size: opt.BatchSize = 64,
+    workers: opt.Workers = None,
+    device: opt.Device = "auto",
+    seed: opt.Seed = 0,
+    json_output: opt.Json = False,
+) -> None:
+    """Top-1, top-5, loss and images per second of MODEL on DATA.
+
+    [dim]comcat evaluate deit-half --data imagenet/[/dim]
+    """
+    args = parse_model_args(model_arg)
+    screen = Screen(json_output)
+    with screen:
+        import torch
+
+        import comcat
+
+        from ..data import loader
+        from ..evaluation.measure import agreement
+        from ..evaluation.measure import evaluate as measure
+
+        check_input_file(checkpoint, "--checkpoint")
+        torch.manual_seed(seed)
+        target = parse_device(device)
+        loaded = comcat.load_model(model, checkpoint=checkpoint, model_args=args).to(target)
+        other = comcat.load_model(reference).to(target) if reference else None
+        reading = Reading(data, data_root, class_map, skip_bad_images, mean, std, crop_pct, interpolation)
+        images = reading.open_labelled(split, reading.configure(loaded), loaded, screen)
+        cost = comcat.profile(loaded)
+        batches = loader(images, batch_size, workers, eval_images)
+        result = measure(loaded, batches, progress=screen.progress)
+        same = agreement(loaded, other, batches, progress=screen.progress) if other is not None else None
+    report_skipped(screen, batches.skipped)
+
+    from ..report import tables
+
+    place = f"{model} on {data}" + (f", split {images.split}" if images.split else "")
+    screen.out.print(tables.evaluation(place, result, cost.params, cost.macs))
+    if same is not None:
+        screen.say(f"same answer as {reference}: {same.same:.2f} % of images, KL {same.kl:.4f} nats")
+    screen.result(
+        {
+            "model": model,
+            "data": data,
+            "split": images.split,
+            "params": cost.params,
+            "macs": cost.macs,
+            **result.to_dict(),
+            "skipped_images": batches.skipped,
+            "agreement": same.to_dict() if same else None,
+        }
+    )

@@ -1,0 +1,230 @@
+"""``comcat generate``: images from a pipeline with adapters."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import options as opt
+from .console import Screen, command
+from .customize_command import Base, Device, Variant
+from .inputs import parse_device
+
+IMAGES = "Images"
+MOST_SEEDS = 10_000
+
+
+@command
+def generate(
+    base: Base,
+    out: Annotated[Path, opt.Option(metavar="DIR", help="Directory for the images.")],
+    prompt: Annotated[list[str] | None, opt.Option(metavar="TEXT", help="What to draw; repeatable.")] = None,
+    prompts: Annotated[Path | None, opt.Option(metavar="FILE", help="A text file with a prompt on each line.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        opt.Option(
+            metavar="FILE[:S][,token=WORD]",
+            help="Adapter; its strength and its learned word if not its own; repeatable.",
+        ),
+    ] = None,
+    seeds: Annotated[
+        str, opt.Option(metavar="N,N-N", help="One image per prompt for each, e.g. 0-3,7.", rich_help_panel=IMAGES)
+    ] = "0-3",
+    steps: Annotated[
+        int | None, opt.Option(min=1, help="Sampling steps; the pipeline's own.", rich_help_panel=IMAGES)
+    ] = None,
+    guidance: Annotated[
+        float | None, opt.Option(help="Guidance scale; the pipeline's own.", rich_help_panel=IMAGES)
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, opt.Option(metavar="TEXT", help="What not to draw.", rich_help_panel=IMAGES)
+    ] = None,
+    height: Annotated[int | None, opt.Option(min=8, help="Pixels; the model's own.", rich_help_panel=IMAGES)] = None,
+    width: Annotated[int | None, opt.Option(min=8, help="Pixels; the model's own.", rich_help_panel=IMAGES)] = None,
+    without_token: Annotated[
+        bool,
+        opt.Option("--without-token", help="Allow prompts without the word that an adapter learned."),
+    ] = False,
+    batch_size: opt.BatchSize = 4,
+    precision: Annotated[
+        str | None,
+        opt.Option(metavar="no|bf16|fp16", help="fp16 on a GPU, no elsewhere, unless given.", rich_help_panel=opt.RUN),
+    ] = None,
+    variant: Variant = None,
+    device: Device = "auto",
+    overwrite: Annotated[
+        bool, opt.Option("--overwrite", help="Replace images of the same names.", rich_help_panel=opt.RUN)
+    ] = False,
+    json_output: opt.Json = False,
+) -> None:
+    """Draw prompts with BASE and any number of adapters: one PNG per prompt and seed, and a grid of all.
+
+    [dim]comcat generate BASE --adapter dog.safetensors:0.8 --prompt "a photo of V* dog on the beach" --out images[/dim]
+    """
+    screen = Screen(json_output)
+    numbers = parse_seeds(seeds)
+    files = [parse_adapter(text) for text in adapter or []]
+    with screen:
+        from ..customize.formats import read_adapter
+        from ..customize.generate import check_prompts
+        from ..customize.generate import generate as draw
+        from ..customize.opening import DTYPES, open_pipeline
+        from ..customize.pictures import grid, save_png
+
+        texts = read_prompts(prompt, prompts)
+        for path, _, _ in files:
+            read_adapter(path)  # what is wrong with a file is said before the base is read
+        place = parse_device(device)
+        precision = precision or ("fp16" if place.type == "cuda" else "no")
+        if precision not in DTYPES:
+            raise typer.BadParameter(f"{precision!r} is not one of {', '.join(DTYPES)}", param_hint="--precision")
+        names = [f"{i:03d}-{slug(text)}" for i, text in enumerate(texts)]
+        paths = [[out / f"{name}-seed{seed}.png" for seed in numbers] for name in names]
+        check_outputs(out, [p for row in paths for p in row] + [out / "grid.png", out / "images.json"], overwrite)
+        pipe = open_pipeline(base, precision, place, variant, screen.note)
+        handles = load_all(pipe, files)
+        check_prompts(pipe, texts, without_token=without_token)
+        rows = draw(
+            pipe,
+            texts,
+            seeds=numbers,
+            steps=steps,
+            guidance_scale=guidance,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            batch_size=batch_size,
+            progress=screen.progress,
+        )
+        for row, images in zip(paths, rows, strict=True):
+            for path, image in zip(row, images, strict=True):
+                save_png(image, path, overwrite)
+        save_png(grid(rows), out / "grid.png", overwrite)
+        document = {
+            "base": base,
+            "adapters": [
+                {"file": str(p), "name": h.name, "scale": h.scale, "token": h.token.text if h.token else None}
+                for (p, _, _), h in zip(files, handles, strict=True)
+            ],
+            "images": [
+                {"file": p.name, "prompt": text, "seed": seed}
+                for text, row in zip(texts, paths, strict=True)
+                for p, seed in zip(row, numbers, strict=True)
+            ],
+            "settings": {
+                "steps": steps,
+                "guidance": guidance,
+                "negative_prompt": negative_prompt,
+                "precision": precision,
+            },
+        }
+        from ..storage.atomic import atomic_file
+
+        with atomic_file(out / "images.json", overwrite) as file:
+            file.write((json.dumps(document, indent=1) + "\n").encode())
+    screen.done(f"{sum(map(len, rows))} images in ", (out, "bold"), "; see ", (out / "grid.png", "bold"))
+    screen.result(document)
+
+
+def parse_adapter(text: str) -> tuple[Path, float | None, str | None]:
+    """``dog.safetensors:0.8,token=V2*`` -> (path, strength or None, word or None), in either order.
+
+    What is there under this name is taken as it is. BadParameter for a strength or a word that is none.
+    """
+    scale = token = None
+    rest = text
+    while not os.path.exists(rest):
+        head, _, tail = rest.rpartition(":")
+        front, found, word = rest.rpartition(",token=")
+        if head and scale is None and (number := _number(tail)) is not None:
+            rest, scale = head, number
+        elif found and token is None:
+            rest, token = front, word
+        else:
+            break
+    typo = None if os.path.exists(rest) else re.search(r"(?i)(?<=\.safetensors)[:,].*", rest)
+    if typo or token == "":
+        raise typer.BadParameter(
+            f"{typo[0] if typo else ',token='!r} of {text!r} cannot be read; write FILE, FILE:0.8 or "
+            "FILE:0.8,token=WORD",
+            param_hint="--adapter",
+        )
+    return Path(rest), scale, token
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``0-3,7`` -> [0, 1, 2, 3, 7]."""
+    found: list[int] = []
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
+        if match is None or not int(match[1]) <= int(match[2] or match[1]) < 2**63:
+            raise typer.BadParameter(f"{item!r} is no seed; write them like 0-3,7", param_hint="--seeds")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if len(found) + last - first >= MOST_SEEDS:
+            raise typer.BadParameter(f"{text!r} is more than {MOST_SEEDS:,} seeds", param_hint="--seeds")
+        found += range(first, last + 1)
+    return list(dict.fromkeys(found))
+
+
+def read_prompts(given: Sequence[str] | None, file: Path | None) -> list[str]:
+    """Prompts of the options and of the file, in this order.
+
+    Raises:
+        DataError: there is none, or the file cannot be read.
+    """
+    from ..errors import DataError
+
+    texts = list(given or [])
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"the prompts in '{file}' cannot be read: {getattr(error, 'strerror', 'not UTF-8')}"
+            ) from error
+        texts += [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise DataError("there is no prompt; give --prompt or --prompts")
+    return texts
+
+
+def check_outputs(out: Path, paths: Sequence[Path], overwrite: bool) -> None:
+    from ..errors import CheckpointError
+
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"'{out}' is a file; choose a directory with --out")
+    there = [path for path in paths if path.exists()]
+    if there and not overwrite:
+        raise CheckpointError(f"'{there[0]}' exists already; choose another --out or give --overwrite")
+
+
+def load_all(pipe: Any, files: Sequence[tuple[Path, float | None, str | None]]) -> list[Any]:
+    """Load adapters; of two with the same name the later one is called by a number."""
+    from ..customize.adapter import adapters
+    from ..customize.formats import load_adapter, read_adapter
+
+    handles = []
+    for path, scale, token in files:
+        name = read_adapter(path)[0].name
+        taken = adapters(pipe)
+        unique = next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+        handles.append(load_adapter(pipe, path, scale=scale, name=unique, token=token))
+    return handles
+
+
+def slug(text: str) -> str:
+    """A prompt as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48] or "prompt"

@@ -1,0 +1,282 @@
+"""``comcat run``: a recipe from the dense model to the fine-tuned small one, in one command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options as opt
+from .console import Screen, command, main_process_speaks
+from .inputs import Reading, check_input_file, parse_count, parse_device
+
+if TYPE_CHECKING:
+    from ..planning.plan import Budget
+
+COMPRESSED, FINETUNED = "compressed", "finetuned"
+_SECTIONS = ("model", "model_args", "budget", "compress", "search", "finetune", "batch_size")
+_COMPRESS = ("method", "parts", "rank_multiple", "calibration_images", "latency_batch")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe file: the model, its budget, and the settings of every stage as plain data.
+
+    Raises:
+        TrainingError: a section or setting that does not exist, or of the wrong kind.
+    """
+
+    model: str
+    budget: dict[str, Any]
+    model_args: dict[str, Any] = field(default_factory=dict)
+    compress: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] = field(default_factory=dict)
+    finetune: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        from ..errors import ComcatError, TrainingError
+        from ..planning.plan import UNITS
+        from ..rank_search.search_config import SearchConfig
+        from ..training.settings import check_fields
+        from .finetune_command import merge
+
+        for name in ("budget", "model_args", "compress", "search", "finetune"):
+            if not isinstance(getattr(self, name), dict):
+                raise TrainingError(f"the recipe's '{name}' must hold settings, one a line, such as 'epochs: 30'")
+        check_fields(self.budget, list(UNITS))
+        check_fields(self.compress, list(_COMPRESS))
+        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise TrainingError(f"the recipe's batch_size is {self.batch_size!r}, but must be a number of images")
+        parts = self.compress.get("parts", [])
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            raise TrainingError(f"the recipe's parts are {parts!r}, but must be a list such as [qk, vo, ffn]")
+        # Every stage's settings are checked here: the last one begins hours after the first.
+        for name, check in (("search", SearchConfig.from_dict), ("finetune", partial(merge, {}))):
+            if "seed" in getattr(self, name):
+                raise TrainingError(f"the recipe's '{name}' sets a seed; leave it out and give --seed")
+            try:
+                check(getattr(self, name))
+            except ComcatError as error:
+                raise TrainingError(f"the recipe's '{name}': {error}") from error
+
+    @classmethod
+    def read(cls, file: Path) -> Recipe:
+        """From a YAML file."""
+        from ..errors import TrainingError
+        from ..training.settings import check_fields, read_yaml
+
+        values = read_yaml(file)
+        check_fields(values, list(_SECTIONS))
+        missing = [name for name in ("model", "budget") if name not in values]
+        if missing:
+            raise TrainingError(f"the recipe '{file}' names no {' and no '.join(missing)}; see the folder recipes")
+        return cls(**values)
+
+
+@command
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see the folder recipes.")],
+    data: opt.Data,
+    out: Annotated[
+        Path, opt.Option(metavar="DIR", help="Gets compressed/, the model before, and finetuned/, the result.")
+    ],
+    resume: Annotated[bool, opt.Option("--resume", help="Continue the run in --out where it was interrupted.")] = False,
+    keep: Annotated[
+        float | None, opt.Option(metavar="F", help="Fraction of the parameters, in place of the recipe's budget.")
+    ] = None,
+    max_params: Annotated[
+        str | None, opt.Option(metavar="N", help="Parameters, e.g. 11M, in place of the recipe's budget.")
+    ] = None,
+    checkpoint: opt.Checkpoint = None,
+    train_split: Annotated[
+        str | None, opt.Option(help="Split to search and train on; train.", rich_help_panel=opt.DATA)
+    ] = None,
+    eval_split: Annotated[
+        str | None, opt.Option(help="Split to evaluate on; validation, val or test.", rich_help_panel=opt.DATA)
+    ] = None,
+    eval_images: opt.EvalImages = None,
+    data_root: opt.DataRoot = None,
+    class_map: opt.ClassMap = None,
+    skip_bad_images: opt.SkipBad = False,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    crop_pct: opt.CropPct = None,
+    interpolation: opt.Interpolation = None,
+    batch_size: Annotated[
+        int | None, opt.Option(min=1, help="Images of one process; the recipe's.", rich_help_panel=opt.RUN)
+    ] = None,
+    workers: opt.Workers = None,
+    device: Annotated[
+        str, opt.Option(metavar="auto|cpu", help="auto takes the GPUs there are.", rich_help_panel=opt.RUN)
+    ] = "auto",
+    seed: opt.Seed = 0,
+    json_output: opt.Json = False,
+) -> None:
+    """Compress and fine-tune a model as RECIPE says: ranks, weights, evaluation.
+
+    Under [bold]accelerate launch -m comcat run ...[/bold] it runs on many GPUs and machines.
+
+    [dim]comcat run recipes/deit_small.yaml --data imagenet/ --out deit-small-half[/dim]
+    """
+    if keep is not None and max_params is not None:
+        raise typer.BadParameter("give at most one of --keep and --max-params", param_hint="budget")
+    if device not in ("auto", "cpu"):
+        raise typer.BadParameter(
+            "takes auto or cpu; choose GPUs with CUDA_VISIBLE_DEVICES or accelerate launch", param_hint="--device"
+        )
+    most = parse_count(max_params, "--max-params")
+    from ..training.process import process_index, wait_for_everyone
+
+    rank = process_index()
+    screen = Screen(json_output or rank > 0)
+    with screen, main_process_speaks(rank) as started:
+        from ..errors import TrainingError
+        from ..planning.plan import Budget
+
+        check_input_file(recipe, "RECIPE")
+        check_input_file(checkpoint, "--checkpoint")
+        plan = Recipe.read(recipe)
+        params = most if keep is None else keep
+        budget = Budget(**plan.budget) if params is None else Budget(params=params)
+        if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise TrainingError(f"'{out}' already holds something; continue with --resume or choose another --out")
+        if resume and not out.is_dir():
+            raise TrainingError(f"there is no run in '{out}' to resume; start without --resume")
+        reading = Reading(data, data_root, class_map, skip_bad_images, mean, std, crop_pct, interpolation)
+        stages = _Stages(
+            screen,
+            replace(plan, batch_size=batch_size or plan.batch_size),
+            budget,
+            reading,
+            out,
+            resume,
+            checkpoint,
+            (train_split, eval_split),
+            eval_images,
+            workers,
+            device,
+            seed,
+        )
+        if (out / COMPRESSED).is_dir():
+            stages.check_compressed()
+        started.append(True)
+        if not (out / COMPRESSED).is_dir():
+            stages.compress()
+        wait_for_everyone()
+        stages.finetune()
+    if rank == 0:
+        stages.show()
+
+
+@dataclass
+class _Stages:
+    screen: Screen
+    recipe: Recipe
+    budget: Budget
+    reading: Reading
+    out: Path
+    resume: bool
+    checkpoint: Path | None
+    splits: tuple[str | None, str | None]
+    eval_images: int | None
+    workers: int | None
+    device: str
+    seed: int
+
+    def check_compressed(self) -> None:
+        """Raise TrainingError if what an earlier start compressed had another budget."""
+        from ..errors import TrainingError
+        from ..planning.plan import Plan
+
+        made = Plan.load(self.out / COMPRESSED / "plan.json").budget
+        asked = {self.budget.unit: self.budget.value, "of": self.budget.of}
+        if made != asked:
+            raise TrainingError(
+                f"'{self.out / COMPRESSED}' was made for the budget {made}, not {asked}; use that one, or another --out"
+            )
+
+    def compress(self) -> None:
+        """Calibrate, choose ranks, write ``compressed/``."""
+        from ..training import state
+        from .job import Job, Settings
+        from .searching import Search, read_config
+
+        recipe, made = self.recipe, self.recipe.compress
+        method = made.get("method", "search" if recipe.search else None)
+        folder = self.out / "search"
+        target = parse_device(self.device)
+        search = None
+        if method == "search":
+            search = Search(
+                config=read_config(None, {**recipe.search, "seed": self.seed}),
+                folder=folder,
+                resume=self.resume and bool(state.checkpoints(folder)),
+                split=self.splits[0],
+                batch_size=recipe.batch_size,
+                workers=self.workers,
+                cpu=target.type == "cpu",
+            )
+        settings = Settings(
+            model=recipe.model,
+            out=self.out / COMPRESSED,
+            overwrite=False,
+            method=method,
+            parts=tuple(made.get("parts", ("qk", "vo", "ffn", "head"))),
+            rank_multiple=made.get("rank_multiple"),
+            # Kept, so that a resumed search goes on with the same timings.
+            latency_file=self.out / "latency.json" if self.budget.unit == "latency" else None,
+            latency_batch=made.get("latency_batch"),
+            calibration_images=made.get("calibration_images"),
+            calibration_file=None,
+            fisher=None,
+            data_free=False,
+            evaluate=True,
+            calibration_split=self.splits[0],
+            eval_split=self.splits[1],
+            eval_images=self.eval_images,
+            batch_size=min(recipe.batch_size, 64),
+            workers=self.workers,
+            seed=self.seed,
+            search=search,
+        )
+        job = Job(self.screen, settings, self.reading, self.budget, None)
+        job.load(self.checkpoint, recipe.model_args, target)
+        job.open_data()
+        job.run()
+        job.show()
+
+    def finetune(self) -> None:
+        """Train what is in ``compressed/``, write ``finetuned/``."""
+        from ..training import state
+        from .finetune_command import merge
+        from .finetune_job import Job, Options
+
+        config, augmentation = merge({"seed": self.seed}, self.recipe.finetune)
+        target = self.out / FINETUNED
+        options = Options(
+            model=self.out / COMPRESSED,
+            out=target,
+            resume=self.resume and bool(state.checkpoints(target)),
+            teacher=self.recipe.model,
+            teacher_checkpoint=self.checkpoint,
+            teacher_args=self.recipe.model_args,
+            train_split=self.splits[0],
+            eval_split=self.splits[1],
+            eval_images=self.eval_images,
+            evaluate=True,
+            batch_size=self.recipe.batch_size,
+            workers=self.workers,
+            cpu=self.device == "cpu",
+            keep_checkpoints=False,
+        )
+        self.job = Job(self.screen, options, self.reading, config, augmentation)
+        self.job.prepare()
+        self.job.run()
+
+    def show(self) -> None:
+        """Print what came of it."""
+        self.job.show()

@@ -1,0 +1,1 @@
+"""Tensors only: the closed forms, on which everything else stands."""

@@ -1,0 +1,1 @@
+"""Somebody's model: opening, describing, rebuilding and running it."""

@@ -1,0 +1,146 @@
+"""Parameters and multiply-accumulates of a model, per module, counted by PyTorch's own operator counter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import ModelError
+from ..layers.sites import Inventory
+from ..planning.cost import Shape
+from .modes import evaluating, frozen
+from .running import explained
+
+
+class ModuleCost(NamedTuple):
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Counts for one image; ``modules`` holds every submodule, children included in their parents.
+
+    A MAC is one multiply-add of a matrix product, convolution or attention; norms, activations and softmax are
+    not counted.
+    """
+
+    params: int
+    macs: int
+    input_size: tuple[int, ...]
+    modules: dict[str, ModuleCost]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self) | {"modules": {name: cost._asdict() for name, cost in self.modules.items()}}
+
+
+def default_input_size(model: nn.Module) -> tuple[int, int, int]:
+    """(C, H, W) that the model was built for.
+
+    The size of its patch embedding, else ``config.image_size`` (Transformers), else that of ``pretrained_cfg`` (timm),
+    each of the outermost module that has one; (3, 224, 224) where none does.
+    """
+    modules = list(model.modules())
+    channels = 3
+    for embed in [getattr(module, "patch_embed", None) for module in modules]:
+        channels = getattr(getattr(embed, "proj", None), "in_channels", channels)
+        if len(size := _sizes(getattr(embed, "img_size", None))) in (1, 2):
+            return (channels, size[0], size[-1])
+    for config in [getattr(module, "config", None) for module in modules]:
+        if len(size := _sizes(getattr(config, "image_size", None))) in (1, 2):
+            return (getattr(config, "num_channels", channels), size[0], size[-1])
+    for config in [getattr(module, "pretrained_cfg", None) for module in modules]:
+        if isinstance(config, dict) and len(size := _sizes(config.get("input_size"))) == 3:
+            return (channels if channels != 3 else size[0], size[1], size[2])
+    return (channels, 224, 224)
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    """Pixels from a number, a pair or a triple; empty for anything else."""
+    found = value if isinstance(value, (tuple, list)) else (value,)
+    return tuple(found) if all(type(n) is int and n > 0 for n in found) else ()
+
+
+def image_size(size: Any) -> tuple[int, int, int]:
+    """``size`` as (C, H, W).
+
+    Raises:
+        ModelError: it is anything else than three positive whole numbers.
+    """
+    found = _sizes(tuple(size) if isinstance(size, (tuple, list, torch.Size)) else size)
+    if len(found) != 3:
+        raise ModelError(f"an input size is (channels, height, width) in pixels, such as (3, 224, 224), not {size!r}")
+    return (found[0], found[1], found[2])
+
+
+def profile(model: nn.Module, input_size: Sequence[int] | None = None) -> Profile:
+    """Count parameters and MACs with one forward pass of a single image.
+
+    Args:
+        model: any module that takes (B, C, H, W); its mode is kept.
+        input_size: (C, H, W), default what the model was built for.
+
+    Raises:
+        ModelError: the model does not run on an input of this size.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"a model is a torch.nn.Module, not {type(model).__name__}; make one with timm.create_model")
+    size = image_size(input_size or default_input_size(model))
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ModelError(f"{type(model).__name__} has no parameters to count")
+    image = torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype)
+    counter = FlopCounterMode(display=False)
+    with explained(image), frozen(model), counter, torch.no_grad():  # the counter trips over leaves passed as inputs
+        model(image)
+    counts = {name.partition(".")[2]: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
+    modules = {
+        name: ModuleCost(sum(p.numel() for p in module.parameters()), counts.get(name, 0))
+        for name, module in model.named_modules()
+        if name
+    }
+    return Profile(
+        params=sum(p.numel() for p in model.parameters()),
+        macs=counter.get_total_flops() // 2,
+        input_size=size,
+        modules=modules,
+    )
+
+
+def site_shapes(model: nn.Module, inventory: Inventory, input_size: Sequence[int]) -> dict[str, Shape]:
+    """Tokens and sequence length that one image brings to every site, from one forward pass.
+
+    Raises:
+        ModelError: a site that the forward pass does not reach.
+    """
+    shapes: dict[str, Shape] = {}
+
+    def hook(name: str) -> Any:
+        def record(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0]
+            tokens = x.numel() // x.shape[-1]
+            before = shapes[name].tokens if name in shapes else 0  # a layer that is called several times in one pass
+            shapes[name] = Shape(before + tokens, x.shape[1] if x.dim() == 3 else tokens)
+
+        return record
+
+    first = [(site.name, next(iter(site.linears.values()))) for site in inventory.sites]
+    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in first]
+    parameter = next(model.parameters())
+    image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    try:
+        with explained(image), evaluating(model), torch.no_grad():
+            model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    missed = [name for name, _ in first if name not in shapes]
+    if missed:
+        raise ModelError(f"module '{missed[0]}' was never called in the forward pass; is it in use?")
+    return shapes

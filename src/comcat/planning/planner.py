@@ -1,0 +1,360 @@
+"""From a model, a calibration and a budget to a plan: the methods that value the components.
+
+* ``uniform``: every part keeps the same fraction. The classifier stays dense beside other parts: its rank is bounded by
+  the number of classes, and an equal share of that costs far more than it saves.
+* ``spectrum``: energies of the factors; in units of the loss where the calibration has output gradients, otherwise
+  relative to each part's own energy (raw energies of different layers and parts do not compare).
+* ``probe``: the measured divergence when one part of one layer is cut to a few levels, interpolated along the part's
+  energy.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from ..calibration.statistics import SAME, Calibration
+from ..errors import BudgetError, PlanError
+from ..hosts import find_sites
+from ..layers.factors import SiteFactors, site_factors
+from ..layers.sites import PARTS, Choice, Inventory, Site, check_finite, check_parts, gradient_shapes, select_parts
+from ..models.modes import evaluating, exclusive
+from ..models.profile import default_input_size, image_size, profile, site_shapes
+from ..models.running import exact, still
+from ..models.wrappers import check_plain
+from ..progress import Progress
+from ..wording import some
+from .allocate import Options, allocate, out_of_reach, site_options
+from .cost import Cost, break_even, parts_cost, shown, site_cost
+from .curves import Curve, linear_size, probed_curve, spectrum_curve, uniform_curve
+from .latency import LatencyTable
+from .plan import Budget, Plan
+from .probe import Prober, levels, probe_images, probe_key
+
+METHODS = ("uniform", "spectrum", "probe")
+#: Forms of the FFN: the better one for each layer, or one for all.
+FFN_FORMS = ("auto", "low-rank", "neurons")
+#: Parts whose widths count up to their full width; the others only up to break-even.
+WIDTHS = ("qk", "vo", "neurons")
+#: A divergence up to this is rounding.
+_NOTHING = 1e-12
+Curves = dict[str, dict[str, Curve]]
+Solution = tuple[dict[str, Choice], float]
+
+
+def plan(
+    model: nn.Module,
+    budget: Budget,
+    calibration: Calibration | None = None,
+    method: str | None = None,
+    parts: Sequence[str] = PARTS,
+    rank_multiple: int | None = None,
+    input_size: Sequence[int] | None = None,
+    progress: Progress | None = None,
+    latency: LatencyTable | None = None,
+    ffn: str = "auto",
+) -> Plan:
+    """Choose the widths of every layer so that the model meets the budget from below.
+
+    Args:
+        model: the dense model; it is not changed.
+        budget: fraction or number of parameters, MACs or nanoseconds, met from below within 0.5 %.
+        calibration: statistics of this model; without them only weights are looked at.
+        method: one of :data:`METHODS`; default ``"spectrum"`` with a calibration that has output gradients, else
+            ``"probe"`` where it has images, ``"uniform"`` without a calibration.
+        parts: which of ``qk``, ``vo``, ``ffn``, ``head`` may be reduced.
+        rank_multiple: every width is a multiple of this; default 8, which suits tensor cores and SIMD, for a latency
+            budget, else 1. Times between the widths of the latency table are interpolated, and widths off a multiple of
+            8 can take longer than that.
+        input_size: (C, H, W) at which MACs count, default that of the calibration or of the model.
+        progress: called as ``progress(stage, done, total)``.
+        latency: timings from :func:`comcat.measure_latency`; a latency budget needs them, and the plan's estimate
+            names the latency wherever they are given.
+        ffn: ``low-rank`` or ``neurons`` for all FFNs that have this form; default the better one for each (for
+            ``uniform``: neurons where there is a calibration to refit them on).
+
+    Raises:
+        BudgetError: out of reach (the smallest reachable figure is named), already met by the dense model, or of
+            latency without a table.
+        PlanError: unknown method or part, or ``"probe"`` without calibration images.
+        CalibrationError: the calibration or the latency table belongs to another model.
+    """
+    method = method or default_method(calibration)
+    if method not in METHODS:
+        raise PlanError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+    if method == "probe" and (calibration is None or not len(calibration.images)):
+        raise PlanError("method 'probe' measures on images: give a calibration made with probe_images > 0")
+    multiple = default_multiple(budget) if rank_multiple is None else rank_multiple
+    with exclusive(model), exact(next(model.parameters()).device), still(model):
+        return Planner(model, budget, calibration, method, parts, multiple, input_size, progress, latency, ffn).plan()
+
+
+def default_multiple(budget: Budget) -> int:
+    """What widths are multiples of where nothing else is asked for."""
+    return 8 if budget.unit == "latency" else 1
+
+
+def default_method(calibration: Calibration | None) -> str:
+    """In units of the loss, spectra choose as well as probes, in a fraction of the time."""
+    if calibration is None:
+        return "uniform"
+    return "spectrum" if calibration.fisher else "probe" if len(calibration.images) else "uniform"
+
+
+def check_budget(
+    model: nn.Module,
+    budget: Budget,
+    parts: Sequence[str] = PARTS,
+    rank_multiple: int | None = None,
+    input_size: Sequence[int] | None = None,
+    method: str | None = None,
+    latency: LatencyTable | None = None,
+) -> None:
+    """Raise what :func:`plan` would raise of the budget and the parts, before any image is looked at."""
+    if method == "uniform" and len(check_parts(parts)) > 1:
+        parts = [part for part in parts if part != "head"]
+    # Whether there will be images to refit neurons on is not known here, so both forms of the FFN count.
+    multiple = default_multiple(budget) if rank_multiple is None else rank_multiple
+    with exclusive(model):
+        Planner(model, budget, None, "probe", parts, multiple, input_size, None, latency).refuse_unreachable()
+
+
+class Planner:
+    """What :func:`plan` works with, for every method that arrives at curves; errors as there.
+
+    Attributes:
+        limit: largest admissible cost of the whole model, in the budget's unit.
+        fixed: what of the model's cost no choice changes.
+        inventory: the sites that have a part to reduce; ``factors`` and ``shapes`` by site name.
+        parts: the selected parts; multiple: what every width is a multiple of.
+        method: goes into the plan; any name will do here.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: Budget,
+        calibration: Calibration | None,
+        method: str,
+        parts: Sequence[str],
+        multiple: int,
+        input_size: Sequence[int] | None,
+        progress: Progress | None,
+        latency: LatencyTable | None = None,
+        ffn: str = "auto",
+    ) -> None:
+        if ffn not in FFN_FORMS:
+            raise PlanError(f"ffn is {ffn!r}; choose one of {', '.join(FFN_FORMS)}")
+        if not isinstance(multiple, int) or multiple < 1:
+            raise PlanError(f"rank_multiple must be a positive integer, not {multiple!r}")
+        if budget.unit == "latency" and latency is None:
+            raise BudgetError("a latency budget needs timings: give latency=comcat.measure_latency(model)")
+        self.model, self.budget, self.calibration = model, budget, calibration
+        self.method, self.multiple, self.progress, self.latency = method, multiple, progress, latency
+        self.ffn = ffn
+        if method == "uniform" and ffn == "auto":
+            self.ffn = "low-rank" if calibration is None else "neurons"
+        parts = check_parts(parts)
+        if method == "uniform" and len(parts) > 1:
+            parts = tuple(part for part in parts if part != "head")
+        self.parts = parts
+        check_plain(model)
+        inventory = find_sites(model)
+        check_finite(model)
+        if calibration is not None:
+            calibration.check(inventory, model)
+        size = image_size(input_size or (calibration.input_size if calibration else default_input_size(model)))
+        self.shapes = (
+            calibration.shapes
+            if calibration is not None and size == tuple(calibration.input_size)
+            else site_shapes(model, inventory, size)
+        )
+        self.size = size
+        dense = profile(model, size)
+        self.dense = {"params": dense.params, "macs": dense.macs}
+        if latency is not None:
+            latency.check(inventory, self.shapes, dense)
+            self.dense["latency"] = latency.dense
+        sites = [s for s in inventory.sites if select_parts(s.full, s.kind, parts)]
+        if not sites:
+            raise PlanError(f"no layer of this model has a part among {', '.join(parts)}")
+        self.inventory = Inventory(sites, inventory.dense)
+        moments = calibration.to(next(model.parameters()).device).moments if calibration else {}
+        self.factors: dict[str, SiteFactors[Any]] = {s.name: site_factors(s, moments.get(s.name)) for s in sites}
+        whole = self.dense[budget.unit]
+        of_parts = sum((parts_cost(s, parts, self.shapes[s.name]) for s in sites), Cost(0, 0))
+        self.limit = budget.absolute(whole, getattr(of_parts, budget.unit, whole))
+        self.fixed = max(whole - sum(self.price(site, {}) for site in sites), 0)
+
+    def refuse_unreachable(self) -> None:
+        """Before anything is measured: whether the smallest widths of all parts meet the budget."""
+        flat = {
+            s.name: {part: np.zeros(full + 1) for part, full in self._parts(s).items()} for s in self.inventory.sites
+        }
+        options = self._options(flat)
+        smallest = self.fixed + sum(int(o.costs[self.budget.unit].min()) for o in options)
+        if smallest > self.limit:
+            raise out_of_reach(self._shown(self.limit), self._shown(smallest))
+
+    def plan(self) -> Plan:
+        self.refuse_unreachable()
+        if self.method == "probe":
+            return self._probed()
+        self._refuse_zero_gradients()
+        curves = {s.name: self._unmeasured(s) for s in self.inventory.sites}
+        return self.as_plan(self.solve(curves))
+
+    def price(self, site: Site, choice: Choice) -> int:
+        """What a site costs at ``choice``, in the budget's unit."""
+        return self._costs(site, choice)[self.budget.unit]
+
+    def _costs(self, site: Site, choice: Choice) -> dict[str, int]:
+        """What a site costs at ``choice``, by unit."""
+        shape = self.shapes[site.name]
+        costs: dict[str, int] = site_cost(site, choice, shape)._asdict()
+        if self.latency is not None:
+            costs["latency"] = int(self.latency.cost(site, shape, choice))
+        return costs
+
+    def solve(self, curves: Curves) -> Solution:
+        """Choices by site, and their estimated loss; the parts of a site that have no curve stay dense."""
+        options = self._options(curves)
+        chosen = allocate(options, self.budget.unit, self.limit, self.fixed, self._shown)
+        choices = {o.site.name: o.choice(i) for o, i in zip(options, chosen, strict=True)}
+        return choices, float(sum(o.loss[i] for o, i in zip(options, chosen, strict=True)))
+
+    def _options(self, curves: Curves) -> list[Options]:
+        found = []
+        for site in self.inventory.sites:
+            shape = self.shapes[site.name]
+            options = site_options(site, curves[site.name], self.parts, shape, self.multiple)
+            if self.latency is not None:
+                widths = dict(zip(options.names, options.parts, strict=True))
+                options.costs["latency"] = self.latency.cost(site, shape, widths)
+            found.append(options)
+        return found
+
+    def _shown(self, cost: int) -> str:
+        unit = self.budget.unit
+        return f"{shown(cost, unit)} ({100 * cost / self.dense[unit]:.1f} % of the model)"
+
+    def as_plan(self, solution: Solution, **measured: float) -> Plan:
+        """The plan of a solution; ``measured`` goes into its estimate."""
+        choices, loss = solution
+        estimate: dict[str, float] = dict(self.dense)
+        for site in self.inventory.sites:
+            before, after = self._costs(site, {}), self._costs(site, choices[site.name])
+            for unit in estimate:
+                estimate[unit] += after[unit] - before[unit]
+        if self.method != "uniform":
+            estimate["loss"] = loss
+        estimate |= measured
+        budget = {self.budget.unit: self.budget.value, "of": self.budget.of}
+        layers = {name: choice for name, choice in choices.items() if choice}
+        return Plan(layers, method=self.method, budget=budget, estimate=estimate, input_size=self.size)
+
+    def _unmeasured(self, site: Site) -> dict[str, Curve]:
+        """Curves that need no images."""
+        parts = self._parts(site)
+        if self.method == "uniform":
+            return {part: uniform_curve(site, part) for part in parts}
+        fisher = self.calibration is not None and self.calibration.fisher
+        return {part: spectrum_curve(self.factors[site.name], part, fisher) for part in parts}
+
+    def _parts(self, site: Site) -> Choice:
+        """Full widths of the site's parts that may be reduced."""
+        parts = select_parts(site.full, site.kind, self.parts)
+        if "neurons" in parts and self.ffn != "auto":
+            parts = {part: width for part, width in parts.items() if (part == "neurons") == (self.ffn == "neurons")}
+        return parts
+
+    # -- probing --------------------------------------------------------------------------------------------------
+
+    def _probed(self) -> Plan:
+        assert self.calibration is not None
+        images = probe_images(self.calibration, self.dense["macs"])
+        with evaluating(self.model):
+            prober = self.prober(images)
+            prober.record(self.inventory)
+            curves = self._measure(prober, len(images))
+            choices, loss = self.solve(curves)
+            swaps = [self.factors[s.name].build(choices[s.name]) for s in self.inventory.sites]
+            divergence = prober.measure_all({name: module for new in swaps for name, module in new.items()})
+        return self.as_plan((choices, loss), divergence=divergence)
+
+    def prober(self, images: Tensor) -> Prober:
+        """Of the dense model; outputs as in the calibration."""
+        return Prober(self.model, images, self.calibration.outputs if self.calibration is not None else None)
+
+    def _measure(self, prober: Prober, images: int) -> Curves:
+        """One curve per part from a few measured levels; what the calibration already knows is not measured again."""
+        assert self.calibration is not None
+        known: dict[str, float] = {}
+        if self.calibration.distance(self.model, self.inventory).relative <= SAME:  # they are probes of this model
+            kind = "" if prober.outputs.per_class else f",{prober.outputs.kind}"
+            known = self.calibration.probes.setdefault(f"n={images}{kind}", {})
+        work = [
+            (site, part, width)
+            for site in self.inventory.sites
+            for part, full in self._parts(site).items()
+            for width in levels(part, full if part in WIDTHS else break_even(*linear_size(site, part)))
+            if width < full
+        ]
+        measured: dict[tuple[str, str], dict[int, float]] = {}
+        for done, (site, part, width) in enumerate(work):
+            key = probe_key(site, part, width)
+            if key not in known:
+                known[key] = prober.measure(site, self.factors[site.name], {part: width})
+            measured.setdefault((site.name, part), {})[width] = known[key]
+            if self.progress:
+                self.progress("probe", done + 1, len(work))
+        inner = [one for one in work if one[0].kind != "head"] or work
+        self._refuse_flat([known[probe_key(*one)] for one in inner], str(prober.outputs.kind))
+        curves: Curves = {site.name: {} for site in self.inventory.sites}
+        for (name, part), points in measured.items():
+            curves[name][part] = probed_curve(self.factors[name], part, points)
+        return curves
+
+    # -- measures that tell nothing --------------------------------------------------------------------------------
+
+    def _refuse_zero_gradients(self) -> None:
+        if self.method != "spectrum" or self.calibration is None or not self.calibration.fisher:
+            return
+        moments, zero, layers = self.calibration.moments, [], []
+        for site in self.inventory.sites:
+            gradients = [name for name in gradient_shapes(site) if name in moments[site.name]]
+            if self._parts(site) and gradients:
+                layers.append(site)
+                if not any(bool(moments[site.name][name].any()) for name in gradients):
+                    zero.append(site)
+        inner = [site for site in layers if site.kind != "head"] or layers
+        if layers and all(site in zero for site in inner):
+            which = "every gradient of the calibration" + (
+                "" if len(zero) == len(layers) else ", but the classifier's,"
+            )
+            raise PlanError(
+                f"{which} is zero, so no layer can be told from another: the outputs, taken for "
+                f"{self.calibration.outputs or 'classes'}, do not depend on the images. Calibrate again with the "
+                "right outputs= and a trained classifier, or choose the method 'uniform'"
+            )
+        if zero:
+            names = some(f"'{site.name}'" for site in zero)
+            warnings.warn(
+                f"every gradient of {len(zero)} of {len(layers)} layers is zero ({names}): the outputs do not depend "
+                "on them, and they are cut first. If they should, calibrate again with the right outputs=",
+                stacklevel=5,
+            )
+
+    def _refuse_flat(self, measured: list[float], kind: str) -> None:
+        bad = [value for value in measured if not np.isfinite(value)]
+        if not measured or (not bad and max(measured) > _NOTHING):
+            return
+        what = "not finite" if bad else "zero at every cut"
+        raise PlanError(
+            f"the measured divergence is {what}, so no layer can be told from another: outputs that are {kind} do not "
+            "change with the weights. Calibrate again with the right outputs=, or choose the method 'uniform'"
+        )

@@ -1,0 +1,52 @@
+"""The best training-free plan, to start a search from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..calibration.statistics import Calibration
+from ..layers.sites import PARTS
+from ..models.modes import evaluating
+from ..planning.latency import LatencyTable
+from ..planning.plan import Budget, Plan
+from ..planning.planner import Planner, default_method, default_multiple, plan
+from ..planning.probe import probe_images
+from ..progress import Progress
+
+
+def best_training_free(
+    model: nn.Module,
+    budget: Budget,
+    calibration: Calibration,
+    *,
+    parts: Sequence[str] = PARTS,
+    rank_multiple: int | None = None,
+    input_size: Sequence[int] | None = None,
+    latency: LatencyTable | None = None,
+    ffn: str = "auto",
+    progress: Progress | None = None,
+) -> Plan:
+    """The plan of the default method or of ``probe``, whichever diverges less from the dense model.
+
+    The divergence is measured on the calibration's probe images; without any, the default method decides.
+    """
+    rest = (parts, rank_multiple, input_size, progress, latency, ffn)
+    default = default_method(calibration)
+    first = plan(model, budget, calibration, default, *rest)
+    if default == "probe" or not len(calibration.images):
+        return first
+    probed = plan(model, budget, calibration, "probe", *rest)
+    multiple = default_multiple(budget) if rank_multiple is None else rank_multiple
+    planner = Planner(model, budget, calibration, default, parts, multiple, input_size, None, latency)
+    modules = {
+        name: module
+        for site in planner.inventory.sites
+        for name, module in planner.factors[site.name].build(first.layers.get(site.name, {})).items()
+    }
+    with evaluating(model):
+        prober = planner.prober(probe_images(calibration, planner.dense["macs"]))
+        divergence = prober.measure_all(modules)
+    first.estimate["divergence"] = divergence
+    return first if divergence <= probed.estimate["divergence"] else probed

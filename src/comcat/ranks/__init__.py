@@ -1,1 +1,0 @@
-"""The parts of the rank search: gates, their distribution, the space around a starting plan, and the alternation."""

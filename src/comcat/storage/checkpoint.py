@@ -1,0 +1,226 @@
+"""Saving a compressed model and loading it back: ``model.safetensors`` and ``comcat.json``.
+
+The JSON holds the architecture (a timm name, arguments, and attributes set since), the plan, the report, and the size
+and SHA-256 of the tensors and of itself. Loading builds the small model from these alone: no original weights, no
+network, no pickle; and nothing is allocated before the shapes of both files agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._version import __version__
+from ..compression import Compression
+from ..errors import CheckpointError, ModelError, PlanError
+from ..hosts import find_sites
+from ..layers.sites import check_finite
+from ..layers.skeleton import empty_modules
+from ..models.profile import default_input_size
+from ..models.source import Source, describe
+from ..models.traits import carry
+from ..models.wrappers import check_plain
+from ..nn.attention import LowRankAttention
+from ..nn.linear import LowRankLinear
+from ..planning.plan import Plan
+from .atomic import CONFIG_NAME, atomic_directory, read_whole, tensor_bytes
+from .description import FORMAT, Description, description_digest, read_description
+from .reader import TENSOR_LIMIT, parse_tensors, read_bytes
+from .rebuilt import changed, check_same, standing
+
+TENSORS_NAME = "model.safetensors"
+_ADVICE = "pass model_args={...} with the arguments that timm.create_model was given"
+#: A dense architecture may take this many bytes, or this many times those of its compressed tensors.
+_MOST_BYTES, _MOST_TIMES = 2 << 30, 100
+
+
+def save(
+    model: nn.Module, path: str | Path, *, overwrite: bool = False, model_args: dict[str, Any] | None = None
+) -> None:
+    """Write a model to a directory that :func:`load` reads, and check that it does.
+
+    The files are written beside ``path`` and renamed in one step, after the model has been rebuilt from them: with
+    bitwise the same tensors, the same modules and attributes (dropout rates and the like), and the same output on a
+    random image, to rounding (:data:`comcat.storage.rebuilt.ROUNDING`).
+
+    Args:
+        model: a model from :func:`comcat.compress` or :func:`load`, trained further or not; or a dense timm model.
+        path: directory to make; one that holds something is refused unless ``overwrite``.
+        model_args: the arguments given to ``timm.create_model``, needed only where they cannot be read off.
+
+    Raises:
+        CheckpointError: the directory is in use, the disk is full, or the architecture cannot be rebuilt; what
+            differs is named.
+        ModelError: the model holds NaN or infinite weights.
+    """
+    _check_path(path)
+    check_plain(model)
+    made = getattr(model, "comcat", None)
+    plan, report, source = (made.plan, made.report, made.source) if made else (Plan({}), None, describe(model))
+    if source is None:
+        raise CheckpointError("the model does not come from timm.create_model, so it could not be rebuilt when loading")
+    check_finite(model)
+    if made is None and any(isinstance(module, (LowRankAttention, LowRankLinear)) for module in model.modules()):
+        raise CheckpointError(
+            "the model holds small layers but not the plan that made them: it is a part of a compressed model, or "
+            "`comcat` was removed from it; compress the timm model itself, before it is wrapped, and save that"
+        )
+    plan = standing(plan, model)
+    source = source.following(model) if model_args is None else Source(source.name, dict(model_args), source.config)
+    source = _current(source, model)
+    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    with atomic_directory(path, overwrite) as directory:
+        try:
+            content = tensor_bytes(state, {"format": "pt"})
+            parse_tensors(content, "the model")  # dtypes that no model here has are refused before anything is written
+        except RuntimeError as error:  # tensors that share memory
+            raise CheckpointError(
+                "the model has layers that share weights, which no architecture of timm has, so that it cannot be "
+                f"rebuilt when loading; save its state_dict() instead ({' '.join(str(error).split())[:300]})"
+            ) from error
+        architecture = {"library": "timm", "name": source.name, "args": source.args, "config": source.config}
+        config: dict[str, Any] = {
+            "comcat_format": FORMAT,
+            "comcat_version": __version__,
+            "architecture": {**architecture, "attributes": _carried(model, source, plan)},
+            "plan": plan.as_dict(),
+            "report": report.to_dict() if report else None,
+            "tensors": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()},
+        }
+        try:
+            config["tensors"]["description"] = description_digest(config)
+            description = json.dumps(config, indent=1)
+        except TypeError as error:
+            raise CheckpointError(f"model_args must be plain data that JSON can hold: {error}") from error
+        (directory / TENSORS_NAME).write_bytes(content)
+        (directory / CONFIG_NAME).write_text(description + "\n", encoding="utf-8")
+        try:
+            again = load(directory)
+        except CheckpointError as error:
+            raise CheckpointError(f"the model cannot be rebuilt from its architecture ({error}); {_ADVICE}") from error
+        check_same(model, again, _ADVICE)
+
+
+def _current(source: Source, model: nn.Module) -> Source:
+    """The source with the image size and classes that the model has now."""
+    config = {**source.config, "input_size": default_input_size(model)}
+    if isinstance(getattr(model, "num_classes", None), int):
+        config["num_classes"] = model.num_classes
+    return Source(source.name, source.args, config)
+
+
+def _carried(model: nn.Module, source: Source, plan: Plan) -> dict[str, dict[str, Any]]:
+    """Attributes that the architecture's arguments do not bring back, by module."""
+    try:
+        built = source.build(meta=True)
+        _shrink(built, plan, "the description")
+    except CheckpointError as error:
+        raise CheckpointError(f"the model cannot be rebuilt from its architecture ({error}); {_ADVICE}") from error
+    return changed(model, built, _ADVICE)
+
+
+def load(path: str | Path) -> nn.Module:
+    """Rebuild a saved model, in evaluation mode, on the CPU, in the dtype it was saved in.
+
+    Raises:
+        CheckpointError: not a comcat directory, of a newer version, damaged, or inconsistent; the message says which.
+    """
+    _check_path(path)
+    with torch.inference_mode(False), torch.device("cpu"):  # whatever the caller has set
+        return _load(Path(path))
+
+
+def _check_path(path: str | Path) -> None:
+    if "\0" in str(path):
+        raise CheckpointError(f"{str(path)!r} is no path: it holds a NUL character")
+
+
+def _load(path: Path) -> nn.Module:
+    config, state, size = read_whole(path, lambda: _read(path))
+    name = f"'{path / CONFIG_NAME}'"
+    try:
+        architecture = config.architecture
+        source = Source(architecture.name, _tuples(architecture.args), _tuples(architecture.config))
+        plan = Plan.from_dict(config.plan)
+    except PlanError as error:
+        raise CheckpointError(f"{name} is damaged: {error}") from error
+    _check_shapes(source, plan, state, size, name)
+    config.check_digest(name)
+    model = source.build()
+    _shrink(model, plan, name)
+    carry(model, {module: _tuples(values) for module, values in architecture.attributes.items()})
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())  # buffers that are not saved follow the parameters
+    model.load_state_dict(state, strict=True, assign=True)
+    model.comcat = Compression(plan, config.report, source)  # type: ignore[assignment]
+    return model.eval()
+
+
+def _read(path: Path) -> tuple[Description, dict[str, Tensor], int]:
+    config = read_description(path)
+    return config, *_read_tensors(path, config)
+
+
+def _shrink(model: nn.Module, plan: Plan, name: str) -> None:
+    if not plan.layers:
+        return
+    try:
+        inventory = find_sites(model)
+        plan.check(inventory)
+    except (PlanError, ModelError) as error:
+        raise CheckpointError(f"{name} contradicts its architecture: {error}") from error
+    with torch.random.fork_rng(devices=[]):
+        for layer, choice in plan.layers.items():
+            for module_name, module in empty_modules(inventory[layer], choice).items():
+                model.set_submodule(module_name, module)
+
+
+def _read_tensors(path: Path, config: Description) -> tuple[dict[str, Tensor], int]:
+    """The tensors, and their file's size in bytes."""
+    file = path / TENSORS_NAME
+    content = read_bytes(file, limit=TENSOR_LIMIT)
+    expected = config.tensors
+    if len(content) != expected.bytes:
+        raise CheckpointError(
+            f"'{file}' has {len(content):,} bytes instead of {expected.bytes:,}: it is truncated or was replaced; "
+            "copy the model again"
+        )
+    if hashlib.sha256(content).hexdigest() != expected.sha256:
+        raise CheckpointError(
+            f"the content of '{file}' does not match its checksum: it was damaged or changed; copy the model again"
+        )
+    return parse_tensors(content, f"'{file}'")[1], len(content)
+
+
+def _check_shapes(source: Source, plan: Plan, state: dict[str, Tensor], size: int, name: str) -> None:
+    """Raise CheckpointError unless the description, built without memory, needs exactly these tensors."""
+    model = source.build(meta=True)
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
+    needed = sum(t.numel() * t.element_size() for t in tensors)
+    _shrink(model, plan, name)
+    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    for key in [*wanted, *state]:
+        there = tuple(state[key].shape) if key in state else None
+        if there != wanted.get(key):
+            raise CheckpointError(
+                f"the ranks in {name} contradict the tensors: '{key}' should be {wanted.get(key)} but is {there}"
+            )
+    floats = {key: tensor.is_floating_point() for key, tensor in model.state_dict().items()}
+    for key, tensor in state.items():
+        if tensor.is_floating_point() != floats[key]:
+            raise CheckpointError(f"{name} contradicts the tensors: '{key}' is of dtype {tensor.dtype}")
+    if needed > max(_MOST_BYTES, _MOST_TIMES * size):
+        raise CheckpointError(f"{name} describes a model of {needed:,} bytes, too many for its tensors of {size:,}")
+
+
+def _tuples(value: Any) -> Any:
+    """JSON turns tuples into lists; timm wants tuples back."""
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    return {key: _tuples(item) for key, item in value.items()} if isinstance(value, dict) else value

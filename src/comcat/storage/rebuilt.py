@@ -1,0 +1,85 @@
+"""Whether a model built again from its description is the model: tensors, modules, attributes and outputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..models.modes import evaluating
+from ..models.profile import default_input_size
+from ..models.traits import buffers, differences
+from ..nn.attention import LowRankAttention
+from ..nn.linear import LowRankLinear
+from ..planning.plan import Plan
+
+#: How far two evaluations of the same model may be apart, by dtype, relative to the largest output: other strides or
+#: another thread count lead to other kernels, which sum in another order.
+ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def standing(plan: Plan, model: nn.Module) -> Plan:
+    """The plan without layers that somebody has replaced since, such as a classifier for other classes."""
+    kept = {name: choice for name, choice in plan.layers.items() if not choice or "neurons" in choice}
+    small = (LowRankAttention, LowRankLinear)
+    for name, choice in plan.layers.items():
+        inside = [m for n, m in model.named_modules() if n == name or n.startswith(f"{name}.")]
+        if name not in kept and any(isinstance(module, small) for module in inside):
+            kept[name] = choice
+    return replace(plan, layers={name: kept[name] for name in plan.layers if name in kept})
+
+
+def changed(model: nn.Module, built: nn.Module, advice: str) -> dict[str, dict[str, Any]]:
+    """Plain attributes, by module, that ``model`` has other than ``built``.
+
+    Raises:
+        CheckpointError: something else differs, which attributes cannot bring back.
+    """
+    attributes: dict[str, dict[str, Any]] = {}
+    for found in differences(model, built):
+        if not found.plain:
+            raise CheckpointError(
+                f"the model cannot be rebuilt from its architecture ({found}), so that the rebuilt model computes "
+                f"something else; {advice}"
+            )
+        attributes.setdefault(found.module, {})[found.attribute] = found.value
+    return attributes
+
+
+def check_same(model: nn.Module, again: nn.Module, advice: str) -> None:
+    """Raise CheckpointError unless ``again`` is ``model``: bitwise in its tensors, to rounding in its output."""
+    there, here = model.state_dict(), again.state_dict()
+    for name, tensor in {**buffers(model), **there}.items():
+        other = here[name] if name in here else dict(again.named_buffers(remove_duplicate=False)).get(name)
+        if other is None or not _equal(tensor, other):
+            raise CheckpointError(f"'{name}' of the rebuilt model is another tensor; {advice}")
+    for found in differences(model, again):
+        raise CheckpointError(f"the rebuilt model computes something else: {found}; {advice}")
+    parameter = next(model.parameters())
+    again = again.to(parameter.device)
+    image = torch.rand(1, *default_input_size(model), generator=torch.Generator().manual_seed(0), device="cpu")
+    image = image.to(parameter.device, parameter.dtype)
+    with torch.no_grad(), evaluating(model), evaluating(again):
+        if not _close(model(image), again(image)):
+            raise CheckpointError(f"the rebuilt model computes something else; {advice}")
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.detach().cpu(), b.detach().cpu().to(a.dtype))
+
+
+def _close(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_close(a[key], b[key]) for key in a)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_close, a, b))
+    if not isinstance(a, Tensor):
+        return True
+    if a.shape != b.shape or not a.is_floating_point():
+        return a.shape == b.shape and torch.equal(a, b)
+    same = torch.equal(a.isfinite(), b.isfinite())
+    x, y = (torch.nan_to_num(t.double(), posinf=0.0, neginf=0.0) for t in (a, b))
+    return same and float((x - y).abs().max()) <= ROUNDING.get(a.dtype, 1e-4) * float(x.abs().max().clamp_min(1e-300))
