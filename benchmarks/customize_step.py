@@ -30,7 +30,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from comcat import customize
-from comcat.customize.objective import Objective, loss
+from comcat.customize.teaching.objective import Objective, loss
 from common import parser, write
 
 METHODS = {"comcat": "comcat rank 2", "lora": "LoRA rank 16", "custom": "Custom Diffusion", "full": "full fine-tuning"}

@@ -67,7 +67,7 @@ def damage_adapter(folder: Path, r: random.Random) -> None:
 def read_adapter(folder: Path) -> None:
     """Shown, converted and loaded, as the command line does."""
     from comcat.cli.adapter_command import _lines
-    from comcat.customize.restoring import restore_adapter
+    from comcat.customize.files.restoring import restore_adapter
 
     for file in sorted(folder.glob("*.safetensors")):
         header, _ = customize.read_adapter(file)
@@ -161,7 +161,7 @@ def damage_captions(folder: Path, r: random.Random) -> None:
 
 
 def read_photos(folder: Path) -> None:
-    from comcat.customize.photos import Bucket, find_photos, load_photo
+    from comcat.customize.teaching.photos import Bucket, find_photos, load_photo
 
     for photo in find_photos(folder, None, note=lambda text: None):
         load_photo(photo, Bucket(8, 8))

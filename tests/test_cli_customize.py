@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from comcat.cli.generate_command import parse_adapter, parse_seeds, slug
 from comcat.customize import contest, digits, load_adapter
 from comcat.customize.digits_score import score
-from comcat.customize.trainer import Trainer
+from comcat.customize.teaching.trainer import Trainer
 from conftest import heed_interrupts
 from test_cli import Result
 from test_customize_train import write_photos

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from comcat import CheckpointError
 from comcat.customize import add_adapter, load_adapter, read_adapter, remove_adapter, save_adapter
-from comcat.customize.contents import CHECKSUM
-from comcat.customize.restoring import restore_adapter
+from comcat.customize.files.contents import CHECKSUM
+from comcat.customize.files.restoring import restore_adapter
 from diffusion import changed, fill, picture, pipeline
 
 DATA = Path(__file__).parent / "data"

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from comcat import CheckpointError, ModelError
 from comcat.customize import Adapter, adapters, add_adapter, digits, export_lora, import_lora
-from comcat.customize.components import find_sites
-from comcat.customize.convert import as_lora, embedding_path
-from comcat.customize.families import family_of
-from comcat.customize.lora_keys import to_diffusers
-from comcat.customize.moments import InputMoments, record
-from comcat.customize.probe import denoiser_output, output_error
+from comcat.customize.adapter.components import find_sites
+from comcat.customize.lora.denoiser_moments import InputMoments, record
+from comcat.customize.lora.denoiser_probe import denoiser_output, output_error
+from comcat.customize.lora.exporting import as_lora, embedding_path
+from comcat.customize.lora.keys import to_diffusers
+from comcat.customize.teaching.families import family_of
 
 PROMPT = "a photo of the digit three"
 HEADS = 4

@@ -25,8 +25,8 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 import diffusion
 from comcat import DataError, ModelError
 from comcat.customize import CustomizeConfig, generate, load_adapter, save_adapter, train
-from comcat.customize.families import family_of
-from comcat.customize.photos import Bucket, frame
+from comcat.customize.teaching.families import family_of
+from comcat.customize.teaching.photos import Bucket, frame
 
 NAMES = ("sd1", "sdxl", "sd3", "sd3-t5", "flux", "flux-guided", "alpha", "alpha-sized", "sigma")
 PROMPT = "a photo of a dog"

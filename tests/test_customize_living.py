@@ -15,8 +15,8 @@ from diffusers import ControlNetModel, StableDiffusionImg2ImgPipeline, UNetMotio
 from diffusers.models import attention_processor as ap
 
 from comcat import customize
-from comcat.customize.generate import check_prompts, check_words
-from comcat.customize.words import has_token, placeholders
+from comcat.customize.adapter.words import has_token, placeholders
+from comcat.customize.generation import check_prompts, check_words
 from comcat.errors import CheckpointError, DataError, ModelError
 from diffusion import TOKENS, fill, model, on, output, picture, pipeline, text_encoder, tokenizer
 

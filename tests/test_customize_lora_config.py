@@ -15,7 +15,7 @@ from torch import Tensor
 
 from comcat import CheckpointError
 from comcat.customize import adapters, import_lora, remove_adapter
-from comcat.customize.lora_config import CONFIG_NAME, METADATA_KEY
+from comcat.customize.lora.lora_config import CONFIG_NAME, METADATA_KEY
 from diffusion import inputs, model, output
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comcat.customize.lora_config import METADATA_KEY, LoraConfig
-from comcat.customize.lora_keys import read_lora, to_diffusers, to_kohya
-from comcat.customize.lora_math import LoraWeights
+from comcat.customize.lora.algebra import LoraWeights
+from comcat.customize.lora.keys import read_lora, to_diffusers, to_kohya
+from comcat.customize.lora.lora_config import METADATA_KEY, LoraConfig
 from comcat.errors import CheckpointError
 
 Factors = dict[str, dict[str, LoraWeights]]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from comcat.customize.lora_math import (
+from comcat.customize.lora.algebra import (
     HeadUpdate,
     LoraPair,
     LoraWeights,

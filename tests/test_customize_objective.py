@@ -19,10 +19,10 @@ from diffusers import (
 from torch import Tensor
 
 from comcat import DataError, ModelError, TrainingError
-from comcat.customize.examples import Photos
-from comcat.customize.material import find_token
-from comcat.customize.objective import DDPM, FLOW, Noisy, Objective, loss
-from comcat.customize.photos import Bucket, Photo
+from comcat.customize.teaching.examples import Photos
+from comcat.customize.teaching.material import find_token
+from comcat.customize.teaching.objective import DDPM, FLOW, Noisy, Objective, loss
+from comcat.customize.teaching.photos import Bucket, Photo
 
 LATENTS = torch.randn(5, 3, 4, 8, generator=torch.Generator().manual_seed(1))
 

@@ -9,7 +9,7 @@ import torch
 
 from comcat import ModelError
 from comcat.customize import open_pipeline
-from comcat.customize.opening import variants
+from comcat.customize.pipelines import variants
 from diffusion import pipeline
 from test_cli import Result
 

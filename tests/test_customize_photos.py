@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from comcat.customize.photos import find_photos
+from comcat.customize.teaching.photos import find_photos
 from comcat.errors import DataError
 
 PROMPT = "a photo of sks dog"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from comcat.customize.photos import Bucket, Photo, assign, buckets, check_sizes, find_photos, frame, load_photo
+from comcat.customize.teaching.photos import Bucket, Photo, assign, buckets, check_sizes, find_photos, frame, load_photo
 from comcat.errors import DataError
 from test_customize_photos import PROMPT, pixels, refusal, save
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from comcat import DataError, ModelError, TrainingError
 from comcat.customize import CustomizeConfig, adapters, train
-from comcat.customize import material as material_module
-from comcat.customize.families import family_of
-from comcat.customize.material import class_photos
-from comcat.customize.trainer import Trainer
+from comcat.customize.teaching import material as material_module
+from comcat.customize.teaching.families import family_of
+from comcat.customize.teaching.material import class_photos
+from comcat.customize.teaching.trainer import Trainer
 from diffusion import frozen, pipeline, sd1
 
 TINY = {"rank": 1, "steps": 2, "log_every": 1, "buckets": 1.0, "checkpoint_every": 2, "validation_steps": 1}

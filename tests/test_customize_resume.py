@@ -15,7 +15,7 @@ from torch import Tensor
 
 from comcat import TrainingError
 from comcat.customize import CustomizeConfig, digits, save_adapter, train
-from comcat.customize.train import finish
+from comcat.customize.teaching.teach import finish
 from comcat.training import state
 from test_customize_train import StopError, stop_at, write_photos
 
@@ -181,8 +181,8 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
-from comcat.customize import material
-from comcat.customize.trainer import Trainer
+from comcat.customize.teaching import material
+from comcat.customize.teaching.trainer import Trainer
 from comcat.training import state
 from test_customize_resume import SIZES, learn, write_photos
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from comcat import DataError, ModelError, TrainingError
 from comcat.customize import CustomizeConfig, adapters, add_adapter, digits, generate, load_adapter, save_adapter, train
-from comcat.customize.examples import Photos
-from comcat.customize.families import family_of
-from comcat.customize.objective import Noisy, Objective
-from comcat.customize.photos import Bucket, find_photos
-from comcat.customize.trainer import Trainer
-from comcat.customize.words import has_token
+from comcat.customize.adapter.words import has_token
+from comcat.customize.teaching.examples import Photos
+from comcat.customize.teaching.families import family_of
+from comcat.customize.teaching.objective import Noisy, Objective
+from comcat.customize.teaching.photos import Bucket, find_photos
+from comcat.customize.teaching.trainer import Trainer
 
 PROMPT = "a photo of V*"
 TINY = {"rank": 1, "steps": 2, "log_every": 1, "buckets": 1.0, "checkpoint_every": 2, "validation_steps": 1}
@@ -253,7 +253,7 @@ def test_out_of_memory(pipe, photos, untouched, monkeypatch, where):
     def full(*_: Any) -> Any:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(f"comcat.customize.families.Family.{where}", full)
+    monkeypatch.setattr(f"comcat.customize.teaching.families.Family.{where}", full)
     with pytest.raises(TrainingError, match=r"--grad-checkpointing and --precision bf16, lower --res.*--accumulate"):
         learn(pipe, photos)
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import comcat
 from comcat.customize import digits
-from comcat.customize.opening import open_pipeline
+from comcat.customize.pipelines import open_pipeline
 from comcat.models.opening import load_model
 from conftest import randomize
 from test_cli import ARGS, NAME, Result

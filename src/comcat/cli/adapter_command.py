@@ -35,8 +35,8 @@ LoraRank = Annotated[int | None, opt.Option("--lora-rank", min=1, help="Cut the 
 @command
 def info(file: File, json_output: opt.Json = False) -> None:
     """What an adapter file holds, without its base model."""
-    from ..customize.contents import check_contents
-    from ..customize.formats import read_adapter
+    from ..customize.files.adapter_file import read_adapter
+    from ..customize.files.contents import check_contents
     from ..report.format import count, size
 
     screen = Screen(json_output)
@@ -103,8 +103,8 @@ def convert(
     """
     screen = Screen(json_output)
     with screen:
-        from ..customize.convert import embedding_path
-        from ..customize.header import STORAGES
+        from ..customize.files.header import STORAGES
+        from ..customize.lora.exporting import embedding_path
 
         if to not in ("diffusers", "kohya", "comcat"):
             raise typer.BadParameter(f"{to!r} is not diffusers, kohya or comcat", param_hint="--to")
@@ -139,8 +139,8 @@ def _to_comcat(
     variant: str | None,
     device: str,
 ) -> dict[str, Any]:
-    from ..customize.formats import write_adapter
-    from ..customize.restoring import is_adapter, restore_adapter
+    from ..customize.files.adapter_file import write_adapter
+    from ..customize.files.restoring import is_adapter, restore_adapter
 
     if is_adapter(file):
         if rank is not None or lora_alpha is not None or partial:
@@ -152,7 +152,7 @@ def _to_comcat(
         restore_adapter(file, out, storage, scale)
         screen.done((out, "bold"), f": the same adapter, stored as {storage}")
         return {"storage": storage}
-    from ..customize.lora_import import import_lora
+    from ..customize.lora.importing import import_lora
     from ..report.customize_pictures import conversion as table
 
     if rank is None:
@@ -184,7 +184,7 @@ def _to_lora(
     variant: str | None,
     device: str,
 ) -> dict[str, Any]:
-    from ..customize.convert import embedding_path, write_lora
+    from ..customize.lora.exporting import embedding_path, write_lora
     from ..report.customize_pictures import conversion as table
 
     handle, factors, result, output = _converted(screen, file, base, rank, scale, prompts, data_free, variant, device)
@@ -229,10 +229,10 @@ def _converted(
     variant: str | None,
     device: str,
 ) -> Any:
-    from ..customize.convert import as_lora
-    from ..customize.formats import load_adapter, read_adapter
-    from ..customize.moments import no_roots, record
-    from ..customize.probe import output_error
+    from ..customize.files.adapter_file import load_adapter, read_adapter
+    from ..customize.lora.denoiser_moments import no_roots, record
+    from ..customize.lora.denoiser_probe import output_error
+    from ..customize.lora.exporting import as_lora
     from ..errors import DataError
 
     read_adapter(file)
@@ -247,7 +247,7 @@ def _converted(
 
 
 def _open(screen: Screen, base: str | None, variant: str | None, device: str) -> Any:
-    from ..customize.opening import open_pipeline
+    from ..customize.pipelines import open_pipeline
 
     if base is None:
         raise typer.BadParameter("the conversion needs the base model's weights", param_hint="--base")

@@ -15,7 +15,7 @@ from .console import Screen, command, main_process_speaks
 from .inputs import check_input_file, check_output_file, parse_device
 
 if TYPE_CHECKING:
-    from ..customize.config import CustomizeConfig
+    from ..customize.teaching.customize_config import CustomizeConfig
 
 PRODUCTS = "Products"
 TOKEN = "Token"
@@ -186,7 +186,7 @@ def customize(
 
 def settings_of(given: dict[str, Any], config: Path | None) -> CustomizeConfig:
     """Settings from the options, where they were given, over those of a file over the defaults."""
-    from ..customize.config import CustomizeConfig
+    from ..customize.teaching.customize_config import CustomizeConfig
 
     names = [f.name for f in fields(CustomizeConfig)]
     values = dict(read_yaml(config)) if config is not None else {}
@@ -209,10 +209,10 @@ def _run(
     keep_run: bool,
     **options: Any,
 ) -> dict[str, Any]:
-    from ..customize.formats import write_adapter
-    from ..customize.header import STORAGES
-    from ..customize.opening import open_pipeline
-    from ..customize.train import finish, train
+    from ..customize.files.adapter_file import write_adapter
+    from ..customize.files.header import STORAGES
+    from ..customize.pipelines import open_pipeline
+    from ..customize.teaching.teach import finish, train
     from ..errors import TrainingError
 
     if storage not in STORAGES:

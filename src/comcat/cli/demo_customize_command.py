@@ -45,7 +45,7 @@ def demo_customize(
     with screen, one_thread():
         from ..customize import digits, digits_cache
         from ..customize.contest import METHODS, Contest
-        from ..customize.opening import quiet_loading
+        from ..customize.pipelines import quiet_loading
         from ..storage.atomic import atomic_directory, claimed_output
         from ..storage.owned import CUSTOMIZE_DEMO
 
@@ -84,9 +84,9 @@ def _storages(contest: Any, out: Path) -> list[dict[str, Any]]:
     """The saved adapter loaded back from every storage: bytes, largest relative error of a tensor, scores."""
     import torch
 
-    from ..customize.adapter import remove_adapter
-    from ..customize.formats import load_adapter, read_adapter
-    from ..customize.restoring import restore_adapter
+    from ..customize.adapter.attached import remove_adapter
+    from ..customize.files.adapter_file import load_adapter, read_adapter
+    from ..customize.files.restoring import restore_adapter
 
     rows = []
     _, exact = read_adapter(out / "concept.safetensors")

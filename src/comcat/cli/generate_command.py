@@ -71,11 +71,11 @@ def generate(
     numbers = parse_seeds(seeds)
     files = [parse_adapter(text) for text in adapter or []]
     with screen:
-        from ..customize.formats import read_adapter
-        from ..customize.generate import check_prompts
-        from ..customize.generate import generate as draw
-        from ..customize.opening import DTYPES, open_pipeline
+        from ..customize.files.adapter_file import read_adapter
+        from ..customize.generation import check_prompts
+        from ..customize.generation import generate as draw
         from ..customize.pictures import grid, save_png
+        from ..customize.pipelines import DTYPES, open_pipeline
 
         texts = read_prompts(prompt, prompts)
         for path, _, _ in files:
@@ -213,8 +213,8 @@ def check_outputs(out: Path, paths: Sequence[Path], overwrite: bool) -> None:
 
 def load_all(pipe: Any, files: Sequence[tuple[Path, float | None, str | None]]) -> list[Any]:
     """Load adapters; of two with the same name the later one is called by a number."""
-    from ..customize.adapter import adapters
-    from ..customize.formats import load_adapter, read_adapter
+    from ..customize.adapter.attached import adapters
+    from ..customize.files.adapter_file import load_adapter, read_adapter
 
     handles = []
     for path, scale, token in files:

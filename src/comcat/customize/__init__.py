@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from .. import _lazy
 
 if TYPE_CHECKING:
-    from .adapter import Adapter, adapters, add_adapter, get_adapter, remove_adapter, set_adapters
-    from .config import CustomizeConfig
-    from .convert import Conversion, export_lora
-    from .formats import load_adapter, read_adapter, save_adapter
-    from .generate import generate
-    from .lora_import import import_lora
-    from .opening import open_pipeline
-    from .train import train
+    from .adapter.attached import Adapter, adapters, add_adapter, get_adapter, remove_adapter, set_adapters
+    from .files.adapter_file import load_adapter, read_adapter, save_adapter
+    from .generation import generate
+    from .lora.exporting import Conversion, export_lora
+    from .lora.importing import import_lora
+    from .pipelines import open_pipeline
+    from .teaching.customize_config import CustomizeConfig
+    from .teaching.teach import train
 
 __all__ = [
     "Adapter",
@@ -41,22 +41,22 @@ __all__ = [
 _lazy.package(
     __name__,
     {
-        "Adapter": "adapter",
-        "Conversion": "convert",
-        "CustomizeConfig": "config",
-        "adapters": "adapter",
-        "add_adapter": "adapter",
-        "export_lora": "convert",
-        "generate": "generate",
-        "get_adapter": "adapter",
-        "import_lora": "lora_import",
-        "load_adapter": "formats",
-        "open_pipeline": "opening",
-        "read_adapter": "formats",
-        "remove_adapter": "adapter",
-        "save_adapter": "formats",
-        "set_adapters": "adapter",
-        "train": "train",
+        "Adapter": "adapter.attached",
+        "Conversion": "lora.exporting",
+        "CustomizeConfig": "teaching.customize_config",
+        "adapters": "adapter.attached",
+        "add_adapter": "adapter.attached",
+        "export_lora": "lora.exporting",
+        "generate": "generation",
+        "get_adapter": "adapter.attached",
+        "import_lora": "lora.importing",
+        "load_adapter": "files.adapter_file",
+        "open_pipeline": "pipelines",
+        "read_adapter": "files.adapter_file",
+        "remove_adapter": "adapter.attached",
+        "save_adapter": "files.adapter_file",
+        "set_adapters": "adapter.attached",
+        "train": "teaching.teach",
     },
 )
 

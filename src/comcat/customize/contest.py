@@ -24,19 +24,19 @@ from ..progress import Progress
 from ..storage.atomic import tensor_bytes
 from ..training.process import accelerated
 from . import digits
-from .adapter import Adapter, adapters, add_adapter, attach, new_adapter, remove_adapter
-from .config import CustomizeConfig
+from .adapter.attached import Adapter, adapters, add_adapter, attach, new_adapter, remove_adapter
+from .adapter.tokens import new_token
 from .digits_score import Classifier, Scores, generate, score
-from .examples import Photos
-from .families import family_of
-from .formats import encode, write_adapter
-from .guards import frozen
-from .material import shapes_for
-from .objective import Objective
-from .photos import METADATA, find_photos
+from .files.adapter_file import encode, write_adapter
 from .pictures import save_png
-from .tokens import new_token
-from .trainer import Trainer
+from .teaching.customize_config import CustomizeConfig
+from .teaching.examples import Photos
+from .teaching.families import family_of
+from .teaching.guards import frozen
+from .teaching.material import shapes_for
+from .teaching.objective import Objective
+from .teaching.photos import METADATA, find_photos
+from .teaching.trainer import Trainer
 
 Kind = Literal["base", "comcat", "lora", "full"]
 PROMPT = "a photo of V*"

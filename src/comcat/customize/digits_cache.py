@@ -15,7 +15,7 @@ from ..storage.atomic import atomic_directory
 from ..storage.owned import DIGITS_CACHE, strangers
 from ..storage.reader import read_json
 from . import digits
-from .opening import quiet_loading
+from .pipelines import quiet_loading
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -13,7 +13,7 @@ from . import format as fmt
 
 if TYPE_CHECKING:
     from ..customize.contest import Outcome
-    from ..customize.convert import Conversion, LayerError
+    from ..customize.lora.exporting import Conversion, LayerError
 
 
 def conversion(result: Conversion, title: str, output: float | None = None) -> Table:

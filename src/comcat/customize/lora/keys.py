@@ -20,10 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..wording import some
+from ...errors import CheckpointError
+from ...wording import some
+from .algebra import LoraWeights
 from .lora_config import CONFIG_NAME, LoraConfig, configs_in, scale
-from .lora_math import LoraWeights
 
 #: What a LoRA changes: component -> module path -> (down, up).
 LoraFactors = Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]

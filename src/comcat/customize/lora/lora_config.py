@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
-from ..storage import reader
+from ...errors import CheckpointError
+from ...storage import reader
 
 #: Header entry in which diffusers stores the PEFT configuration of a LoRA file.
 METADATA_KEY = "lora_adapter_metadata"

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ModelError, TrainingError
-from ..models import modes
-from ..models.running import out_of_memory
-from .components import denoiser
+from ...errors import ModelError, TrainingError
+from ...models import modes
+from ...models.running import out_of_memory
+from ..adapter.components import denoiser
 
 
 @contextlib.contextmanager

@@ -16,9 +16,9 @@ from PIL import Image
 from ..errors import DataError
 from ..hosts import clip
 from ..progress import Progress
-from .adapter import Adapter, adapters
-from .components import text_encoders, tokenizer_name
-from .words import has_token, learned, placeholders
+from .adapter.attached import Adapter, adapters
+from .adapter.components import text_encoders, tokenizer_name
+from .adapter.words import has_token, learned, placeholders
 
 #: Entry of an image's ``info``: whether the pipeline's safety checker has taken offence at it.
 FLAGGED = "comcat_flagged"

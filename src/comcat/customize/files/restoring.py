@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..storage.atomic import atomic_file
-from ..storage.reader import read_tensors
-from .adapter import check_scale
+from ...storage.atomic import atomic_file
+from ...storage.reader import read_tensors
+from ..adapter.attached import check_scale
+from .adapter_file import encode, read_adapter
 from .contents import check_contents, pack
-from .formats import encode, read_adapter
 from .header import KEY, Storage
 
 

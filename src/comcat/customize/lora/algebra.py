@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
 
 #: Relative rounding of the stored factors (float32). A candidate pays for the rounding that its size causes.
 ROUNDING = 2.0**-24

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from .._version import __version__
-from ..errors import CheckpointError, ModelError
-from ..storage.reader import parse_json
-from .adapter import NAME, check_scale
-from .tokens import is_word
+from ..._version import __version__
+from ...errors import CheckpointError, ModelError
+from ...storage.reader import parse_json
+from ..adapter.attached import NAME, check_scale
+from ..adapter.tokens import is_word
 
 FORMAT = 1
 KEY = "comcat"

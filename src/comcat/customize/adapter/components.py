@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ModelError
-from ..hosts.seam import Refusal, Site
+from ...errors import ModelError
+from ...hosts.seam import Refusal, Site
 
 DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -54,7 +54,7 @@ def tokenizer_name(encoder: str) -> str:
 
 def find_sites(component: str, module: nn.Module) -> tuple[dict[str, Site], dict[str, Refusal]]:
     """(sites, name -> why an attention layer is none) of one component, in the order of the model."""
-    from ..hosts import clip, diffusers
+    from ...hosts import clip, diffusers
 
     finder = diffusers.find_sites if component in DENOISERS else clip.find_sites
     sites: dict[str, Site] = {}
@@ -81,6 +81,6 @@ def fingerprint(sites: Mapping[str, Site]) -> str:
 
 def host(component: str) -> Any:
     """The module of :mod:`comcat.hosts` that attaches products in this component."""
-    from ..hosts import clip, diffusers
+    from ...hosts import clip, diffusers
 
     return diffusers if component in DENOISERS else clip

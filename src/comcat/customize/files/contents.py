@@ -12,9 +12,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..storage.atomic import tensor_bytes
-from ..wording import some
+from ...errors import CheckpointError
+from ...storage.atomic import tensor_bytes
+from ...wording import some
 from .header import KEY, Header
 
 CHECKSUM = "comcat_sha256"

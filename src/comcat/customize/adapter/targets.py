@@ -6,8 +6,8 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
-from ..errors import ModelError
-from ..hosts.seam import Kind, Refusal, Site
+from ...errors import ModelError
+from ...hosts.seam import Kind, Refusal, Site
 
 Targets = str | Sequence[str] | None
 Ranks = int | Mapping[str, int]

@@ -15,17 +15,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..hosts.seam import Site
-from ..progress import Progress
-from ..storage.atomic import atomic_file, tensor_bytes
-from .adapter import Adapter
-from .components import components, find_sites, text_encoders
-from .formats import the_adapter
+from ...errors import CheckpointError
+from ...hosts.seam import Site
+from ...progress import Progress
+from ...storage.atomic import atomic_file, tensor_bytes
+from ..adapter.attached import Adapter
+from ..adapter.components import components, find_sites, text_encoders
+from ..files.adapter_file import the_adapter
+from .algebra import LoraWeights, product_to_lora, truncate_lora
+from .denoiser_moments import Roots, no_roots
 from .forms import PARTS, Form, Part, added_to, form_of, has_key_biases, lora_of, update_of
-from .lora_keys import to_diffusers, to_kohya
-from .lora_math import LoraWeights, product_to_lora, truncate_lora
-from .moments import Roots, no_roots
+from .keys import to_diffusers, to_kohya
 
 Layout = Literal["diffusers", "kohya"]
 LAYOUTS: tuple[Layout, ...] = ("diffusers", "kohya")

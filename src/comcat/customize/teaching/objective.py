@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ModelError, TrainingError
+from ...errors import ModelError, TrainingError
 
 
 class Noisy(NamedTuple):

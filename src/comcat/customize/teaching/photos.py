@@ -25,9 +25,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..errors import DataError
-from ..storage import reader
-from ..wording import some
+from ...errors import DataError
+from ...storage import reader
+from ...wording import some
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 METADATA = "metadata.jsonl"

@@ -14,24 +14,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._version import __version__
-from ..errors import TrainingError
-from ..progress import Progress
-from ..storage.manifest import Manifest
-from ..training import checks, state
-from ..training.fresh_or_resumed import alone
-from ..training.log import Log
-from ..training.process import accelerated, on_main
-from .adapter import Adapter, add_adapter, remove_adapter
-from .components import denoiser, find_sites, fingerprint
-from .config import CustomizeConfig
+from ..._version import __version__
+from ...errors import TrainingError
+from ...progress import Progress
+from ...storage.manifest import Manifest
+from ...training import checks, state
+from ...training.fresh_or_resumed import alone
+from ...training.log import Log
+from ...training.process import accelerated, on_main
+from ..adapter.attached import Adapter, add_adapter, remove_adapter
+from ..adapter.components import denoiser, find_sites, fingerprint
+from ..generation import check_words, generate
+from ..pictures import as_png, grid
+from .customize_config import CustomizeConfig
 from .examples import Photos
 from .families import Family, family_of
-from .generate import check_words, generate
 from .guards import explained_memory, frozen, placed
 from .material import Note, check_token, class_photos, concept_photos, find_token, identity, shapes_for
 from .objective import Objective
-from .pictures import as_png, grid
 from .trainer import Trainer, check_saved
 
 SAMPLES = "samples"

@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
-from .components import denoiser
+from ...errors import ModelError
+from ..adapter.components import denoiser
 
 Text = dict[str, Tensor]
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hosts.seam import Site
-from ..progress import Progress
-from .adapter import Adapter
-from .components import denoiser, find_sites, text_encoders
+from ...hosts.seam import Site
+from ...progress import Progress
+from ..adapter.attached import Adapter
+from ..adapter.components import denoiser, find_sites, text_encoders
+from ..generation import generate
 from .forms import Part, base
-from .generate import generate
 
 #: (component, site, part) -> roots of the moments of its left and right inputs, E[x^T x] = root^T root, or None.
 Roots = Callable[..., tuple[Tensor | None, Tensor | None]]
@@ -28,7 +28,7 @@ def no_roots(component: str, site: Site, part: Part, key_bias: bool = False) -> 
 class InputMoments:
     """E[x^T x] of what the query and value projections of an adapter's layers see while images are drawn.
 
-    Streams of tokens are stacked as in :mod:`comcat.customize.forms`, a bias row as a constant 1.
+    Streams of tokens are stacked as in :mod:`comcat.customize.lora.forms`, a bias row as a constant 1.
     """
 
     def __init__(self, handle: Adapter) -> None:
@@ -65,7 +65,7 @@ class InputMoments:
     def roots(
         self, component: str, site: Site, part: Part, key_bias: bool = False
     ) -> tuple[Tensor | None, Tensor | None]:
-        """For :func:`comcat.customize.convert.as_lora`."""
+        """For :func:`comcat.customize.lora.exporting.as_lora`."""
         names = [s.query if part == "qk" else s.key for s in site.streams]
         biases = [s.query if part == "qk" else s.value for s in site.streams]
         left = [

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
-from ..hosts import diffusers as denoisers
-from ..nn.added import AddedLayer, Strength
+from ...errors import ModelError
+from ...hosts import diffusers as denoisers
+from ...nn.added import AddedLayer, Strength
 from .components import components, denoiser, find_sites, host, text_encoders
 from .targets import Ranks, Targets, choose
 from .tokens import Token, install, new_token, uninstall

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import TrainingError
-from ..storage import reader
-from ..training.schedule import fall
-from ..training.state import Saved
-from ..wording import some
-from .adapter import Adapter
-from .config import CustomizeConfig
+from ...errors import TrainingError
+from ...storage import reader
+from ...training.schedule import fall
+from ...training.state import Saved
+from ...wording import some
+from ..adapter.attached import Adapter
+from .customize_config import CustomizeConfig
 from .examples import Example, Photos
 from .families import Family, Text
 from .objective import Objective, loss

@@ -11,17 +11,17 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import DataError
-from ..progress import Progress
-from ..storage.atomic import atomic_file
-from ..storage.manifest import Manifest
-from ..wording import some
-from .config import CustomizeConfig
+from ...errors import DataError
+from ...progress import Progress
+from ...storage.atomic import atomic_file
+from ...storage.manifest import Manifest
+from ...wording import some
+from ..adapter.words import has_token, placeholders
+from ..generation import FLAGGED, generate
+from ..pictures import as_png, is_black
+from .customize_config import CustomizeConfig
 from .families import Family
-from .generate import FLAGGED, generate
 from .photos import METADATA, Bucket, Photo, buckets, check_sizes, find_photos
-from .pictures import as_png, is_black
-from .words import has_token, placeholders
 
 _DRAWN = 4  # class images at a time
 _TRIES = 5  # to draw one that is not black

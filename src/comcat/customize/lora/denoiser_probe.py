@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
-from .adapter import Adapter
-from .components import denoiser, text_encoders
-from .families import Family, family_of
-from .lora_math import LoraWeights
-from .objective import Objective
+from ...errors import ModelError
+from ..adapter.attached import Adapter
+from ..adapter.components import denoiser, text_encoders
+from ..teaching.families import Family, family_of
+from ..teaching.objective import Objective
+from .algebra import LoraWeights
 
 
 @torch.no_grad()

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ..errors import TrainingError
-from ..training.settings import Settings
-from .targets import Ranks
+from ...errors import TrainingError
+from ...training.settings import Settings
+from ..adapter.targets import Ranks
 
 Precision = Literal["no", "bf16", "fp16"]
 

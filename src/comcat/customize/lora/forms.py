@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..hosts.seam import Site, Stream
-from ..nn.added import AddedLayer
-from .lora_math import HeadUpdate, LoraWeights, lora_of_columns, lora_of_rows, update_of_columns, update_of_rows
+from ...hosts.seam import Site, Stream
+from ...nn.added import AddedLayer
+from .algebra import HeadUpdate, LoraWeights, lora_of_columns, lora_of_rows, update_of_columns, update_of_rows
 
 Part = Literal["qk", "vo"]
 PARTS: tuple[Part, ...] = ("qk", "vo")

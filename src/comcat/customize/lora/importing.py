@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ModelError
-from ..hosts.seam import Site
-from ..storage.reader import FLOAT8, PLAIN, read_tensors
-from ..wording import some
-from .adapter import Adapter, attach, new_adapter
-from .components import components, find_sites
-from .convert import Conversion, LayerError
+from ...errors import CheckpointError, ModelError
+from ...hosts.seam import Site
+from ...storage.reader import FLOAT8, PLAIN, read_tensors
+from ...wording import some
+from ..adapter.attached import Adapter, attach, new_adapter
+from ..adapter.components import components, find_sites
+from .algebra import LoraWeights, lora_to_product
+from .exporting import Conversion, LayerError
 from .forms import PARTS, Form, Part, base, form_of, has_key_biases, has_output, output_projection, update_of
+from .keys import is_pefts_own, read_lora
 from .lora_config import config_beside
-from .lora_keys import is_pefts_own, read_lora
-from .lora_math import LoraWeights, lora_to_product
 
 
 def import_lora(

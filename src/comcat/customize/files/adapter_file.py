@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ModelError
-from ..hosts.seam import Site, place, precision
-from ..nn.added import AddedLayer
-from ..storage.atomic import atomic_file
-from ..storage.reader import read_tensors
-from ..wording import some
-from . import adapter as adapters_
-from .adapter import Adapter
-from .components import DENOISERS, components, denoiser, find_sites, fingerprint, text_encoders
+from ...errors import CheckpointError, ModelError
+from ...hosts.seam import Site, place, precision
+from ...nn.added import AddedLayer
+from ...storage.atomic import atomic_file
+from ...storage.reader import read_tensors
+from ...wording import some
+from ..adapter import attached as adapters_
+from ..adapter.attached import Adapter
+from ..adapter.components import DENOISERS, components, denoiser, find_sites, fingerprint, text_encoders
+from ..adapter.tokens import Token, check_new
 from .contents import check_checksum, not_finite, pack
 from .header import KEY, STORAGES, Entry, Header, Part, Storage
-from .tokens import Token, check_new
 
 _SCALE = ".scale"
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ModelError
-from ..hosts import clip, seam
+from ...errors import ModelError
+from ...hosts import clip, seam
 from .components import text_encoders, tokenizer_name
 from .words import learn, learned, unlearn
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import TrainingError
-from ..progress import Progress
-from ..training.randomness import EPOCH, SAMPLE
+from ...errors import TrainingError
+from ...progress import Progress
+from ...training.randomness import EPOCH, SAMPLE
 from .families import Family
 from .photos import Bucket, Photo, assign, frame, load_photo
 

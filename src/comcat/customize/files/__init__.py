@@ -1,0 +1,1 @@
+"""Adapter files: header, tensors, and reading both without trust."""

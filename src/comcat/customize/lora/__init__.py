@@ -1,0 +1,1 @@
+"""Other tools' LoRA files: their names, their algebra, and the way in and out with its error."""

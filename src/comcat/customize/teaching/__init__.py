@@ -1,0 +1,1 @@
+"""Learning a concept: photos and class images, the objective of each family, and the run."""
