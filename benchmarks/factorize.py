@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 import comcat
-from comcat.hosts import find_sites
-from comcat.layers.factors import AttentionFactors
+from comcat.hosts import find_layers
+from comcat.layers.attention import AttentionLayer
 from comcat.layers.heads import HeadWeights
-from comcat.layers.sites import AttentionSite
 from common import parser, write
 
 
@@ -40,9 +39,9 @@ def textbook(heads: HeadWeights, rank: int) -> tuple[list[Tensor], list[Tensor]]
     return products
 
 
-def ours(site: AttentionSite, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def ours(layer: AttentionLayer, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four thin factors of every head, (H, r, D) each, in the layout of the layers that hold them."""
-    factors = AttentionFactors(site)
+    factors = layer.factors()
     heads, qk, vo = factors.heads, factors.qk, factors.vo
     return (
         qk.q_map[..., :rank].mT @ heads.query.double(),
@@ -57,8 +56,8 @@ def peak_over_model(name: str, rank: int) -> float:
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     model = timm.create_model(name).eval()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    sites = [s for s in find_sites(model).sites if isinstance(s, AttentionSite)]
-    comcat.compress_(model, comcat.Plan({s.name: {"qk": rank, "vo": rank} for s in sites}), keep_original=False)
+    layers = [layer for layer in find_layers(model).layers if layer.kind == "attention"]
+    comcat.compress_(model, comcat.Plan({s.name: {"qk": rank, "vo": rank} for s in layers}), keep_original=False)
     # Not getrusage: its peak is inherited from the process that started this one.
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return (int(peak.split()[1]) * 1024 - before) / size
@@ -77,18 +76,18 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = timm.create_model(args.model).eval()
-    sites = [s for s in find_sites(model).sites if isinstance(s, AttentionSite)]
+    layers = [layer for layer in find_layers(model).layers if layer.kind == "attention"]
     seconds = []
     for _ in range(args.repeats + 1):
         start = time.perf_counter()
-        factors = [ours(site, args.rank) for site in sites]
+        factors = [ours(layer, args.rank) for layer in layers]
         seconds.append(time.perf_counter() - start)
     fast = sorted(seconds[1:])[args.repeats // 2]
 
     slow, difference = 0.0, 0.0
-    for site, (query, key, value, output) in zip(sites, factors, strict=True):
+    for layer, (query, key, value, output) in zip(layers, factors, strict=True):
         start = time.perf_counter()
-        reference = textbook(HeadWeights.from_fused(site.qkv, site.proj, site.num_heads), args.rank)
+        reference = textbook(layer.weights(), args.rank)
         slow += time.perf_counter() - start
         for got, want in zip((query.mT @ key, value.mT @ output), reference, strict=True):
             want = torch.stack(want)
@@ -96,7 +95,7 @@ def main() -> None:
     command = [sys.executable, __file__, "--memory-only", "--model", args.model, "--rank", str(args.rank)]
     peak = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    heads = sum(s.num_heads for s in sites)
+    heads = sum(layer.heads.num for layer in layers)
     print(f"{args.model}: {heads} heads, rank {args.rank}, both products, float64, {torch.get_num_threads()} threads")
     print(f"  SVD of every D x D product   {slow:8.2f} s")
     print(f"  projection of the heads      {fast:8.2f} s   (median of {args.repeats})")

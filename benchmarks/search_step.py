@@ -29,9 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import comcat
+from comcat.layers.gates import AttentionGates, LinearGates
 from comcat.models.profile import default_input_size
 from comcat.rank_search.distribution import RankDistribution
-from comcat.rank_search.gates import AttentionGates, GatedModel, LinearGates
+from comcat.rank_search.gated_model import GatedModel
 from comcat.rank_search.space import SearchSpace
 from common import parser, write
 
@@ -60,11 +61,15 @@ class TextbookAttention(nn.Module):
 
     def __init__(self, gates: AttentionGates, widths: tuple[list[int], list[int]], scale: float, outputs: bool) -> None:
         super().__init__()
-        H, d = gates.num_heads, gates.head_dim
-        weight = gates.qkv_weight.detach().unflatten(0, (3, H, d))  # (3, H, d, D)
-        bias = gates.qkv_bias.detach().unflatten(0, (3, H, d))[..., None]
-        query, _, value = torch.cat([weight, bias], -1)  # (H, d, D + 1)
-        key, output = weight[1], gates.output.weight.detach().unflatten(0, (d, H)).transpose(0, 1)  # (H, d, D_out)
+        H, d = gates.heads.num, gates.heads.width
+        query, value = (
+            torch.cat([weight.detach(), bias.detach()[..., None]], -1)  # (H, d, D + 1)
+            for weight, bias in ((gates.query, gates.query_bias), (gates.value, gates.value_bias))
+        )
+        key, output = (
+            gates.key.detach(),
+            gates.output.weight.detach().unflatten(0, (d, H)).transpose(0, 1),
+        )  # (H, d, D_out)
         self.qk = Candidates(torch.stack([query[:, :r].mT @ key[:, :r] for r in widths[0]]), outputs)
         self.vo = Candidates(torch.stack([value[:, :r].mT @ output[:, :r] for r in widths[1]]), outputs)
         # What a candidate drops of the value bias is in its output bias.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import comcat
-from comcat.hosts import find_sites
+from comcat.hosts import find_layers
 from common import parser, write
 
 
@@ -85,7 +85,7 @@ def main() -> None:
     dense.to(**options), small.to(**options)
     print(f"{args.model}, {args.dtype} on {args.device}, {torch.get_num_threads()} threads, {args.rounds} rounds")
     print("batch  what        dense ms  small ms  speed-up     min..max  MAC ratio  realized")
-    sites = find_sites(dense).sites
+    found = find_layers(dense).layers
     rows = []
     for batch in args.batch:
         images = torch.randn(batch, *size, **options)
@@ -93,7 +93,7 @@ def main() -> None:
         for kind in ("attention", "ffn"):
             layers = [layer for layer in report.layers if layer.kind == kind]
             ratio = sum(x.macs_before for x in layers) / sum(x.macs_after for x in layers)
-            parts.append((kind, ratio, layer_inputs(dense, [s.name for s in sites if s.kind == kind], images)))
+            parts.append((kind, ratio, layer_inputs(dense, [s.name for s in found if s.kind == kind], images)))
         for what, ratio, inputs in parts:
             slow, fast, ratios = turns(
                 partial(run, dense, inputs), partial(run, small, inputs), args.rounds, args.device

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import comcat
-from comcat.hosts import find_sites
-from comcat.layers.sites import AttentionSite
+from comcat.hosts import find_layers
+from comcat.layers.attention import AttentionLayer
 from comcat.linalg.factorize import whitening
 from common import accuracy, cifar10, parser, spread, teacher, write
 
@@ -38,19 +38,19 @@ def truncate(weight: Tensor, rank: int, moment: Tensor | None = None) -> Tensor:
     return (U[:, :rank] * S[:rank] @ torch.linalg.solve_triangular(R.mT, Vh[:rank], upper=False, left=False)).float()
 
 
-def attention_sites(model: nn.Module) -> list[AttentionSite]:
-    return [s for s in find_sites(model).sites if isinstance(s, AttentionSite)]
+def attention_layers(model: nn.Module) -> list[AttentionLayer]:
+    return [layer for layer in find_layers(model).layers if layer.kind == "attention"]
 
 
 def matrix_level(model: nn.Module, kept: float, moments: dict[str, Tensor] | None = None) -> nn.Module:
     """Every D x D matrix of attention for itself, ``kept * D / 2`` components: SVD, or SVD-LLM with moments."""
     small = copy.deepcopy(model)
-    for site in attention_sites(small):
-        rank = int(kept * site.qkv.in_features / 2)
-        x, z = (None, None) if moments is None else (moments[site.name + ".qkv"], moments[site.name + ".proj"])
-        parts = [truncate(w, rank, x) for w in site.qkv.weight.data.chunk(3)]
-        site.qkv.weight.data = torch.cat(parts)
-        site.proj.weight.data = truncate(site.proj.weight.data, rank, z)
+    for layer in attention_layers(small):
+        rank = int(kept * layer.module.qkv.in_features / 2)
+        x, z = (None, None) if moments is None else (moments[layer.name + ".qkv"], moments[layer.name + ".proj"])
+        parts = [truncate(w, rank, x) for w in layer.module.qkv.weight.data.chunk(3)]
+        layer.module.qkv.weight.data = torch.cat(parts)
+        layer.module.proj.weight.data = truncate(layer.module.proj.weight.data, rank, z)
     return small
 
 
@@ -63,9 +63,9 @@ def input_moments(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         moments[name] = moments.get(name, 0) + (rows.mT @ rows).double()
 
     handles = [
-        linear.register_forward_pre_hook(functools.partial(hook, f"{site.name}.{part}"))
-        for site in attention_sites(model)
-        for part, linear in site.linears.items()
+        linear.register_forward_pre_hook(functools.partial(hook, f"{layer.name}.{part}"))
+        for layer in attention_layers(model)
+        for part, linear in layer.linears.items()
     ]
     with torch.inference_mode():
         for batch in images.split(128):
@@ -78,8 +78,8 @@ def input_moments(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 def head_level_without_biases(model: nn.Module, kept: float) -> nn.Module:
     """Head-level SVD as the paper's reference code has it: all attention biases zero."""
     bare = copy.deepcopy(model)
-    for site in attention_sites(bare):
-        nn.init.zeros_(site.qkv.bias), nn.init.zeros_(site.proj.bias)
+    for layer in attention_layers(bare):
+        nn.init.zeros_(layer.module.qkv.bias), nn.init.zeros_(layer.module.proj.bias)
     return ours(bare, kept, None, "uniform", ("qk", "vo"))
 
 

@@ -1,4 +1,4 @@
-"""One option per site under a budget: near the brute-force optimum, and always within the budget."""
+"""One option per layer under a budget: near the brute-force optimum, and always within the budget."""
 
 from itertools import product
 
@@ -6,19 +6,21 @@ import numpy as np
 import pytest
 
 from comcat.errors import BudgetError, PlanError
-from comcat.hosts import find_sites
-from comcat.planning.allocate import Options, allocate, lower_hull, site_options
-from comcat.planning.cost import Shape, break_even, site_cost
+from comcat.hosts import find_layers
+from comcat.layers.base import Layer
+from comcat.layers.cost import Shape, break_even
+from comcat.planning.allocate import Options, allocate, layer_options, lower_hull
+from comcat.planning.units import units_with
 from conftest import vit
 
-SITES = {site.kind: site for site in find_sites(vit()).sites}
+LAYERS = {layer.kind: layer for layer in find_layers(vit()).layers}
 SHAPE = Shape(7, 7)
 
 
 def option(cost: list[int], loss: list[float]) -> Options:
     cost = np.array(cost)
     return Options(
-        SITES["head"], (np.arange(len(cost)),), ("rank",), {"params": cost, "macs": 7 * cost}, np.array(loss, float)
+        LAYERS["head"], (np.arange(len(cost)),), ("rank",), {"params": cost, "macs": 7 * cost}, np.array(loss, float)
     )
 
 
@@ -205,39 +207,44 @@ def test_the_hull_is_convex_and_below_everything() -> None:
 
 
 def curves(kind: str) -> dict[str, np.ndarray]:
-    return {part: np.linspace(1, 0, full + 1) for part, full in SITES[kind].full.items()}
+    return {part: np.linspace(1, 0, full + 1) for part, full in LAYERS[kind].full.items()}
+
+
+def options_of(layer: Layer, parts: tuple[str, ...], multiple: int = 1) -> Options:
+    own = {part: curve for part, curve in curves(layer.kind).items() if part in layer.selected(parts)}
+    return layer_options(layer, own, SHAPE, multiple, units_with(None))
 
 
 @pytest.mark.parametrize("multiple", [1, 2, 3])
 @pytest.mark.parametrize(("kind", "part"), [("attention", "qk"), ("attention", "vo"), ("ffn", "ffn"), ("head", "head")])
 def test_options_hold_the_dense_one_and_cost_what_their_choice_costs(kind: str, part: str, multiple: int) -> None:
-    site = SITES[kind]
-    found = site_options(site, curves(kind), (part,), SHAPE, multiple)
+    layer = LAYERS[kind]
+    found = options_of(layer, (part,), multiple)
     choices = [found.choice(i) for i in range(len(found.loss))]
     assert {} in choices
     assert found.loss[choices.index({})] == 0
     for choice, params, macs in zip(choices, found.costs["params"], found.costs["macs"], strict=True):
-        assert (params, macs) == site_cost(site, choice, SHAPE)
+        assert (params, macs) == layer.priced(choice, SHAPE)
         assert all(width % multiple == 0 for width in choice.values())
-        assert set(choice) <= ({part} if kind == "attention" else set(site.full))
+        assert set(choice) <= ({part} if kind == "attention" else set(layer.full))
     assert len({tuple(sorted(c.items())) for c in choices}) == len(choices) > 1
 
 
 def test_low_rank_options_stay_below_break_even() -> None:
-    dense = {kind: site_cost(site, {}, SHAPE).params for kind, site in SITES.items()}
+    dense = {kind: layer.priced({}, SHAPE).params for kind, layer in LAYERS.items()}
     for kind, part in (("ffn", "ffn"), ("head", "head")):
-        found = site_options(SITES[kind], curves(kind), (part,), SHAPE, 1)
+        found = options_of(LAYERS[kind], (part,))
         for i in range(len(found.loss)):
             choice = found.choice(i)
             assert found.costs["params"][i] <= dense[kind]
             for name, width in choice.items():
                 if name != "neurons":
-                    linear = SITES[kind].linears["linear" if name == "rank" else name]
+                    linear = LAYERS[kind].linears["linear" if name == "rank" else name]
                     assert width < break_even(linear.in_features, linear.out_features)
 
 
 def test_a_part_that_is_not_selected_has_no_options() -> None:
-    for kind, site in SITES.items():
+    for kind, layer in LAYERS.items():
         other = ("head",) if kind != "head" else ("qk",)
-        found = site_options(site, curves(kind), other, SHAPE, 1)
+        found = options_of(layer, other)
         assert [found.choice(i) for i in range(len(found.loss))] == [{}]

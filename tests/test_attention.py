@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from comcat.layers.heads import HeadWeights, flatten_heads, gram, is_identity
+from comcat.layers.heads import Heads, HeadWeights, Stream, flatten_heads, gram, is_identity
 from comcat.nn.attention import LowRankAttention, attend
 from conftest import randomize
 
@@ -132,9 +132,14 @@ def test_dropout_only_while_training() -> None:
 # -- the per-head view ------------------------------------------------------------------------------------------------
 
 
+def head_weights(qkv: nn.Linear, proj: nn.Linear, num_heads: int) -> HeadWeights:
+    module = nn.ModuleDict({"qkv": qkv, "proj": proj})
+    return HeadWeights.of(module, Heads.of(num_heads, qkv.out_features // 3 // num_heads), Stream.fused("qkv", "proj"))
+
+
 def test_head_weights_are_slices_of_the_fused_layers() -> None:
     qkv, proj = randomize(nn.Linear(D, 3 * H * 5)), randomize(nn.Linear(H * 5, OUT))
-    heads = HeadWeights.from_fused(qkv, proj, H)
+    heads = head_weights(qkv, proj, H)
     rows = qkv.weight.detach()
     for h in range(H):
         for i, weight in enumerate((heads.query, heads.key, heads.value)):
@@ -146,12 +151,12 @@ def test_head_weights_are_slices_of_the_fused_layers() -> None:
 
 
 def test_head_weights_without_biases() -> None:
-    heads = HeadWeights.from_fused(nn.Linear(D, 3 * H * 5, bias=False), nn.Linear(H * 5, OUT, bias=False), H)
+    heads = head_weights(nn.Linear(D, 3 * H * 5, bias=False), nn.Linear(H * 5, OUT, bias=False), H)
     assert heads.query_bias is heads.value_bias is heads.output_bias is None
 
 
 def test_free_moments_are_grams_in_float64() -> None:
-    heads = HeadWeights.from_fused(nn.Linear(D, 3 * H * 5), nn.Linear(H * 5, OUT), H)
+    heads = head_weights(nn.Linear(D, 3 * H * 5), nn.Linear(H * 5, OUT), H)
     for moment, weight in zip(heads.free_moments(), (heads.query, heads.key, heads.value), strict=True):
         assert moment.dtype == torch.float64
         torch.testing.assert_close(moment, gram(weight))

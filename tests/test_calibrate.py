@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import comcat
-from comcat.calibration.collect import Moment, Reservoir
+from comcat.calibration.collect import Reservoir
 from comcat.errors import CalibrationError, ModelError
-from comcat.hosts import find_sites
+from comcat.hosts import find_layers
+from comcat.layers.recording import Moment
 from conftest import calibrated, images, make, swin, vit
 
 ATTN, MLP = "blocks.1.attn", "blocks.1.mlp"
@@ -347,7 +348,7 @@ def test_moments_move_and_the_original_stays() -> None:
 def test_every_site_has_statistics() -> None:
     model = swin()
     found = calibrated(model)
-    assert list(found.moments) == list(found.shapes) == [site.name for site in find_sites(model).sites]
+    assert list(found.moments) == list(found.shapes) == [site.name for site in find_layers(model).layers]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import comcat
 from comcat import SearchConfig, TrainingError
 from comcat.cli.finetune_command import merge
 from comcat.cli.run_command import Recipe
-from comcat.layers.sites import check_parts
+from comcat.layers.base import check_parts
 from comcat.models.opening import load_model
 from conftest import randomize
 from test_cli import ARGS, NAME, Result

@@ -10,7 +10,7 @@ from torch import nn
 
 import comcat
 from comcat.errors import CalibrationError, ModelError, PlanError
-from comcat.hosts import find_sites
+from comcat.hosts import find_layers
 from comcat.hosts.timm import LowRankWindowAttention
 from comcat.nn.attention import LowRankAttention
 from comcat.nn.linear import LowRankLinear
@@ -30,7 +30,7 @@ HOSTS = {
 def half_plan(model: nn.Module) -> comcat.Plan:
     """About half of every width; the FFNs alternate between their forms."""
     layers = {}
-    for i, site in enumerate(find_sites(model).sites):
+    for i, site in enumerate(find_layers(model).layers):
         full = dict(site.full)
         if "neurons" in full:
             full = {"neurons": full["neurons"]} if i % 4 == 1 else {p: full[p] for p in ("fc1", "fc2")}
@@ -80,7 +80,7 @@ def test_statistics_lower_the_error_of_every_layer(layer: str) -> None:
     model = vit()
     x = images(model, 96)
     calibration = comcat.calibrate(model, [x])
-    for part, full in find_sites(model)[layer].full.items():
+    for part, full in find_layers(model)[layer].full.items():
         errors = []
         for statistics in (calibration, None):
             small = comcat.compress(model, comcat.Plan({layer: {part: (full + 1) // 2}}), statistics)
@@ -236,11 +236,11 @@ def test_ranks_of_queries_and_values_are_free_of_each_other(qk: int, vo: int) ->
 @pytest.mark.parametrize("host", ["vit", "swin"])
 def test_attributes_of_the_original_attention(host: str) -> None:
     model, small = HOSTS[host](), shrunk(host)
-    for site in find_sites(model).sites:
+    for site in find_layers(model).layers:
         if site.kind == "attention":
             new = small.get_submodule(site.name)
             assert isinstance(new, LowRankWindowAttention if host == "swin" else LowRankAttention)
-            assert (new.num_heads, new.head_dim, new.scale) == (site.num_heads, site.head_dim, site.module.scale)
+            assert (new.num_heads, new.head_dim, new.scale) == (site.heads.num, site.heads.width, site.module.scale)
 
 
 def test_drop_rates_carry_over() -> None:
@@ -392,4 +392,4 @@ def test_progress_is_reported() -> None:
 
 def test_low_rank_layers_are_not_reduced_again() -> None:
     small = shrunk()
-    assert not any(isinstance(s.module, LowRankAttention | LowRankLinear) for s in find_sites(small).sites)
+    assert not any(isinstance(s.module, LowRankAttention | LowRankLinear) for s in find_layers(small).layers)

@@ -7,19 +7,11 @@ import pytest
 import torch
 
 import comcat
-from comcat.hosts import find_sites
-from comcat.models.profile import profile, site_shapes
+from comcat.hosts import find_layers
+from comcat.layers.base import Layer
+from comcat.layers.cost import Cost, Shape, break_even, linear_cost, low_rank_cost
+from comcat.models.profile import layer_shapes, profile
 from comcat.nn.linear import LowRankLinear
-from comcat.planning.cost import (
-    Cost,
-    Shape,
-    attention_cost,
-    break_even,
-    linear_cost,
-    low_rank_cost,
-    neurons_cost,
-    site_cost,
-)
 from conftest import VIT, make, swin, vit
 
 pytestmark = pytest.mark.usefixtures("no_source")
@@ -44,32 +36,32 @@ CHOICES = {
 @pytest.mark.parametrize("pick", range(6))
 def test_costs_are_what_the_built_model_costs(host: str, pick: int) -> None:
     model = HOSTS[host]()
-    inventory = find_sites(model)
-    shapes = site_shapes(model, inventory, profile(model).input_size)
-    plan = comcat.Plan({s.name: CHOICES[s.kind][pick % len(CHOICES[s.kind])] for s in inventory.sites})
+    inventory = find_layers(model)
+    shapes = layer_shapes(model, inventory, profile(model).input_size)
+    plan = comcat.Plan({s.name: CHOICES[s.kind][pick % len(CHOICES[s.kind])] for s in inventory.layers})
     dense, small = profile(model), profile(comcat.compress(model, plan))
     for name, choice in plan.layers.items():
         site = inventory[name]
-        assert small.modules[name] == _with_fixed(dense, site, site_cost(site, choice, shapes[name]), shapes)
+        assert small.modules[name] == _with_fixed(dense, site, site.priced(choice, shapes[name]), shapes)
     saved = Cost(0, 0)
     for name, choice in plan.layers.items():
         site = inventory[name]
-        saved += site_cost(site, {}, shapes[name]) - site_cost(site, choice, shapes[name])
+        saved += site.priced({}, shapes[name]) - site.priced(choice, shapes[name])
     assert (dense.params - small.params, dense.macs - small.macs) == saved
 
 
-def _with_fixed(dense: comcat.Profile, site: object, cost: Cost, shapes: dict[str, Shape]) -> Cost:
+def _with_fixed(dense: comcat.Profile, site: Layer, cost: Cost, shapes: dict[str, Shape]) -> Cost:
     """Cost of the whole module: what no choice changes (relative position tables) is added."""
-    return cost + dense.modules[site.name] - site_cost(site, {}, shapes[site.name])
+    return cost + dense.modules[site.name] - site.priced({}, shapes[site.name])
 
 
 def test_costs_broadcast() -> None:
-    site = find_sites(vit())["blocks.0.attn"]
+    site = find_layers(vit())["blocks.0.attn"]
     shape = Shape(7, 7)
-    grid = attention_cost(site, np.arange(1, 6)[:, None], np.arange(1, 6), shape)
+    grid = site.cost({"qk": np.arange(1, 6)[:, None], "vo": np.arange(1, 6)}, shape)
     for qk in range(1, 6):
         for vo in range(1, 6):
-            one = site_cost(site, {"qk": qk, "vo": vo}, shape)
+            one = site.priced({"qk": qk, "vo": vo}, shape)
             assert (grid.params[qk - 1, vo - 1], grid.macs[qk - 1, vo - 1]) == one
 
 
@@ -90,8 +82,8 @@ def test_low_rank_cost_is_that_of_the_module() -> None:
 def test_neurons_cost_without_first_bias() -> None:
     model = vit()
     model.blocks[0].mlp.fc1.bias = None
-    site = find_sites(model)["blocks.0.mlp"]
-    assert neurons_cost(site, 4, 7) == (4 * 30 + 15, 7 * 4 * 30)
+    site = find_layers(model)["blocks.0.mlp"]
+    assert site.priced({"neurons": 4}, Shape(7, 7)) == (4 * 30 + 15, 7 * 4 * 30)
     assert profile(comcat.compress(model, comcat.Plan({site.name: {"neurons": 4}}))).modules[site.name] == (
         4 * 30 + 15,
         7 * 4 * 30,
@@ -100,9 +92,9 @@ def test_neurons_cost_without_first_bias() -> None:
 
 def test_costs_are_plain_integers() -> None:
     """They go into JSON."""
-    for site in find_sites(vit()).sites:
+    for site in find_layers(vit()).layers:
         for choice in CHOICES[site.kind]:
-            assert [type(v) for v in site_cost(site, choice, Shape(7, 7))] == [int, int]
+            assert [type(v) for v in site.priced(choice, Shape(7, 7))] == [int, int]
 
 
 def test_low_rank_linear_is_the_product() -> None:

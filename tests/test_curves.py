@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from comcat.hosts import find_sites
-from comcat.layers.factors import site_factors
+from comcat.hosts import find_layers
 from comcat.planning.curves import Curve, probed_curve, spectrum_curve, uniform_curve
 from conftest import calibrated, vit
 
@@ -47,8 +46,8 @@ def test_probed_curves_pass_through_what_was_measured() -> None:
 def test_curves_of_every_part_are_falling(fisher: bool) -> None:
     model = vit()
     moments = calibrated(model, fisher=fisher).moments
-    for site in find_sites(model).sites:
-        factors = site_factors(site, moments[site.name])
+    for site in find_layers(model).layers:
+        factors = site.factors(moments[site.name])
         for part, full in site.full.items():
             spectrum, uniform = spectrum_curve(factors, part, fisher), uniform_curve(site, part)
             assert spectrum[0] == pytest.approx(float(factors.errors(part)[0]) / 2 if fisher else 1.0)

@@ -12,7 +12,7 @@ from torch import nn
 import comcat
 from comcat.calibration.fingerprint import fingerprint
 from comcat.errors import CalibrationError
-from comcat.hosts import find_sites
+from comcat.hosts import find_layers
 from comcat.models.modes import _busy, exclusive
 from conftest import calibrated, images, vit
 
@@ -32,9 +32,9 @@ def moved(model: nn.Module, by: float) -> nn.Module:
 def test_the_distance_is_that_of_the_weights() -> None:
     model = vit()
     calibration = calibrated(model, 8)
-    assert calibration.distance(model, find_sites(model)).relative == 0
+    assert calibration.distance(model, find_layers(model)).relative == 0
     for by in (1e-4, 1e-2, 0.5):
-        assert calibration.distance(moved(model, by), find_sites(model)).relative == pytest.approx(by, rel=0.5)
+        assert calibration.distance(moved(model, by), find_layers(model)).relative == pytest.approx(by, rel=0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -8,15 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from comcat.hosts import find_sites
-from comcat.layers import factors, heads
-from comcat.layers.factors import site_factors
-from comcat.linalg import factorize
+from comcat.hosts import find_layers
+from comcat.layers import attention_factors, factors, ffn, gates, heads
+from comcat.linalg import factorize, rotary
 from comcat.models import running
-from comcat.rank_search import gates
 from conftest import calibrated, vit
 
-MODULES = (factorize, factors, heads, gates)
+MODULES = (factorize, rotary, factors, attention_factors, ffn, heads, gates)
 
 
 def test_wide_is_the_host_where_there_is_no_float64() -> None:
@@ -46,14 +44,14 @@ def test_factors_of_a_model_on_such_a_device(calibrate: bool, monkeypatch: pytes
     model = host.to("meta")
     moments = calibration.to("meta").moments if calibration is not None else {}
     assert all(moment.device.type == "cpu" for one in moments.values() for moment in one.values())
-    for site in find_sites(model).sites:
+    for site in find_layers(model).layers:
         for names in ([name for name in site.full if name != "neurons"], ["neurons"] if "neurons" in site.full else []):
-            made = site_factors(site, moments.get(site.name))
+            made = site.factors(moments.get(site.name))
             if not names:
                 continue
             assert {made.energy(name).device.type for name in names} == {"cpu"}
             built = made.build(dict.fromkeys(names, 2))
             assert {p.device.type for module in built.values() for p in module.parameters()} == {"meta"}
             assert {p.dtype for module in built.values() for p in module.parameters()} == {torch.float32}
-            for gate in gates.site_gates(site, made, names):
+            for gate in site.gates(made, tuple(names)):
                 assert {t.device.type for t in (*gate.parameters(), *gate.buffers())} == {"meta"}

@@ -13,7 +13,7 @@ from torch import nn
 
 import comcat
 from comcat.errors import ModelError
-from comcat.hosts import find_sites
+from comcat.hosts import find_layers
 from comcat.nn.attention import LowRankAttention
 from comcat.nn.linear import LowRankLinear
 from conftest import SWIN, VIT, calibrated, images, make, randomize, swin, vit
@@ -129,7 +129,7 @@ def test_every_layer_matters(host: str) -> None:
     x = images(model, 2)
     with torch.no_grad():
         expected = model(x)
-        for site in find_sites(model).sites:
+        for site in find_layers(model).layers:
             for linear in site.linears.values():
                 for parameter in linear.parameters():
                     kept = parameter.clone()
@@ -141,8 +141,8 @@ def test_every_layer_matters(host: str) -> None:
 @pytest.mark.parametrize("host", HOSTS)
 def test_parts_and_dense_layers_are_named(host: str) -> None:
     model, (_, dense, attention, ffn) = HOSTS[host].make(), HOSTS[host]
-    inventory = find_sites(model)
-    full = {site.name: site.full for site in inventory.sites}
+    inventory = find_layers(model)
+    full = {site.name: site.full for site in inventory.layers}
     assert attention == tuple(full.get(ATTN, ()))
     assert ffn == tuple(full.get(MLP, ()))
     reasons = {entry.name: entry.reason for entry in inventory.dense}
@@ -162,16 +162,16 @@ def test_low_rank_parts_are_reduced_and_dense_parts_kept() -> None:
 
 
 def test_parallel_scaling_block_is_left_dense_and_named() -> None:
-    inventory = find_sites(vit(block_fn=ParallelScalingBlock))
-    assert [site.name for site in inventory.sites] == ["head"]
+    inventory = find_layers(vit(block_fn=ParallelScalingBlock))
+    assert [site.name for site in inventory.layers] == ["head"]
     assert ("blocks.0", "ParallelScalingBlock") in {(d.name, d.cls) for d in inventory.dense}
 
 
 def test_model_without_any_known_layer_is_refused() -> None:
     with pytest.raises(ModelError, match=r"ParallelScalingBlock \(attention and FFN share"):
-        find_sites(vit(block_fn=ParallelScalingBlock, num_classes=0))
+        find_layers(vit(block_fn=ParallelScalingBlock, num_classes=0))
     with pytest.raises(ModelError, match="Sequential has no layer that comcat can compress"):
-        find_sites(nn.Sequential(nn.Linear(3, 5)))
+        find_layers(nn.Sequential(nn.Linear(3, 5)))
 
 
 def test_a_subclass_is_not_taken_for_what_it_derives_from() -> None:
@@ -180,13 +180,13 @@ def test_a_subclass_is_not_taken_for_what_it_derives_from() -> None:
 
     model = vit()
     model.blocks[0].attn = Mine(15, num_heads=3)
-    inventory = find_sites(model)
-    assert ATTN not in [site.name for site in inventory.sites]
+    inventory = find_layers(model)
+    assert ATTN not in [site.name for site in inventory.layers]
     assert (ATTN, "Mine") in {(d.name, d.cls) for d in inventory.dense}
 
 
 def test_sites_come_in_forward_order() -> None:
-    names = [site.name for site in find_sites(make("deit_tiny_distilled_patch16_224", **VIT)).sites]
+    names = [site.name for site in find_layers(make("deit_tiny_distilled_patch16_224", **VIT)).layers]
     assert names == [ATTN, MLP, "blocks.1.attn", "blocks.1.mlp", "head", "head_dist"]
 
 

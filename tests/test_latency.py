@@ -11,9 +11,9 @@ from torch import nn
 
 import comcat
 from comcat.errors import BudgetError, CalibrationError, ModelError
-from comcat.hosts import find_sites
-from comcat.layers.sites import PARTS
-from comcat.models.profile import site_shapes
+from comcat.hosts import find_layers
+from comcat.layers.base import PARTS
+from comcat.models.profile import layer_shapes
 from comcat.planning import timing
 from comcat.planning.allocate import TOLERANCE
 from comcat.planning.latency import Grid, LayerTimes, nested
@@ -72,11 +72,11 @@ def test_a_layer_takes_what_it_took(make: Any, monkeypatch: pytest.MonkeyPatch) 
     """Every measured width has the time that the clock gave to a layer of that width, whichever layer it was."""
     model = make()
     table = measure(monkeypatch, model, widths=3, rounds=2)
-    inventory = find_sites(model)
-    shapes = site_shapes(model, inventory, table.input_size)
-    assert sum(layer.count for layer in table.layers.values()) == len(inventory.sites)
-    for site in inventory.sites:
-        grids = table.layers[timing.layer_key(site, shapes[site.name])].grids
+    inventory = find_layers(model)
+    shapes = layer_shapes(model, inventory, table.input_size)
+    assert sum(layer.count for layer in table.layers.values()) == len(inventory.layers)
+    for site in inventory.layers:
+        grids = table.layers[site.layer_key(shapes[site.name])].grids
         assert {part for grid in grids for part in grid.parts} == set(site.full)
         for grid in grids:
             for index in np.ndindex(*map(len, grid.widths)):
@@ -131,11 +131,11 @@ def test_latency_budgets_are_met_from_below(
     plan = comcat.plan(
         host, comcat.Budget(latency=kept), calibration, method, rank_multiple=1, input_size=None, latency=table
     )
-    inventory = find_sites(host)
-    shapes = site_shapes(host, inventory, table.input_size)
+    inventory = find_layers(host)
+    shapes = layer_shapes(host, inventory, table.input_size)
     saved = sum(
         int(table.cost(site, shapes[site.name], {})) - int(table.cost(site, shapes[site.name], choice))
-        for site in inventory.sites
+        for site in inventory.layers
         if (choice := plan.layers.get(site.name))
     )
     assert plan.estimate["latency"] == table.dense - saved
@@ -182,14 +182,14 @@ def test_a_width_slower_than_a_wider_one_is_not_chosen(host: nn.Module, table: c
 
 
 def test_prices_and_options_agree(host: nn.Module, table: comcat.LatencyTable) -> None:
-    planner = Planner(host, comcat.Budget(latency=0.7), None, "search", PARTS, 1, None, None, table)
-    assert planner.fixed + sum(planner.price(s, {}) for s in planner.inventory.sites) == table.dense
-    flat = {s.name: {p: np.linspace(1, 0, w + 1) for p, w in s.full.items()} for s in planner.inventory.sites}
+    planner = Planner(comcat.prepare(host), comcat.Budget(latency=0.7), None, "search", PARTS, 1, None, None, table)
+    assert planner.fixed + sum(planner.price(s, {}) for s in planner.inventory.layers) == table.dense
+    flat = {s.name: {p: np.linspace(1, 0, w + 1) for p, w in s.full.items()} for s in planner.inventory.layers}
     solution = planner.solve(flat)
     plan = planner.as_plan(solution, surprise=3.0)
     assert plan.method == "search"
     assert plan.estimate["surprise"] == 3.0
-    cost = planner.fixed + sum(planner.price(s, solution[0][s.name]) for s in planner.inventory.sites)
+    cost = planner.fixed + sum(planner.price(s, solution[0][s.name]) for s in planner.inventory.layers)
     assert plan.estimate["latency"] == cost <= planner.limit
 
 

@@ -10,12 +10,11 @@ from torch import nn
 
 import comcat
 from comcat.errors import BudgetError, CheckpointError, ModelError, PlanError
-from comcat.hosts import find_sites
-from comcat.layers.sites import PARTS, select_parts
-from comcat.models.profile import site_shapes
+from comcat.hosts import find_layers
+from comcat.layers.base import PARTS
+from comcat.layers.cost import Cost, break_even
+from comcat.models.profile import layer_shapes
 from comcat.planning.allocate import TOLERANCE
-from comcat.planning.cost import Cost, break_even
-from comcat.planning.cost import parts_cost as site_parts_cost
 from conftest import calibrated, swin, vit
 
 pytestmark = pytest.mark.usefixtures("no_source")
@@ -40,10 +39,10 @@ def fisher(host: nn.Module) -> comcat.Calibration:
 
 
 def parts_cost(model: nn.Module, parts: tuple[str, ...]) -> Cost:
-    inventory = find_sites(model)
-    shapes = site_shapes(model, inventory, comcat.profile(model).input_size)
-    chosen = [s for s in inventory.sites if select_parts(s.full, s.kind, parts)]
-    return sum((site_parts_cost(s, parts, shapes[s.name]) for s in chosen), Cost(0, 0))
+    inventory = find_layers(model)
+    shapes = layer_shapes(model, inventory, comcat.profile(model).input_size)
+    chosen = [s for s in inventory.layers if s.selected(parts)]
+    return sum((s.parts_cost(parts, shapes[s.name]) for s in chosen), Cost(0, 0))
 
 
 def check(model: nn.Module, plan: comcat.Plan, limit: float, parts: tuple[str, ...], multiple: int) -> None:
@@ -52,11 +51,11 @@ def check(model: nn.Module, plan: comcat.Plan, limit: float, parts: tuple[str, .
     small = comcat.profile(comcat.compress(model, plan))
     assert (small.params, small.macs) == (plan.estimate["params"], plan.estimate["macs"])
     assert (1 - TOLERANCE) * limit <= getattr(small, unit) <= limit
-    inventory = find_sites(model)
+    inventory = find_layers(model)
     for name, choice in plan.layers.items():
         site = inventory[name]
         assert choice
-        assert set(choice) <= set(select_parts(site.full, site.kind, parts))
+        assert set(choice) <= set(site.selected(parts))
         for part, width in choice.items():
             assert width % multiple == 0
             assert type(width) is int
@@ -129,7 +128,7 @@ def test_a_larger_budget_keeps_more(host: nn.Module, calibration: comcat.Calibra
 
 def test_uniform_keeps_the_same_fraction_everywhere(host: nn.Module, calibration: comcat.Calibration) -> None:
     plan = comcat.plan(host, comcat.Budget(params=0.6, of="parts"), calibration, "uniform", ("qk", "vo", "ffn"))
-    inventory = find_sites(host)
+    inventory = find_layers(host)
     kept = [w / inventory[name].full[p] for name, choice in plan.layers.items() for p, w in choice.items()]
     assert len(kept) == 9
     assert max(kept) - min(kept) < 0.15

@@ -9,11 +9,11 @@ from timm.models.vision_transformer import ParallelThingsBlock
 from torch import nn
 
 import comcat
-from comcat.hosts import find_sites
-from comcat.layers.factors import site_factors
-from comcat.layers.sites import Inventory
+from comcat.hosts import find_layers
+from comcat.layers.base import Inventory
 from comcat.models.modes import evaluating
-from comcat.planning.probe import Prober, levels, sample_size, swapped
+from comcat.nn.swap import swapped
+from comcat.planning.probe import Prober, sample_size
 from conftest import VIT, calibrated, images, make, swin, vit
 
 pytestmark = pytest.mark.usefixtures("no_source")
@@ -31,7 +31,7 @@ REPLAYED = set(HOSTS) - {"parallel things"}
 
 
 def prober_of(model: nn.Module) -> tuple[Prober, Inventory]:
-    inventory = find_sites(model)
+    inventory = find_layers(model)
     return Prober(model, images(model, 11), batch_size=4), inventory
 
 
@@ -42,8 +42,8 @@ def test_replay_measures_what_a_full_pass_measures(host: str) -> None:
     prober.record(inventory)
     assert bool(prober.blocks) == (host in REPLAYED)
     blocks = prober.blocks
-    for site in inventory.sites:
-        factors = site_factors(site)
+    for site in inventory.layers:
+        factors = site.factors()
         for part in site.full:
             prober.blocks = blocks
             fast = prober.measure(site, factors, {part: 1})
@@ -60,9 +60,9 @@ def test_divergence_is_the_mean_kl() -> None:
     small = comcat.compress(model, comcat.Plan({site.name: {"vo": 2}}))
     p, q = (m(x).detach().log_softmax(-1) for m in (model, small))
     expected = (p.exp() * (p - q)).sum(-1).mean()
-    measured = prober.measure(site, site_factors(site), {"vo": 2})
+    measured = prober.measure(site, site.factors(), {"vo": 2})
     assert measured == pytest.approx(float(expected), rel=1e-4)
-    assert measured == prober.measure_all(site_factors(site).build({"vo": 2}))
+    assert measured == prober.measure_all(site.factors().build({"vo": 2}))
 
 
 def test_features_are_compared_by_relative_error() -> None:
@@ -76,9 +76,9 @@ def test_full_width_diverges_nowhere() -> None:
     model = vit()
     prober, inventory = prober_of(model)
     prober.record(inventory)
-    for site in inventory.sites:
+    for site in inventory.layers:
         for part, full in site.full.items():
-            assert prober.measure(site, site_factors(site), {part: full}) < 1e-9
+            assert prober.measure(site, site.factors(), {part: full}) < 1e-9
 
 
 def test_swapped_modules_come_back_after_an_exception() -> None:
@@ -96,9 +96,9 @@ def test_probing_leaves_no_trace() -> None:
     with evaluating(model):
         prober, inventory = prober_of(model)
         prober.record(inventory)
-        for site in inventory.sites:
+        for site in inventory.layers:
             for part in site.full:
-                prober.measure(site, site_factors(site), {part: 1})
+                prober.measure(site, site.factors(), {part: 1})
     assert dict(model.named_modules()) == modules
     assert all(weights[n].equal(t) for n, t in model.state_dict().items())
     assert not any(m._forward_hooks for m in modules.values())
@@ -144,13 +144,14 @@ def test_probing_is_not_worse_than_uniform_on_its_own_images() -> None:
     assert lost["probe"] < lost["uniform"]
 
 
-@pytest.mark.parametrize("full", [1, 2, 3, 5, 16, 64, 192])
-@pytest.mark.parametrize("part", ["qk", "vo", "neurons", "fc1", "fc2", "rank"])
-def test_levels_are_proper_widths(part: str, full: int) -> None:
-    found = levels(part, full)
-    assert found == sorted(set(found))
-    assert all(1 <= width < full for width in found)
-    assert found or full == 1
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 16, 64])
+def test_levels_are_proper_widths(width: int) -> None:
+    for layer in find_layers(vit(embed_dim=3 * width)).layers:
+        for part, full in layer.full.items():
+            found = layer.widths(part, layer.levels[part])
+            assert found == sorted(set(found))
+            assert all(1 <= at < full for at in found)
+            assert found or layer.reach(part) == 1
 
 
 @pytest.mark.parametrize(

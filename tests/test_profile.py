@@ -8,8 +8,8 @@ from torch import nn
 
 import comcat
 from comcat.errors import ModelError
-from comcat.hosts import find_sites
-from comcat.models.profile import default_input_size, site_shapes
+from comcat.hosts import find_layers
+from comcat.models.profile import default_input_size, layer_shapes
 from conftest import VIT, make, swin, vit
 
 
@@ -82,7 +82,7 @@ def test_a_wrong_size_is_refused() -> None:
         comcat.profile(vit(), (3, 15, 21))
     model = vit()
     with pytest.raises(ModelError, match=r"does not run on images of size \(3, 15, 21\)"):
-        site_shapes(model, find_sites(model), (3, 15, 21))
+        layer_shapes(model, find_layers(model), (3, 15, 21))
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
@@ -90,12 +90,12 @@ def test_a_site_that_is_never_called_is_named() -> None:
     model = vit()
     model.unused = vit(depth=1)
     with pytest.raises(ModelError, match=r"'unused\.blocks\.0\.attn' was never called"):
-        site_shapes(model, find_sites(model), (3, 14, 21))
+        layer_shapes(model, find_layers(model), (3, 14, 21))
 
 
 def test_shapes_of_windows() -> None:
     model = swin()
-    shapes = site_shapes(model, find_sites(model), (3, 8, 8))
+    shapes = layer_shapes(model, find_layers(model), (3, 8, 8))
     assert shapes["layers.0.blocks.0.attn"] == (16, 4)
     assert shapes["layers.1.blocks.0.attn"] == (4, 4)
     assert shapes["head.fc"].tokens == 1

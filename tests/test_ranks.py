@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 import comcat
 from comcat import Budget, Plan, PlanError
-from comcat.hosts import find_sites
-from comcat.layers.sites import FFNSite, HeadSite, Site
-from comcat.rank_search.distribution import RankDistribution, candidate_widths, reach
+from comcat.hosts import find_layers
+from comcat.rank_search.distribution import RankDistribution, candidate_widths
 from comcat.rank_search.space import SearchSpace
 from conftest import calibrated, images, make, swin, vit
 from test_latency import measure
@@ -141,7 +140,7 @@ def test_expected_cost_is_the_expectation(host: Any, unit: str) -> None:
     at = space(model, Budget(**{unit: 0.8}), rank_multiple=1, latency=table)
     p = at.ranks.probabilities(2.0, at.ranks.gumbel(torch.Generator().manual_seed(5))).detach()
     expected = float(at.planner.fixed)
-    for site in at.planner.inventory.sites:
+    for site in at.planner.inventory.layers:
         rows = [i for i, (other, _, _) in enumerate(at.rows) if other is site]
         choices: list[tuple[float, dict[str, int]]] = [(1.0, {})]
         for row in rows:
@@ -242,10 +241,10 @@ def test_samples_follow_the_distribution() -> None:
 @pytest.mark.parametrize("count", [2, 3, 5, 16, 256])
 def test_candidates(count: int, multiple: int) -> None:
     """Ascending multiples below break-even, the smallest first, dense last; one more than asked for at most."""
-    for site in [*find_sites(vit()).sites, *find_sites(swin()).sites]:
+    for site in [*find_layers(vit()).layers, *find_layers(swin()).layers]:
         for part, full in site.full.items():
             widths = candidate_widths(site, part, count, multiple)
-            limit = reach(site, part)
+            limit = site.reach(part)
             assert widths == sorted(set(widths))
             assert widths[-1] == full
             assert all(width % multiple == 0 and width < limit for width in widths[:-1])
@@ -262,23 +261,19 @@ def test_candidates(count: int, multiple: int) -> None:
     (7, 8, [7]),
 ])  # fmt: skip
 def test_few_candidates_of_narrow_heads(width: int, multiple: int, expected: list[int]) -> None:
-    site = find_sites(vit(embed_dim=3 * width)).sites[0]
+    site = find_layers(vit(embed_dim=3 * width)).layers[0]
     assert candidate_widths(site, "qk", 16, multiple) == expected
 
 
 def test_a_dense_linear_layer_counts_as_its_break_even_rank() -> None:
-    def area(site: Site, part: str) -> tuple[int, int]:
-        linear = site.module if isinstance(site, HeadSite) else site.linears[part]
-        return linear.in_features, linear.out_features
-
     at = space(vit(), ffn="low-rank")
     for row, (site, part, candidates) in enumerate(at.rows):
         last = float(at.ranks.widths[row, len(candidates) - 1])
-        if isinstance(site, (FFNSite, HeadSite)):
-            rows, columns = area(site, part)
+        if site.kind != "attention":
+            rows, columns = site.linear_size(part)
             assert last - 1 < rows * columns / (rows + columns) <= last
         else:
-            assert last == site.head_dim
+            assert last == site.heads.width
 
 
 def test_the_start_surrounds_the_plan() -> None:
@@ -288,8 +283,8 @@ def test_the_start_surrounds_the_plan() -> None:
     wide = SearchSpace(model, Budget(params=0.5), plan, candidates=16, spread=3.0)
     p, q = (at.ranks.probabilities(1.0).detach() for at in (narrow, wide))
     for row, ((site, part, _), width) in enumerate(zip(narrow.rows, narrow.ranks.expected_widths(p), strict=True)):
-        wanted = plan.layers.get(site.name, {}).get(part, reach(site, part))
-        assert abs(float(width) - wanted) <= reach(site, part) / 16 + 0.6
+        wanted = plan.layers.get(site.name, {}).get(part, site.reach(part))
+        assert abs(float(width) - wanted) <= site.reach(part) / 16 + 0.6
         assert p[row].max() > q[row].max()
 
 

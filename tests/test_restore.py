@@ -10,7 +10,7 @@ from torch import nn
 
 import comcat
 from comcat.errors import CalibrationError, ModelError
-from comcat.layers.factors import AttentionFactors
+from comcat.layers.attention_factors import AttentionFactors
 from conftest import calibrated, images, swin, vit
 
 pytestmark = pytest.mark.usefixtures("no_source")

@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import comcat
 from comcat import Budget, BudgetError, Plan, SearchConfig
-from comcat.hosts import find_sites
-from comcat.rank_search.distribution import reach
+from comcat.hosts import find_layers
 from comcat.rank_search.space import SearchSpace
 from conftest import calibrated, images, swin, vit
 from test_latency import WIDE, measure
@@ -67,7 +66,7 @@ def test_widths_that_cost_the_budget_come_back(unit: str, ffn: str) -> None:
     plan = at.as_plan((choices, 0.0), expected_cost=1.0)
     slack = 0.1 if unit == "latency" else 0.05  # times have flat pieces, on which widths are free
     for (site, part, _), width in zip(at.rows, wanted, strict=True):
-        dense = reach(site, part)
+        dense = site.reach(part)
         got = min(choices[site.name].get(part, dense), dense)
         assert abs(got - width) <= slack * dense + 1, (site.name, part, got, width)
     assert 0.995 * at.planner.limit <= plan.estimate[unit] <= at.planner.limit
@@ -107,7 +106,7 @@ def test_a_budget_out_of_reach_is_refused_before_the_search(host: nn.Module) -> 
     model = vit(**HOST)
     lowest = {}
     for form in ({"fc1": 1, "fc2": 1}, {"neurons": 1}):
-        smallest = Plan({site.name: form for site in find_sites(model).sites if site.kind == "ffn"})
+        smallest = Plan({site.name: form for site in find_layers(model).layers if site.kind == "ffn"})
         lowest[len(form)] = comcat.profile(comcat.compress(model, smallest)).params
     assert lowest[1] < lowest[2]
     between = Budget(params=(lowest[1] + lowest[2]) // 2)

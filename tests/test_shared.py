@@ -9,7 +9,7 @@ from torch import nn
 
 import comcat
 from comcat.errors import CheckpointError, ModelError
-from comcat.hosts import find_sites
+from comcat.hosts import find_layers
 from comcat.nn.attention import LowRankAttention
 from conftest import calibrated, images, vit
 
@@ -114,7 +114,7 @@ def test_probing_replaces_all_names(no_source: None) -> None:
 )
 def test_tied_layers_stay_dense_and_are_named(make: Callable[[], nn.Module], name: str, reason: str) -> None:
     model = make()
-    assert name not in [site.name for site in find_sites(model).sites]
+    assert name not in [site.name for site in find_layers(model).layers]
     with pytest.raises(comcat.PlanError, match=rf"'{name}' \(\w+\) cannot be reduced: .*{reason}"):
         comcat.compress(model, comcat.Plan({name: {}}))
 
@@ -123,7 +123,7 @@ def test_a_model_of_tied_layers_only_says_so() -> None:
     model = vit(depth=1, num_classes=0)
     model.other = nn.ParameterList([model.blocks[0].attn.qkv.weight, model.blocks[0].mlp.fc1.weight])
     with pytest.raises(ModelError, match=r"Left dense: Attention .its weights are also those of 'other'"):
-        find_sites(model)
+        find_layers(model)
 
 
 @pytest.mark.parametrize("make", [attention_twice, tied_weight])

@@ -5,8 +5,8 @@ import torch
 
 import comcat
 from comcat.errors import CalibrationError, ModelError
-from comcat.hosts import find_sites
-from comcat.planning.cost import break_even
+from comcat.hosts import find_layers
+from comcat.layers.cost import break_even
 from conftest import calibrated, swin, vit
 
 
@@ -16,7 +16,7 @@ def test_every_part_has_a_spectrum(host: object, statistics: str) -> None:
     model = host()
     calibration = None if statistics == "none" else calibrated(model, 24, fisher=statistics == "fisher")
     found = comcat.spectra(model, calibration)
-    expected = [(s.name, "head" if p == "rank" else p, w) for s in find_sites(model).sites for p, w in s.full.items()]
+    expected = [(s.name, "head" if p == "rank" else p, w) for s in find_layers(model).layers for p, w in s.full.items()]
     assert [(s.layer, s.part, s.full) for s in found] == expected
     for spectrum in found:
         assert spectrum.energy.shape == (spectrum.full,)

@@ -14,7 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import comcat
 from comcat.errors import ModelError, PlanError
-from comcat.hosts import find_sites
+from comcat.hosts import find_layers
 from conftest import calibrated, images, randomize, swin, vit
 
 pytestmark = pytest.mark.usefixtures("no_source")
@@ -28,7 +28,7 @@ def attentions(model: nn.Module) -> list[Any]:
 
 
 def small_widths(model: nn.Module) -> comcat.Plan:
-    sites = [s for s in find_sites(model).sites if s.kind == "attention"]
+    sites = [s for s in find_layers(model).layers if s.kind == "attention"]
     return comcat.Plan({s.name: {part: 2 + i for i, part in enumerate(s.full)} for s in sites})
 
 

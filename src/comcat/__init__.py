@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .planning.planner import check_budget, plan
     from .planning.spectra import Spectrum, spectra
     from .planning.timing import measure_latency
+    from .prepared import Prepared, prepare
     from .rank_search.run import search
     from .rank_search.search_config import SearchConfig
     from .storage.checkpoint import load, save
@@ -53,6 +54,7 @@ __all__ = [
     "ModelError",
     "Plan",
     "PlanError",
+    "Prepared",
     "Profile",
     "Report",
     "SearchConfig",
@@ -71,6 +73,7 @@ __all__ = [
     "load_model",
     "measure_latency",
     "plan",
+    "prepare",
     "profile",
     "restore_",
     "save",
@@ -92,6 +95,7 @@ _lazy.package(
         "LatencyTable": "planning.latency",
         "LayerReport": "compression",
         "Plan": "planning.plan",
+        "Prepared": "prepared",
         "Profile": "models.profile",
         "Report": "compression",
         "SearchConfig": "rank_search.search_config",
@@ -108,6 +112,7 @@ _lazy.package(
         "load_model": "models.opening",
         "measure_latency": "planning.timing",
         "plan": "planning.planner",
+        "prepare": "prepared",
         "profile": "models.profile",
         "restore_": "compression",
         "save": "storage.checkpoint",

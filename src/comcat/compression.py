@@ -13,18 +13,18 @@ from torch import nn
 
 from .calibration.statistics import Calibration
 from .errors import ModelError
-from .hosts import find_sites
 from .hosts.changed import hooked
-from .layers.factors import Moments, site_factors
-from .layers.sites import Choice, FFNSite, Inventory, LeftDense, Site, check_finite
+from .layers.base import Choice, Inventory, Layer, LeftDense
+from .layers.cost import Shape
+from .layers.factors import Factors
 from .models.modes import exclusive
-from .models.profile import Profile, default_input_size, image_size, profile, site_shapes
+from .models.profile import Profile, profile
 from .models.running import still
 from .models.source import Source, describe
 from .models.wrappers import check_plain
 from .nn.swap import Place, swap, undo
-from .planning.cost import Shape, site_cost
 from .planning.plan import Plan, check_plan
+from .prepared import Prepared, prepared
 from .progress import Progress
 from .wording import some
 
@@ -105,7 +105,7 @@ class Compression:
 
 
 def compress_(
-    model: nn.Module,
+    model: nn.Module | Prepared,
     plan: Plan,
     calibration: Calibration | None = None,
     *,
@@ -123,7 +123,7 @@ def compress_(
     until :func:`restore_` or the end of the model; without it the replaced layers are freed.
 
     Args:
-        model: the dense model.
+        model: the dense model, or what :func:`comcat.prepare` made of it.
         plan: what to replace, from :func:`comcat.plan` or written by hand.
         calibration: statistics of this model; without them the factors come from the weights alone.
         input_size: (C, H, W) at which MACs are counted; default that of the calibration, of the plan or of the model.
@@ -136,44 +136,39 @@ def compress_(
         ModelError: non-finite weights; a wrapped or quantized model; hooks on a layer that would be replaced; or the
             parameters of the result are not what the layers add up to. Whatever is raised, nothing has been changed.
     """
-    check_plain(model)
     check_plan(plan)
-    with exclusive(model), still(model), torch.inference_mode(False):
-        return _compress(model, plan, calibration, input_size, keep_original, progress)
+    ready = prepared(model)
+    with exclusive(ready.model), still(ready.model), torch.inference_mode(False):
+        try:
+            return _compress(ready, plan, calibration, input_size, keep_original, progress)
+        finally:
+            ready.forget()
 
 
 def _compress(
-    model: nn.Module,
+    ready: Prepared,
     plan: Plan,
     calibration: Calibration | None,
     input_size: Sequence[int] | None,
     keep_original: bool,
     progress: Progress | None,
 ) -> Report:
-    inventory = find_sites(model)
+    model, inventory = ready.model, ready.inventory
     plan.check(inventory)
-    check_finite(model)
-    if calibration is not None:
-        calibration.check(inventory, model)
+    ready.check(calibration)
     _refuse_hooks(inventory, plan)
     earlier: Compression | None = getattr(model, "comcat", None)
     whole = _merged(earlier, plan, inventory)
-    size = image_size(
-        input_size or (calibration.input_size if calibration else plan.input_size or default_input_size(model))
-    )
+    size = ready.size(input_size, calibration.input_size if calibration else None, plan.input_size)
     source = earlier.source if earlier else describe(model)
-    before = profile(model, size)
-    measured = calibration is not None and tuple(calibration.input_size) == size
-    shapes = calibration.shapes if calibration is not None and measured else site_shapes(model, inventory, size)
-    moments = calibration.to(next(model.parameters()).device).moments if calibration is not None else {}
+    before, shapes, factors = ready.profile(size), ready.shapes(size, calibration), ready.factors(calibration)
     layers: list[LayerReport] = []
     places: list[Place] = []
     try:
         for done, (name, choice) in enumerate(plan.layers.items()):
             if not choice:
                 continue
-            site = inventory[name]
-            layers.append(_replace(model, site, choice, shapes[name], moments.get(name), places))
+            layers.append(_replace(model, inventory[name], choice, shapes[name], factors[name], places))
             if progress:
                 progress("compress", done + 1, len(plan.layers))
         after = profile(model, size)
@@ -190,7 +185,7 @@ def _compress(
 
 
 def compress(
-    model: nn.Module,
+    model: nn.Module | Prepared,
     plan: Plan,
     calibration: Calibration | None = None,
     *,
@@ -201,11 +196,12 @@ def compress(
 
     ModelError also where the model cannot be copied.
     """
-    check_plain(model)
     check_plan(plan)
+    dense = model.model if isinstance(model, Prepared) else model
+    check_plain(dense)
     try:
-        with exclusive(model), torch.inference_mode(False):
-            small = copy.deepcopy(model)
+        with exclusive(dense), torch.inference_mode(False):
+            small = copy.deepcopy(dense)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise ModelError(f"the model cannot be copied ({error}); compress_ works on it in place") from error
     compress_(small, plan, calibration, input_size=input_size, keep_original=False, progress=progress)
@@ -243,38 +239,30 @@ def restore_(model: nn.Module) -> None:
 
 
 def _replace(
-    model: nn.Module, site: Site, choice: Choice, shape: Shape, moments: Moments | None, places: list[Place]
+    model: nn.Module, layer: Layer, choice: Choice, shape: Shape, factors: Factors[Any], places: list[Place]
 ) -> LayerReport:
-    made = site_factors(site, moments)
     with torch.no_grad():
-        new = made.build(choice)
+        new = factors.build(choice)
     swap(model, new, places)
-    dense, small = site_cost(site, {}, shape), site_cost(site, choice, shape)
+    dense, small = layer.priced({}, shape), layer.priced(choice, shape)
     return LayerReport(
-        name=site.name,
-        kind=site.kind,
+        name=layer.name,
+        kind=layer.kind,
         ranks=dict(choice),
-        full={part: site.full[part] for part in choice},
+        full={part: layer.full[part] for part in choice},
         params_before=int(dense.params),
         params_after=int(small.params),
         macs_before=int(dense.macs),
         macs_after=int(small.macs),
-        error=made.relative_error(choice),
-        ridge=made.ridge(choice),
+        error=factors.relative_error(choice),
+        ridge=factors.ridge(choice),
     )
 
 
 def _refuse_hooks(inventory: Inventory, plan: Plan) -> None:
     """Hooks on a module that goes would be lost without a word; those on what a layer keeps stay."""
     for name, choice in plan.layers.items():
-        site = inventory[name]
-        linears = {part: linear for part, linear in site.linears.items() if site.kind != "ffn" or part in choice}
-        if "neurons" in choice:
-            linears = site.linears
-        going: dict[str, nn.Module] = {} if site.kind == "ffn" else {name: site.module}
-        if site.kind != "head":
-            going |= {f"{name}.{part}": linear for part, linear in linears.items()}
-        for where, module in going.items() if choice else ():
+        for where, module in inventory[name].replaced(choice).items():
             kind = hooked(module)
             if kind:
                 raise ModelError(
@@ -288,10 +276,9 @@ def _merged(earlier: Compression | None, plan: Plan, inventory: Inventory) -> Pl
     if earlier is None:
         return plan
     layers = dict(earlier.plan.layers)
-    for site in inventory.sites:  # low-rank layers are no sites: a layer that is one was put there anew, or has neurons
-        if isinstance(site, FFNSite) and layers.get(site.name) == {"neurons": site.fc2.in_features}:
-            continue
-        layers.pop(site.name, None)
+    for layer in inventory.layers:  # low-rank ones are not among them: these were put there anew, or have neurons
+        if not layer.came_of(layers.get(layer.name, {})):
+            layers.pop(layer.name, None)
     for name, choice in plan.layers.items():
         if choice:
             layers[name] = {**layers.get(name, {}), **choice}

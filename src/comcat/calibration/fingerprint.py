@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..layers.sites import Inventory
+from ..layers.base import Inventory
 
 BUCKETS = 64
 OTHERS = "the parameters outside the layers that are compressed"
@@ -51,8 +51,8 @@ def distance(of: Mapping[str, Tensor], model: nn.Module, inventory: Inventory) -
 
     Parameters that only one of the two has are left out: layers may have been replaced since.
     """
-    sites = {id(parameter): site.name for site in inventory.sites for parameter in site.module.parameters()}
-    owners = {name: sites[id(parameter)] for name, parameter in model.named_parameters() if id(parameter) in sites}
+    layers = {id(parameter): layer.name for layer in inventory.layers for parameter in layer.module.parameters()}
+    owners = {name: layers[id(parameter)] for name, parameter in model.named_parameters() if id(parameter) in layers}
     now = fingerprint(model)
     differences: dict[str, float] = {}
     lengths: dict[str, float] = {}

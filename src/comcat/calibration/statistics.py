@@ -17,9 +17,9 @@ from typing_extensions import NotRequired, TypedDict
 
 from ..errors import CalibrationError
 from ..evaluation.outputs import KINDS
-from ..layers.sites import Inventory, gradient_shapes, moment_shapes
+from ..layers.base import Inventory
+from ..layers.cost import Shape
 from ..models.running import wide
-from ..planning.cost import Shape
 from ..storage.atomic import atomic_file, tensor_bytes
 from ..storage.reader import FLOATS, digest, parse_json, read_tensors, shown, validated
 from ..wording import by
@@ -87,37 +87,37 @@ class Calibration:
         )
 
     def check(self, inventory: Inventory, model: nn.Module | None = None) -> None:
-        """Raise CalibrationError, naming the module, unless this belongs to a model with these sites.
+        """Raise CalibrationError, naming the module, unless this belongs to a model with these layers.
 
         With ``model`` its weights count too. Warns where they differ by up to 10 % of their length in every layer (a
         cast to half precision, a little fine-tuning), and refuses them beyond; :meth:`rebind` takes them all the same.
         """
-        for site in inventory.sites:
-            moments = self.moments.get(site.name)
-            if moments is None or site.name not in self.shapes:
+        for layer in inventory.layers:
+            moments = self.moments.get(layer.name)
+            if moments is None or layer.name not in self.shapes:
                 raise CalibrationError(
-                    f"the calibration has no statistics of '{site.name}': it was made for another model"
+                    f"the calibration has no statistics of '{layer.name}': it was made for another model"
                 )
-            required, optional = moment_shapes(site), gradient_shapes(site)
+            required, optional = layer.moment_shapes(), layer.gradient_shapes()
             for name, shape in (required | optional).items():
                 there = tuple(moments[name].shape) if name in moments else None
                 if there != shape and (there is not None or name in required):
                     raise CalibrationError(
-                        f"the calibration of '{site.name}' has '{name}' of shape {there}, the model needs {shape}: it "
+                        f"the calibration of '{layer.name}' has '{name}' of shape {there}, the model needs {shape}: it "
                         "was made for another model"
                     )
             if ("qk_rows" in moments) != ("qk_cols" in moments):
-                raise CalibrationError(f"the calibration of '{site.name}' lacks a moment; calibrate again")
+                raise CalibrationError(f"the calibration of '{layer.name}' lacks a moment; calibrate again")
             impossible = [name for name, moment in moments.items() if _impossible(moment)]
             if impossible:
                 raise CalibrationError(
-                    f"the calibration of '{site.name}' holds values in '{impossible[0]}' that no moment has; calibrate "
-                    "again"
+                    f"the calibration of '{layer.name}' holds values in '{impossible[0]}' that no moment has; "
+                    "calibrate again"
                 )
             damaged = [name for name, moment in moments.items() if not torch.isfinite(moment).all()]
             if damaged:
                 raise CalibrationError(
-                    f"the calibration of '{site.name}' holds NaN or infinite values in '{damaged[0]}'; calibrate again"
+                    f"the calibration of '{layer.name}' holds NaN or infinite values in '{damaged[0]}'; calibrate again"
                 )
         if model is not None:
             self._check_weights(self.distance(model, inventory))

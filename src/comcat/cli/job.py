@@ -88,16 +88,15 @@ class Job:
 
         from ..calibration.statistics import Calibration
         from ..evaluation.outputs import check_kind
-        from ..hosts import find_sites
-        from ..layers.sites import check_finite, check_parts
+        from ..layers.base import check_parts
 
         check_parts(self.settings.parts)
         check_kind(self.settings.outputs)
         torch.manual_seed(self.settings.seed)
         model = comcat.load_model(self.settings.model, checkpoint=checkpoint, model_args=args)
         self.model: nn.Module = model.to(device).eval()
-        inventory = find_sites(self.model)
-        check_finite(self.model)
+        self.prepared = comcat.prepare(self.model)
+        inventory = self.prepared.inventory
         self.latency = timings.read_table(self.settings.latency_file, self.settings.latency_batch, self.screen)
         self._check_budget()
         if self.plan is not None:
@@ -105,7 +104,7 @@ class Job:
         path = self.settings.calibration_file
         if path is not None and path.is_file():
             self.calibration = Calibration.load(path)
-            self.calibration.check(inventory, self.model)
+            self.prepared.check(self.calibration)
             self._check_calibration(self.calibration, path)
 
     def _check_budget(self) -> None:
@@ -113,7 +112,7 @@ class Job:
 
         s, budget = self.settings, self.budget
         if budget is not None and (budget.unit != "latency" or self.latency is not None):
-            comcat.check_budget(self.model, budget, s.parts, s.rank_multiple, method=s.method, latency=self.latency)
+            comcat.check_budget(self.prepared, budget, s.parts, s.rank_multiple, method=s.method, latency=self.latency)
 
     def _check_calibration(self, calibration: Calibration, path: Path) -> None:
         from ..errors import CalibrationError

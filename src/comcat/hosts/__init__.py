@@ -1,4 +1,4 @@
-"""One thin file per ecosystem: finds the sites of a model and builds their low-rank stand-ins.
+"""One thin file per ecosystem: finds the layers of a model and builds their low-rank stand-ins.
 
 A host never copies a model's forward; it swaps attention and FFN modules and says what it leaves dense.
 """
@@ -8,19 +8,19 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import ModelError
-from ..layers.sites import Inventory
+from ..layers.base import Inventory
 from ..wording import some
 from . import changed, timm
 
 
-def find_sites(model: nn.Module) -> Inventory:
-    """All sites of ``model``.
+def find_layers(model: nn.Module) -> Inventory:
+    """All layers of ``model``.
 
     Raises:
         ModelError: there is none; the message lists what was looked at.
     """
-    inventory = timm.find_sites(model)
-    if not inventory.sites:
+    inventory = timm.find_layers(model)
+    if not inventory.layers:
         raise ModelError(_nothing(model, inventory))
     return inventory
 

@@ -5,15 +5,19 @@ Classes are matched exactly: a subclass may override ``forward``, and then nothi
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from timm.layers import GluMlp, Mlp
 from timm.layers.attention import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from ..layers.heads import is_identity
-from ..layers.sites import AttentionSite, FFNSite, HeadSite, Inventory, LeftDense, Site
+from ..layers.attention import AttentionLayer
+from ..layers.base import Inventory, Layer, LeftDense
+from ..layers.classifier import ClassifierLayer
+from ..layers.ffn import FFNLayer
+from ..layers.filling import fill_fused
+from ..layers.heads import Heads, Stream, is_identity
 from ..nn.attention import LowRankAttention
 from ..nn.linear import LowRankLinear
 from .changed import ALREADY, Sharing, changed, patched
@@ -38,45 +42,45 @@ _ATTENTION_OWNS = {
 _MLP_OWNS = {"fc1", "act", "drop1", "norm", "fc2", "drop2"}
 
 
-def find_sites(model: nn.Module) -> Inventory:
-    """Sites of a timm model in the order of ``model.named_modules()``, which is that of the forward pass.
+def find_layers(model: nn.Module) -> Inventory:
+    """Layers of a timm model in the order of ``model.named_modules()``, which is that of the forward pass.
 
-    A module with several names is one site, under the first of them. A layer whose weights also belong to another layer
+    A module with several names is one layer, under the first of them. A layer whose weights also belong to another
     stays dense.
     """
-    sites: list[Site] = []
+    layers: list[Layer] = []
     dense: list[LeftDense] = []
-    reasons: dict[str, str] = {}  # of layers that would be sites but for these
+    reasons: dict[str, str] = {}  # of layers that would be found but for these
     shared = Sharing(model)
     for name, module in model.named_modules():
-        site = _site(name, module)
-        if site is None:
+        layer = _layer(name, module)
+        if layer is None:
             continue
-        reason = site if isinstance(site, str) else shared.reason(site.module, list(site.linears.values()))
+        reason = layer if isinstance(layer, str) else shared.reason(layer.module, list(layer.linears.values()))
         if reason:
             reasons[name] = reason
             continue
-        assert not isinstance(site, str)
-        sites.append(site)
-        for part, why in getattr(site, "dense_parts", {}).items():
+        assert not isinstance(layer, str)
+        layers.append(layer)
+        for part, why in layer.dense_parts.items() if layer.kind == "attention" else ():
             dense.append(LeftDense(f"{name} ({part})", type(module).__name__, why))
     for name, module in _classifiers(model):
         reason = changed(module) or shared.reason(module, [module])
         if reason:
             reasons[name] = reason
         else:
-            sites.append(HeadSite(name, module))
-    whole = {site.name for site in sites}
-    covered = {id(linear) for site in sites for linear in site.linears.values()}
+            layers.append(ClassifierLayer(name, module))
+    whole = {layer.name for layer in layers}
+    covered = {id(linear) for layer in layers for linear in layer.linears.values()}
     rest = [entry for entry in _uncovered(model, covered, reasons) if entry.name not in whole]
-    return Inventory(sites, dense + rest)
+    return Inventory(layers, dense + rest)
 
 
-def _site(name: str, module: Any) -> Site | str | None:
-    """A site, or why a layer that would be one is none."""
+def _layer(name: str, module: Any) -> Layer | str | None:
+    """A layer, or why a layer that would be one is none."""
     if type(module) is Attention or type(module) is WindowAttention:
         reason = patched(module, _ATTENTION_OWNS) or changed(module.qkv, "qkv") or changed(module.proj, "proj")
-        return reason or _attention_site(name, module)
+        return reason or _attention(name, module)
     if type(module) in (Mlp, GluMlp) and isinstance(module.fc1, (nn.Linear, LowRankLinear)):
         found = patched(module, _MLP_OWNS) or changed(module.fc1, "fc1") or changed(module.fc2, "fc2")
         if found:
@@ -84,11 +88,11 @@ def _site(name: str, module: Any) -> Site | str | None:
         reason = None if is_identity(getattr(module, "norm", None)) else "normalization over the hidden units"
         if type(module) is GluMlp:
             reason = "gated hidden units"
-        return FFNSite(name, module, cast(nn.Linear, module.fc1), cast(nn.Linear, module.fc2), reason)
+        return FFNLayer(name, module, neurons_dense=reason)
     return None
 
 
-def _attention_site(name: str, module: Any) -> AttentionSite | str:
+def _attention(name: str, module: Any) -> AttentionLayer | str:
     dense: dict[str, str] = {}
     if not (is_identity(getattr(module, "q_norm", None)) and is_identity(getattr(module, "k_norm", None))):
         dense["qk"] = "query-key normalization acts between the projections and the scores"
@@ -133,7 +137,8 @@ def _attention_site(name: str, module: Any) -> AttentionSite | str:
         return small
 
     fused = bool(getattr(module, "fused_attn", True))
-    return AttentionSite(name, module, module.qkv, module.proj, module.num_heads, head_dim, build, dense, fused)
+    heads, stream = Heads.of(module.num_heads, head_dim), Stream.fused("qkv", "proj")
+    return AttentionLayer(name, module, heads, stream, build, fill_fused(module), dense, fused=fused)
 
 
 class LowRankWindowAttention(LowRankAttention, WindowAttention):

@@ -1,7 +1,7 @@
-"""The per-head normal form of an attention layer.
+"""The per-head normal form of an attention layer, and where a host keeps it.
 
-    scores_h = scale * (x W_q,h + b_q,h)(x W_k,h + b_k,h)^T
-    out      = sum_h softmax(scores_h)(x W_v,h + b_v,h) W_o,h + b_o
+    scores_h = scale * (x W_q,h + b_q,h)(x W_k,g + b_k,g)^T
+    out      = sum_h softmax(scores_h)(x W_v,g + b_v,g) W_o,h + b_o        g: the group of keys and values of head h
 
 Weights are kept transposed as ``nn.Linear`` has them, one slice per head, so that reducing a head is one batched
 product and no D x D matrix is ever formed. Source: COMCAT (arXiv 2305.17235), Eq. 1-3.
@@ -10,46 +10,167 @@ product and no D x D matrix is ever formed. Source: COMCAT (arXiv 2305.17235), E
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..models.running import double, wide
 
+Role = Literal["query", "key", "value"]
+ROLES: tuple[Role, ...] = ("query", "key", "value")
+
+
+@dataclass(frozen=True)
+class Input:
+    """A linear layer that holds the rows of one or several of query, key and value.
+
+    Attributes:
+        path: of the layer inside the attention module.
+        roles: whose rows it holds, one after the other.
+        by_head: the rows of one head lie together: head 0's query, key, value, then head 1's.
+    """
+
+    path: str
+    roles: tuple[Role, ...]
+    by_head: bool = False
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The projections of one stream of tokens, as paths inside the attention module.
+
+    Attributes:
+        output: None where the stream's result is not used, or the layer has no output projection.
+        inner: the layer leaves its output projection to its block; what is added to the output then has the heads'
+            width and goes through the same projection.
+    """
+
+    name: str
+    inputs: tuple[Input, ...]
+    output: str | None
+    inner: bool = False
+
+    @classmethod
+    def separate(cls, name: str, query: str, key: str, value: str, output: str | None, inner: bool = False) -> Stream:
+        """From one linear layer for each of query, key and value."""
+        return cls(name, (Input(query, ("query",)), Input(key, ("key",)), Input(value, ("value",))), output, inner)
+
+    @classmethod
+    def fused(cls, qkv: str, output: str, by_head: bool = False) -> Stream:
+        """From one linear layer for all three."""
+        return cls("tokens", (Input(qkv, ROLES, by_head),), output)
+
+    def path(self, role: Role) -> str:
+        """The linear layer that holds a role."""
+        return next(one.path for one in self.inputs if role in one.roles)
+
+    @property
+    def query(self) -> str:
+        return self.path("query")
+
+    @property
+    def key(self) -> str:
+        return self.path("key")
+
+    @property
+    def value(self) -> str:
+        return self.path("value")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How many heads an attention layer has, and how wide they are.
+
+    Attributes:
+        num: of queries, H; groups: of keys and values, G, each of which serves H / G neighbouring heads.
+        width: of a query or key, d; value_width: of a value, d_v.
+    """
+
+    num: int
+    width: int
+    groups: int
+    value_width: int
+
+    @classmethod
+    def of(cls, num: int, width: int, groups: int | None = None, value_width: int | None = None) -> Heads:
+        """With as many groups as heads, and values as wide as queries, where nothing else is said."""
+        return cls(num, width, groups or num, value_width or width)
+
+    def count(self, role: Role) -> int:
+        """Heads of queries, or of keys and values."""
+        return self.num if role == "query" else self.groups
+
+    def wide(self, role: Role) -> int:
+        """Width of one head."""
+        return self.value_width if role == "value" else self.width
+
+    def split(self, rows: Tensor, one: Input) -> dict[Role, Tensor]:
+        """Rows (..., n) in the last axis, as a linear layer puts them out, by role: (..., heads, width)."""
+        sizes = [self.count(role) * self.wide(role) for role in one.roles]
+        if one.by_head:
+            count = self.count(one.roles[0])
+            rows = rows.unflatten(-1, (count, -1))
+            parts = rows.split([self.wide(role) for role in one.roles], -1)
+            return dict(zip(one.roles, parts, strict=True))
+        parts = rows.split(sizes, -1)
+        return {r: p.unflatten(-1, (self.count(r), -1)) for r, p in zip(one.roles, parts, strict=True)}
+
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """Views on the weights of one self-attention layer with H heads of width d, input D, output D_out."""
+    """The weights of one attention layer: H heads of width d, G groups, input D, output D_out."""
 
     query: Tensor  # (H, d, D)
-    key: Tensor  # (H, d, D)
-    value: Tensor  # (H, d, D)
+    key: Tensor  # (G, d, D)
+    value: Tensor  # (G, d_v, D)
     query_bias: Tensor | None  # (H, d)
-    value_bias: Tensor | None  # (H, d)
-    output: Tensor  # (H, d, D_out)
+    key_bias: Tensor | None  # (G, d)
+    value_bias: Tensor | None  # (G, d_v)
+    output: Tensor  # (H, d_v, D_out)
     output_bias: Tensor | None  # (D_out,)
 
     @classmethod
-    def from_fused(cls, qkv: nn.Linear, proj: nn.Linear, num_heads: int) -> HeadWeights:
-        """From one input projection whose rows are [query, key, value], each ordered by head."""
-        query, key, value = qkv.weight.detach().unflatten(0, (3, num_heads, -1))
-        bias = None if qkv.bias is None else qkv.bias.detach().unflatten(0, (3, num_heads, -1))
+    def of(cls, module: nn.Module, heads: Heads, stream: Stream) -> HeadWeights:
+        """Views on the weights of a module's linear layers."""
+        weights: dict[str, Tensor] = {}
+        biases: dict[str, Tensor] = {}
+        for one in stream.inputs:
+            linear: Any = module.get_submodule(one.path)
+            rows = heads.split(linear.weight.detach().flatten(1).mT, one)  # (D, heads, width)
+            weights |= {role: part.movedim(0, -1) for role, part in rows.items()}
+            if linear.bias is not None:
+                biases |= heads.split(linear.bias.detach(), one)  # type: ignore[arg-type]
+        assert stream.output is not None
+        out: Any = module.get_submodule(stream.output)
         return cls(
-            query=query,
-            key=key,
-            value=value,
-            query_bias=None if bias is None else bias[0],
-            value_bias=None if bias is None else bias[2],
-            output=proj.weight.detach().mT.unflatten(0, (num_heads, -1)),
-            output_bias=None if proj.bias is None else proj.bias.detach(),
+            **weights,
+            query_bias=biases.get("query"),
+            key_bias=biases.get("key"),
+            value_bias=biases.get("value"),
+            output=out.weight.detach().flatten(1).mT.unflatten(0, (heads.num, -1)),
+            output_bias=None if out.bias is None else out.bias.detach(),
         )
 
+    def rows(self, one: Input) -> tuple[Tensor, Tensor | None]:
+        """Weight (n, D) and bias (n,) of a linear layer with the rows of these roles, in float64."""
+        weight = joined_heads([double(getattr(self, role)) for role in one.roles], one.by_head)
+        biases = [getattr(self, f"{role}_bias") for role in one.roles]
+        if any(bias is None for bias in biases):
+            return weight, None
+        return weight, joined_heads([double(bias) for bias in biases], one.by_head)
+
     def free_moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Moments of queries, keys and values for white inputs: (H, d, d) each, the data-free stand-ins.
+        """Moments of queries (H, d, d), keys (G, d, d) and values (G, d_v, d_v) for white inputs.
 
         With them, the factors are the truncated SVDs of ``W_q W_k^T`` and ``W_v W_o``.
         """
         return gram(self.query), gram(self.key), gram(self.value)
+
+
+def joined_heads(parts: list[Tensor], by_head: bool) -> Tensor:
+    """The rows (n, ...) of a linear layer from those of its roles, (heads, width, ...) each."""
+    return torch.cat(parts, 1).flatten(0, 1) if by_head else torch.cat([part.flatten(0, 1) for part in parts])
 
 
 def gram(weight: Tensor) -> Tensor:
@@ -80,3 +201,13 @@ def as_parameter(value: Tensor, like: Tensor) -> nn.Parameter:
 def zeros_like_bias(bias: Tensor | None, size: int, like: Tensor) -> Tensor:
     """``bias`` in float64, or zeros where the layer has none."""
     return torch.zeros(size, dtype=torch.float64, device=wide(like.device)) if bias is None else double(bias)
+
+
+def grouped(per_head: Tensor, groups: int) -> Tensor:
+    """Sums (groups, ...) over the heads (H, ...) of each group."""
+    return per_head.unflatten(0, (groups, -1)).sum(1)
+
+
+def spread(per_group: Tensor, heads: int) -> Tensor:
+    """(groups, ...) repeated for every head of a group: (H, ...)."""
+    return per_group.repeat_interleave(heads // per_group.shape[0], 0)

@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import ModelError
-from ..layers.sites import Inventory
-from ..planning.cost import Shape
+from ..layers.base import Inventory
+from ..layers.cost import Shape
+from ..layers.recording import ShapeCounter, recording
 from .modes import evaluating, frozen
 from .running import explained
 
@@ -113,34 +114,15 @@ def profile(model: nn.Module, input_size: Sequence[int] | None = None) -> Profil
     )
 
 
-def site_shapes(model: nn.Module, inventory: Inventory, input_size: Sequence[int]) -> dict[str, Shape]:
-    """Tokens and sequence length that one image brings to every site, from one forward pass.
+def layer_shapes(model: nn.Module, inventory: Inventory, input_size: Sequence[int]) -> dict[str, Shape]:
+    """Tokens and sequence length that one image brings to every layer, from one forward pass.
 
     Raises:
-        ModelError: a site that the forward pass does not reach.
+        ModelError: a layer that the forward pass does not reach.
     """
-    shapes: dict[str, Shape] = {}
-
-    def hook(name: str) -> Any:
-        def record(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0]
-            tokens = x.numel() // x.shape[-1]
-            before = shapes[name].tokens if name in shapes else 0  # a layer that is called several times in one pass
-            shapes[name] = Shape(before + tokens, x.shape[1] if x.dim() == 3 else tokens)
-
-        return record
-
-    first = [(site.name, next(iter(site.linears.values()))) for site in inventory.sites]
-    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in first]
     parameter = next(model.parameters())
     image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
-    try:
-        with explained(image), evaluating(model), torch.no_grad():
-            model(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-    missed = [name for name, _ in first if name not in shapes]
-    if missed:
-        raise ModelError(f"module '{missed[0]}' was never called in the forward pass; is it in use?")
-    return shapes
+    counters = [ShapeCounter(layer) for layer in inventory.layers]
+    with recording(model, counters), explained(image), evaluating(model), torch.no_grad():
+        model(image)
+    return {counter.layer.name: counter.shape(ModelError) for counter in counters}

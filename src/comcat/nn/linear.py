@@ -11,6 +11,9 @@ class LowRankLinear(nn.Module):
 
     Costs ``rank * (in_features + out_features)`` weights; it is smaller than the dense layer below the
     break-even rank ``in_features * out_features / (in_features + out_features)``.
+
+    Args:
+        pointwise: two 1x1 convolutions instead, for a layer that is one: (B, in_features, H, W).
     """
 
     def __init__(
@@ -19,6 +22,7 @@ class LowRankLinear(nn.Module):
         out_features: int,
         rank: int,
         bias: bool = True,
+        pointwise: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -26,8 +30,8 @@ class LowRankLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
-        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.down = plain_linear(in_features, rank, False, pointwise, device, dtype)
+        self.up = plain_linear(rank, out_features, bias, pointwise, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
@@ -35,3 +39,17 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+def plain_linear(
+    in_features: int,
+    out_features: int,
+    bias: bool,
+    pointwise: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Linear | nn.Conv2d:
+    """A linear layer, or a 1x1 convolution."""
+    if pointwise:
+        return nn.Conv2d(in_features, out_features, 1, bias=bias, device=device, dtype=dtype)
+    return nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)

@@ -1,33 +1,34 @@
-"""Choosing one option per site under a budget: convex hulls, a greedy walk, and a fill of what remains.
+"""Choosing one option per layer under a budget: convex hulls, a greedy walk, and a fill of what remains.
 
-Each site brings a list of options (costs and an estimated loss each). On the lower convex hulls of loss over cost,
+Each layer brings a list of options (costs and an estimated loss each). On the lower convex hulls of loss over cost,
 taking cuts by loss per saved cost is optimal for the sum of the losses; the last cut overshoots by less than one
 step, and what is left of the budget is spent on the best affordable upgrades among all options.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import BudgetError, PlanError
-from ..layers.sites import AttentionSite, Choice, FFNSite, Site, select_parts
-from .cost import Cost, Shape, attention_cost, break_even, linear_cost, low_rank_cost, neurons_cost
+from ..layers.base import Choice, Layer
+from ..layers.cost import Shape
 from .curves import Curve
+from .units import Unit
 
 #: Budgets are met from below within this fraction.
 TOLERANCE = 0.005
-#: At most this many ranks per low-rank matrix are considered, evenly spaced.
-_GRID = 160
+#: At most this many ranks per low-rank matrix, and its square of combinations, are considered, evenly spaced.
+_RANKS = 160
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of one site, the dense one included."""
+    """The options of one layer, the dense one included."""
 
-    site: Site
+    layer: Layer
     parts: tuple[np.ndarray, ...]  # widths per part name, each (n,); -1 stands for dense
     names: tuple[str, ...]
     costs: dict[str, np.ndarray]  # by unit: (n,) integers
@@ -35,10 +36,6 @@ class Options:
 
     def choice(self, index: int) -> Choice:
         return {name: int(w[index]) for name, w in zip(self.names, self.parts, strict=True) if w[index] >= 0}
-
-
-def _by_unit(cost: Cost) -> dict[str, np.ndarray]:
-    return {unit: np.asarray(value, dtype=np.int64) for unit, value in cost._asdict().items()}
 
 
 def spaced_widths(limit: int, multiple: int, count: int | None = None) -> np.ndarray:
@@ -49,82 +46,40 @@ def spaced_widths(limit: int, multiple: int, count: int | None = None) -> np.nda
     return widths
 
 
-def site_options(site: Site, curves: dict[str, Curve], parts: tuple[str, ...], shape: Shape, multiple: int) -> Options:
-    """All options of a site: the parts that have a curve, every multiple, dense included.
-
-    A rank at or above break-even, which would not shrink its layer, is no option.
-    """
-    full = {p: w for p, w in select_parts(site.full, site.kind, parts).items() if p in curves}
-    if isinstance(site, AttentionSite):
-        return _attention_options(site, curves, full, shape, multiple)
-    if isinstance(site, FFNSite):
-        return _ffn_options(site, curves, full, shape, multiple)
-    linear = site.module
-    return _join(
-        site, [_linear_options(linear, curves.get("rank") if full else None, shape.tokens, multiple)], ("rank",)
-    )
-
-
-def _attention_options(
-    site: AttentionSite, curves: dict[str, Curve], full: Choice, shape: Shape, multiple: int
+def layer_options(
+    layer: Layer, curves: dict[str, Curve], shape: Shape, multiple: int, units: Mapping[str, Unit]
 ) -> Options:
-    d = site.head_dim
-    qk, vo = (
-        np.append(spaced_widths(d, multiple) if part in full else np.arange(0), d)[shape_]
-        for part, shape_ in (("qk", np.s_[:, None]), ("vo", np.s_[None, :]))
-    )
-    qk, vo = (grid.ravel() for grid in np.broadcast_arrays(qk, vo))
-    cost = attention_cost(site, qk, vo, shape)
-    loss = np.zeros(len(qk))
-    for part, width in (("qk", qk), ("vo", vo)):
-        if part in full:
-            loss = loss + curves[part][width]
-    widths = tuple(np.where(w < d, w, -1) for w in (qk, vo))
-    return Options(site, widths, ("qk", "vo"), _by_unit(cost), loss)
+    """All options of a layer: the parts that have a curve, every multiple, dense included.
+
+    The parts of one form are combined. A rank at or above break-even, which would not shrink its layer, is no option.
+    """
+    forms = layer.forms
+    names = tuple(dict.fromkeys(part for form in forms for part in form))
+    tables = [_form_options(layer, form, curves, names, multiple, form == forms[-1]) for form in forms]
+    widths = {part: np.concatenate([table[part] for table, _ in tables]) for part in names}
+    loss = np.concatenate([loss for _, loss in tables])
+    costs = {name: np.broadcast_to(unit.layer(layer, widths, shape), loss.shape) for name, unit in units.items()}
+    return Options(layer, tuple(widths.values()), names, costs, loss)
 
 
-def _linear_options(
-    linear: object, curve: Curve | None, tokens: int, multiple: int
-) -> tuple[np.ndarray, Cost, np.ndarray]:
-    size = (linear.in_features, linear.out_features)  # type: ignore[attr-defined]
-    ranks = np.arange(0) if curve is None else spaced_widths(min(break_even(*size), len(curve) - 1), multiple, _GRID)
-    low, dense = low_rank_cost(*size, ranks, tokens), linear_cost(*size, linear.bias is not None, tokens)  # type: ignore[attr-defined]
-    cost = Cost(np.append(low.params, dense.params), np.append(low.macs, dense.macs))
-    loss = np.append(np.zeros(0) if curve is None else curve[ranks], 0.0)
-    return np.append(ranks, -1), cost, loss
-
-
-def _join(site: Site, tables: list[tuple[np.ndarray, Cost, np.ndarray]], names: tuple[str, ...]) -> Options:
-    """Every combination of the options of one or two linear layers."""
-    widths: list[np.ndarray] = []
-    params = macs = loss = np.zeros(())
-    for axis, (w, cost, value) in enumerate(tables):
-        slot = np.s_[:, None] if axis == 0 and len(tables) == 2 else np.s_[...]
-        params, macs, loss = params + cost.params[slot], macs + cost.macs[slot], loss + value[slot]
-        widths.append(w[slot])
-    flat = tuple(np.broadcast_to(w, np.shape(loss)).ravel() for w in widths)
-    return Options(site, flat, names, _by_unit(Cost(params.ravel(), macs.ravel())), loss.ravel())
-
-
-def _ffn_options(site: FFNSite, curves: dict[str, Curve], full: Choice, shape: Shape, multiple: int) -> Options:
-    low = _join(
-        site,
-        [
-            _linear_options(linear, curves.get(fc) if fc in full else None, shape.tokens, multiple)
-            for fc, linear in site.linears.items()
-        ],
-        ("fc1", "fc2"),
-    )
-    neurons = spaced_widths(full["neurons"], multiple) if "neurons" in full else np.arange(0)
-    cost = neurons_cost(site, neurons, shape.tokens)
-    absent = np.full(len(neurons), -1)
-    parts = (
-        np.concatenate([np.full(len(low.loss), -1), neurons]),
-        *(np.concatenate([w, absent]) for w in low.parts),
-    )
-    loss = np.concatenate([low.loss, curves["neurons"][neurons] if len(neurons) else np.zeros(0)])
-    costs = {unit: np.concatenate([low.costs[unit], more]) for unit, more in _by_unit(cost).items()}
-    return Options(site, parts, ("neurons", "fc1", "fc2"), costs, loss)
+def _form_options(
+    layer: Layer, form: tuple[str, ...], curves: dict[str, Curve], names: tuple[str, ...], multiple: int, last: bool
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Every combination of the widths of a form's parts: (widths by part, losses); ``last``: the dense layer too."""
+    axes, losses = [], []
+    low_rank = sum(part not in layer.linear_in_width for part in form)
+    for part in form:
+        count = None if part in layer.linear_in_width else min(_RANKS, round(_RANKS ** (2 / low_rank)))
+        widths = np.arange(0)
+        if part in curves and part in layer.full:
+            widths = spaced_widths(min(layer.reach(part), len(curves[part]) - 1), multiple, count)
+        dense = np.array([-1] if last or len(form) > 1 else [], dtype=int)
+        axes.append(np.append(widths, dense))
+        losses.append(np.append(curves[part][widths] if len(widths) else np.zeros(0), np.zeros(len(dense))))
+    grid = np.meshgrid(*axes, indexing="ij")
+    total = sum(np.meshgrid(*losses, indexing="ij"), np.zeros(()))
+    absent = np.full(total.size, -1)
+    return {part: grid[form.index(part)].ravel() if part in form else absent for part in names}, total.ravel()
 
 
 def lower_hull(cost: np.ndarray, loss: np.ndarray) -> np.ndarray:
@@ -151,10 +106,10 @@ def allocate(
     shown: Callable[[int], str],
     tolerance: float = TOLERANCE,
 ) -> list[int]:
-    """One option index per site, of least total loss within the limit.
+    """One option index per layer, of least total loss within the limit.
 
     Args:
-        unit: a key of every site's ``costs``.
+        unit: a key of every layer's ``costs``.
         limit: largest admissible cost of the whole model; fixed: what of it no option changes.
         shown: formats a cost for error messages.
 
@@ -166,7 +121,7 @@ def allocate(
     for o in options:
         if not np.isfinite(o.loss).all():
             raise PlanError(
-                f"the losses estimated for layer '{o.site.name}' hold NaN or infinite values; calibrate again, in a "
+                f"the losses estimated for layer '{o.layer.name}' hold NaN or infinite values; calibrate again, in a "
                 "wider dtype"
             )
     # A tiny slope breaks ties among equal losses: the larger model wins, so no budget is left unused.
@@ -195,10 +150,10 @@ def allocate(
 
 
 def _walk(costs: list[np.ndarray], losses: list[np.ndarray], fixed: int, limit: int) -> list[int]:
-    """Option per site: down the hulls from the least losses, by loss per saved cost, until the limit is met.
+    """Option per layer: down the hulls from the least losses, by loss per saved cost, until the limit is met.
 
     On a straight piece of a hull the slopes are equal up to rounding. They are made to rise from cut to cut, so that no
-    site's cuts are taken out of order.
+    layer's cuts are taken out of order.
     """
     hulls = [lower_hull(c, v) for c, v in zip(costs, losses, strict=True)]
     cuts = []
@@ -247,7 +202,7 @@ def _fill(chosen: list[int], costs: list[np.ndarray], losses: list[np.ndarray], 
 def _exchange(
     chosen: list[int], costs: list[np.ndarray], losses: list[np.ndarray], total: int, limit: int, least: float
 ) -> int:
-    """Where no single upgrade fits: the best change of two sites that ends between ``least`` and ``limit``.
+    """Where no single upgrade fits: the best change of two layers that ends between ``least`` and ``limit``.
 
     Such gaps open up in models of a few small layers only. Changes ``chosen`` if there is such a pair.
     """

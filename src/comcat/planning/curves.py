@@ -9,38 +9,30 @@ from typing import Any
 
 import numpy as np
 
-from ..layers.factors import SiteFactors
-from ..layers.sites import AttentionSite, FFNSite, Site
-from .cost import break_even
+from ..layers.base import Layer
+from ..layers.factors import Factors
 
 Curve = np.ndarray
 
 
-def uniform_curve(site: Site, part: str) -> Curve:
+def uniform_curve(layer: Layer, part: str) -> Curve:
     """A curve under which equal kept fractions are optimal.
 
     The sum of ``size / fraction`` over the parts is least, at a given sum of ``size * fraction``, where all fractions
     are equal. The fraction of a low-rank matrix is relative to its break-even rank.
     """
-    full = site.full[part]
-    if isinstance(site, AttentionSite):
-        size, equal = 2 * site.num_heads * site.qkv.in_features * full, full
-    elif isinstance(site, FFNSite) and part == "neurons":
-        size, equal = (site.fc1.in_features + site.fc2.out_features) * full, full
-    else:
-        inner, outer = linear_size(site, part)
-        size, equal = inner * outer, break_even(inner, outer)
-    fraction = np.maximum(np.arange(full + 1), 0.1) / equal
+    size, equal = layer.equal_share(part)
+    fraction = np.maximum(np.arange(layer.full[part] + 1), 0.1) / equal
     return size * np.maximum(1 / fraction - 1, 0)
 
 
-def spectrum_curve(factors: SiteFactors[Any], part: str, in_loss_units: bool) -> Curve:
+def spectrum_curve(factors: Factors[Any], part: str, in_loss_units: bool) -> Curve:
     """Dropped energy: half of it is the expected loss where output gradients were collected, else relative."""
     errors = factors.errors(part).cpu().numpy()
     return errors / 2 if in_loss_units else errors / max(errors[0], 1e-300)
 
 
-def probed_curve(factors: SiteFactors[Any], part: str, points: dict[int, float]) -> Curve:
+def probed_curve(factors: Factors[Any], part: str, points: dict[int, float]) -> Curve:
     """A non-increasing curve through measured ``points`` (width: loss), log-linear in the part's dropped energy.
 
     Outside the measured widths the loss goes on in proportion to the energy.
@@ -54,9 +46,3 @@ def probed_curve(factors: SiteFactors[Any], part: str, points: dict[int, float])
     curve = np.exp(np.interp(at, x, y) + np.minimum(at - x[0], 0) + np.maximum(at - x[-1], 0))
     curve[-1] = 0.0
     return np.maximum.accumulate(curve[::-1])[::-1]
-
-
-def linear_size(site: Site, part: str) -> tuple[int, int]:
-    """Input and output width of the linear layer behind a low-rank part."""
-    linear = site.linears["linear" if part == "rank" else part]
-    return linear.in_features, linear.out_features

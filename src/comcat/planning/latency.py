@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import CalibrationError
-from ..layers.sites import AttentionSite, Inventory, Site
+from ..layers.base import Inventory, Layer
+from ..layers.cost import Shape
 from ..models.profile import Profile
 from ..storage.atomic import atomic_file
 from ..storage.reader import digest, read_json, shown
 from ..wording import by
-from .cost import Shape
 
 FORMAT = 1
 #: Largest width of a part in a table; interpolation takes memory by it.
@@ -114,20 +114,20 @@ class LatencyTable:
             f"{self.device} in {self.dtype}, dense {self.dense / 1e6:.3g} ms)"
         )
 
-    def cost(self, site: Site, shape: Shape, widths: Mapping[str, Any]) -> np.ndarray:
-        """Nanoseconds of a site at integer arrays of widths by part; -1, or a part left out, stands for dense."""
-        return self.layers[layer_key(site, shape)].at({**dict.fromkeys(site.full, -1), **widths})
+    def cost(self, layer: Layer, shape: Shape, widths: Mapping[str, Any]) -> np.ndarray:
+        """Nanoseconds of a layer at integer arrays of widths by part; -1, or a part left out, stands for dense."""
+        return self.layers[layer.layer_key(shape)].at({**dict.fromkeys(layer.full, -1), **widths})
 
     def check(self, inventory: Inventory, shapes: Mapping[str, Shape], dense: Profile) -> None:
-        """Raise CalibrationError unless this was measured on a model with these sites and costs."""
+        """Raise CalibrationError unless this was measured on a model with these layers and costs."""
         if tuple(dense.input_size) != self.input_size:
             raise CalibrationError(
                 f"the latency table was measured at input size {self.input_size}, the plan is for "
                 f"{tuple(dense.input_size)}; measure latency at that size"
             )
         counts: dict[str, int] = {}
-        for site in inventory.sites:
-            key = layer_key(site, shapes[site.name])
+        for found in inventory.layers:
+            key = found.layer_key(shapes[found.name])
             counts[key] = counts.get(key, 0) + 1
         if counts != {key: layer.count for key, layer in self.layers.items()}:
             foreign = [key for key in counts if key not in self.layers] or list(counts)
@@ -193,13 +193,6 @@ class LatencyTable:
         if wrong or len(data["input_size"]) != 3 or not all(map(_positive, data["input_size"])):
             raise ValueError(f"{wrong[0] if wrong else 'input_size'} is of another kind than a table has")
         return cls(**{**fields, **sizes, "input_size": tuple(data["input_size"]), "layers": layers})
-
-
-def layer_key(site: Site, shape: Shape) -> str:
-    """What a layer's time depends on, in words."""
-    linears = ", ".join(f"{name} {linear.in_features}x{linear.out_features}" for name, linear in site.linears.items())
-    heads = f", {site.num_heads} heads, {shape.sequence} keys" if isinstance(site, AttentionSite) else ""
-    return f"{type(site.module).__name__}: {linears}{heads}, {shape.tokens} tokens ({', '.join(site.full)})"
 
 
 def _grid(data: dict[str, Any]) -> Grid:

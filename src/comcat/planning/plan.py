@@ -11,15 +11,13 @@ from typing import Any
 from torch import nn
 
 from ..errors import BudgetError, PlanError
-from ..hosts import find_sites
-from ..layers.sites import Choice, FFNSite, Inventory, check_choice
-from ..models.wrappers import check_plain
+from ..layers.base import Choice, Inventory
+from ..prepared import Prepared, prepared
 from ..storage.atomic import atomic_file
 from ..storage.reader import parse_json, read_text, validated
-from .cost import shown
+from .units import UNITS, Unit
 
 FORMAT = 1
-UNITS = ("params", "macs", "latency")
 _FIELDS = {"comcat_plan", "method", "budget", "layers", "estimate", "input_size"}
 
 
@@ -45,8 +43,8 @@ class Budget:
             raise BudgetError("give a budget of one of params, macs and latency, e.g. Budget(params=0.5)")
         if self.of not in ("model", "parts"):
             raise BudgetError(f"a budget is of 'model' or of 'parts', not of {self.of!r}")
-        if self.of == "parts" and self.latency is not None:
-            raise BudgetError("a latency budget is of the whole model: leave of='parts' out")
+        if self.of == "parts" and not UNITS[self.unit].of_parts:
+            raise BudgetError(f"a {self.unit} budget is of the whole model: leave of='parts' out")
         value: Any = self.value
         if isinstance(value, bool) or not isinstance(value, Real):
             raise BudgetError(f"a budget is a number, not {value!r}")
@@ -83,8 +81,8 @@ class Budget:
         kept = int(whole * self.value) if isinstance(self.value, float) else self.value
         if kept >= whole:
             raise BudgetError(
-                f"a budget of {shown(kept, self.unit)} is not below what the dense {self.of} costs "
-                f"({shown(whole, self.unit)}); ask for less"
+                f"a budget of {Unit.shown(kept, self.unit)} is not below what the dense {self.of} costs "
+                f"({Unit.shown(whole, self.unit)}); ask for less"
             )
         return kept + model_cost - whole
 
@@ -160,9 +158,9 @@ class Plan:
         return cls.from_json(read_text(path, what="plan", error=PlanError))
 
     def check(self, inventory: Inventory) -> None:
-        """Raise PlanError, naming the module, unless the plan can be built on a model with these sites."""
+        """Raise PlanError, naming the module, unless the plan can be built on a model with these layers."""
         for name, choice in self.layers.items():
-            check_choice(inventory[name], choice)
+            inventory[name].check(choice)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, the inverse of :meth:`from_dict`."""
@@ -178,19 +176,18 @@ def check_plan(plan: Any) -> None:
         )
 
 
-def full_rank_plan(model: nn.Module, ffn: str = "low-rank") -> Plan:
+def full_rank_plan(model: nn.Module | Prepared, ffn: str = "low-rank") -> Plan:
     """Every rank at its full width: the compressed model computes what the dense one does, to rounding.
 
     It is larger than the dense model; its use is to check exactness. ``ffn`` is ``"low-rank"`` or ``"neurons"``.
     """
     if ffn not in ("low-rank", "neurons"):
         raise PlanError(f"ffn must be 'low-rank' or 'neurons', not {ffn!r}")
-    check_plain(model)
     layers = {}
-    for site in find_sites(model).sites:
-        full = dict(site.full)
+    for layer in prepared(model).inventory.layers:
+        full = dict(layer.full)
         neurons = full.pop("neurons", None)
-        if isinstance(site, FFNSite) and ffn == "neurons" and neurons is not None:
+        if ffn == "neurons" and neurons is not None:
             full = {"neurons": neurons}
-        layers[site.name] = full
+        layers[layer.name] = full
     return Plan(layers, method="full-rank")

@@ -12,34 +12,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from ..calibration.statistics import SAME, Calibration
-from ..errors import BudgetError, PlanError
-from ..hosts import find_sites
-from ..layers.factors import SiteFactors, site_factors
-from ..layers.sites import PARTS, Choice, Inventory, Site, check_finite, check_parts, gradient_shapes, select_parts
+from ..errors import PlanError
+from ..layers.base import PARTS, Choice, Inventory, Layer, check_parts
 from ..models.modes import evaluating, exclusive
-from ..models.profile import default_input_size, image_size, profile, site_shapes
 from ..models.running import exact, still
-from ..models.wrappers import check_plain
+from ..prepared import Prepared, prepared
 from ..progress import Progress
 from ..wording import some
-from .allocate import Options, allocate, out_of_reach, site_options
-from .cost import Cost, break_even, parts_cost, shown, site_cost
-from .curves import Curve, linear_size, probed_curve, spectrum_curve, uniform_curve
+from .allocate import Options, allocate, layer_options, out_of_reach
+from .curves import Curve, probed_curve, spectrum_curve, uniform_curve
 from .latency import LatencyTable
 from .plan import Budget, Plan
-from .probe import Prober, levels, probe_images, probe_key
+from .probe import Prober, probe_images, probe_key
+from .units import UNITS, Unit, unit_of, units_with
 
 METHODS = ("uniform", "spectrum", "probe")
 #: Forms of the FFN: the better one for each layer, or one for all.
 FFN_FORMS = ("auto", "low-rank", "neurons")
-#: Parts whose widths count up to their full width; the others only up to break-even.
-WIDTHS = ("qk", "vo", "neurons")
 #: A divergence up to this is rounding.
 _NOTHING = 1e-12
 Curves = dict[str, dict[str, Curve]]
@@ -47,7 +41,7 @@ Solution = tuple[dict[str, Choice], float]
 
 
 def plan(
-    model: nn.Module,
+    model: nn.Module | Prepared,
     budget: Budget,
     calibration: Calibration | None = None,
     method: str | None = None,
@@ -61,7 +55,7 @@ def plan(
     """Choose the widths of every layer so that the model meets the budget from below.
 
     Args:
-        model: the dense model; it is not changed.
+        model: the dense model, or what :func:`comcat.prepare` made of it; it is not changed.
         budget: fraction or number of parameters, MACs or nanoseconds, met from below within 0.5 %.
         calibration: statistics of this model; without them only weights are looked at.
         method: one of :data:`METHODS`; default ``"spectrum"`` with a calibration that has output gradients, else
@@ -89,13 +83,15 @@ def plan(
     if method == "probe" and (calibration is None or not len(calibration.images)):
         raise PlanError("method 'probe' measures on images: give a calibration made with probe_images > 0")
     multiple = default_multiple(budget) if rank_multiple is None else rank_multiple
-    with exclusive(model), exact(next(model.parameters()).device), still(model):
-        return Planner(model, budget, calibration, method, parts, multiple, input_size, progress, latency, ffn).plan()
+    ready = prepared(model)
+    dense = ready.model
+    with exclusive(dense), exact(next(dense.parameters()).device), still(dense):
+        return Planner(ready, budget, calibration, method, parts, multiple, input_size, progress, latency, ffn).plan()
 
 
 def default_multiple(budget: Budget) -> int:
     """What widths are multiples of where nothing else is asked for."""
-    return 8 if budget.unit == "latency" else 1
+    return UNITS[budget.unit].multiple
 
 
 def default_method(calibration: Calibration | None) -> str:
@@ -106,7 +102,7 @@ def default_method(calibration: Calibration | None) -> str:
 
 
 def check_budget(
-    model: nn.Module,
+    model: nn.Module | Prepared,
     budget: Budget,
     parts: Sequence[str] = PARTS,
     rank_multiple: int | None = None,
@@ -119,8 +115,9 @@ def check_budget(
         parts = [part for part in parts if part != "head"]
     # Whether there will be images to refit neurons on is not known here, so both forms of the FFN count.
     multiple = default_multiple(budget) if rank_multiple is None else rank_multiple
-    with exclusive(model):
-        Planner(model, budget, None, "probe", parts, multiple, input_size, None, latency).refuse_unreachable()
+    ready = prepared(model)
+    with exclusive(ready.model):
+        Planner(ready, budget, None, "probe", parts, multiple, input_size, None, latency).refuse_unreachable()
 
 
 class Planner:
@@ -129,14 +126,15 @@ class Planner:
     Attributes:
         limit: largest admissible cost of the whole model, in the budget's unit.
         fixed: what of the model's cost no choice changes.
-        inventory: the sites that have a part to reduce; ``factors`` and ``shapes`` by site name.
+        inventory: the layers that have a part to reduce; ``factors`` and ``shapes`` by layer name.
+        unit: of the budget; units: all that an estimate can name.
         parts: the selected parts; multiple: what every width is a multiple of.
         method: goes into the plan; any name will do here.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        ready: Prepared,
         budget: Budget,
         calibration: Calibration | None,
         method: str,
@@ -151,10 +149,10 @@ class Planner:
             raise PlanError(f"ffn is {ffn!r}; choose one of {', '.join(FFN_FORMS)}")
         if not isinstance(multiple, int) or multiple < 1:
             raise PlanError(f"rank_multiple must be a positive integer, not {multiple!r}")
-        if budget.unit == "latency" and latency is None:
-            raise BudgetError("a latency budget needs timings: give latency=comcat.measure_latency(model)")
-        self.model, self.budget, self.calibration = model, budget, calibration
-        self.method, self.multiple, self.progress, self.latency = method, multiple, progress, latency
+        self.units = units_with(latency)
+        self.unit = unit_of(self.units, budget.unit)
+        self.model, self.budget, self.calibration = ready.model, budget, calibration
+        self.method, self.multiple, self.progress = method, multiple, progress
         self.ffn = ffn
         if method == "uniform" and ffn == "auto":
             self.ffn = "low-rank" if calibration is None else "neurons"
@@ -162,38 +160,31 @@ class Planner:
         if method == "uniform" and len(parts) > 1:
             parts = tuple(part for part in parts if part != "head")
         self.parts = parts
-        check_plain(model)
-        inventory = find_sites(model)
-        check_finite(model)
-        if calibration is not None:
-            calibration.check(inventory, model)
-        size = image_size(input_size or (calibration.input_size if calibration else default_input_size(model)))
-        self.shapes = (
-            calibration.shapes
-            if calibration is not None and size == tuple(calibration.input_size)
-            else site_shapes(model, inventory, size)
-        )
-        self.size = size
-        dense = profile(model, size)
-        self.dense = {"params": dense.params, "macs": dense.macs}
+        everything = ready.inventory
+        ready.check(calibration)
+        self.size = ready.size(input_size, calibration.input_size if calibration else None)
+        self.shapes = ready.shapes(self.size, calibration)
+        dense = ready.profile(self.size)
         if latency is not None:
-            latency.check(inventory, self.shapes, dense)
-            self.dense["latency"] = latency.dense
-        sites = [s for s in inventory.sites if select_parts(s.full, s.kind, parts)]
-        if not sites:
+            latency.check(everything, self.shapes, dense)
+        self.dense = {name: unit.model(dense) for name, unit in self.units.items()}
+        layers = [layer for layer in everything.layers if layer.selected(parts)]
+        if not layers:
             raise PlanError(f"no layer of this model has a part among {', '.join(parts)}")
-        self.inventory = Inventory(sites, inventory.dense)
-        moments = calibration.to(next(model.parameters()).device).moments if calibration else {}
-        self.factors: dict[str, SiteFactors[Any]] = {s.name: site_factors(s, moments.get(s.name)) for s in sites}
+        self.inventory = Inventory(layers, everything.dense)
+        self.factors = ready.factors(calibration)
         whole = self.dense[budget.unit]
-        of_parts = sum((parts_cost(s, parts, self.shapes[s.name]) for s in sites), Cost(0, 0))
-        self.limit = budget.absolute(whole, getattr(of_parts, budget.unit, whole))
-        self.fixed = max(whole - sum(self.price(site, {}) for site in sites), 0)
+        of_parts = whole
+        if self.unit.of_parts:
+            of_parts = sum(self.unit.parts(layer, parts, self.shapes[layer.name]) for layer in layers)
+        self.limit = budget.absolute(whole, of_parts)
+        self.fixed = max(whole - sum(self.price(layer, {}) for layer in layers), 0)
 
     def refuse_unreachable(self) -> None:
         """Before anything is measured: whether the smallest widths of all parts meet the budget."""
         flat = {
-            s.name: {part: np.zeros(full + 1) for part, full in self._parts(s).items()} for s in self.inventory.sites
+            layer.name: {part: np.zeros(full + 1) for part, full in self._parts(layer).items()}
+            for layer in self.inventory.layers
         }
         options = self._options(flat)
         smallest = self.fixed + sum(int(o.costs[self.budget.unit].min()) for o in options)
@@ -205,51 +196,40 @@ class Planner:
         if self.method == "probe":
             return self._probed()
         self._refuse_zero_gradients()
-        curves = {s.name: self._unmeasured(s) for s in self.inventory.sites}
+        curves = {layer.name: self._unmeasured(layer) for layer in self.inventory.layers}
         return self.as_plan(self.solve(curves))
 
-    def price(self, site: Site, choice: Choice) -> int:
-        """What a site costs at ``choice``, in the budget's unit."""
-        return self._costs(site, choice)[self.budget.unit]
-
-    def _costs(self, site: Site, choice: Choice) -> dict[str, int]:
-        """What a site costs at ``choice``, by unit."""
-        shape = self.shapes[site.name]
-        costs: dict[str, int] = site_cost(site, choice, shape)._asdict()
-        if self.latency is not None:
-            costs["latency"] = int(self.latency.cost(site, shape, choice))
-        return costs
+    def price(self, layer: Layer, choice: Choice) -> int:
+        """What a layer costs at ``choice``, in the budget's unit."""
+        return int(self.unit.layer(layer, choice, self.shapes[layer.name]))
 
     def solve(self, curves: Curves) -> Solution:
-        """Choices by site, and their estimated loss; the parts of a site that have no curve stay dense."""
+        """Choices by layer, and their estimated loss; the parts of a layer that have no curve stay dense."""
         options = self._options(curves)
         chosen = allocate(options, self.budget.unit, self.limit, self.fixed, self._shown)
-        choices = {o.site.name: o.choice(i) for o, i in zip(options, chosen, strict=True)}
+        choices = {o.layer.name: o.choice(i) for o, i in zip(options, chosen, strict=True)}
         return choices, float(sum(o.loss[i] for o, i in zip(options, chosen, strict=True)))
 
     def _options(self, curves: Curves) -> list[Options]:
         found = []
-        for site in self.inventory.sites:
-            shape = self.shapes[site.name]
-            options = site_options(site, curves[site.name], self.parts, shape, self.multiple)
-            if self.latency is not None:
-                widths = dict(zip(options.names, options.parts, strict=True))
-                options.costs["latency"] = self.latency.cost(site, shape, widths)
-            found.append(options)
+        for layer in self.inventory.layers:
+            selected = layer.selected(self.parts)
+            own = {part: curve for part, curve in curves[layer.name].items() if part in selected}
+            found.append(layer_options(layer, own, self.shapes[layer.name], self.multiple, self.units))
         return found
 
     def _shown(self, cost: int) -> str:
         unit = self.budget.unit
-        return f"{shown(cost, unit)} ({100 * cost / self.dense[unit]:.1f} % of the model)"
+        return f"{Unit.shown(cost, unit)} ({100 * cost / self.dense[unit]:.1f} % of the model)"
 
     def as_plan(self, solution: Solution, **measured: float) -> Plan:
         """The plan of a solution; ``measured`` goes into its estimate."""
         choices, loss = solution
         estimate: dict[str, float] = dict(self.dense)
-        for site in self.inventory.sites:
-            before, after = self._costs(site, {}), self._costs(site, choices[site.name])
-            for unit in estimate:
-                estimate[unit] += after[unit] - before[unit]
+        for layer in self.inventory.layers:
+            shape, choice = self.shapes[layer.name], choices[layer.name]
+            for name, unit in self.units.items():
+                estimate[name] += int(unit.layer(layer, choice, shape)) - int(unit.layer(layer, {}, shape))
         if self.method != "uniform":
             estimate["loss"] = loss
         estimate |= measured
@@ -257,17 +237,17 @@ class Planner:
         layers = {name: choice for name, choice in choices.items() if choice}
         return Plan(layers, method=self.method, budget=budget, estimate=estimate, input_size=self.size)
 
-    def _unmeasured(self, site: Site) -> dict[str, Curve]:
+    def _unmeasured(self, layer: Layer) -> dict[str, Curve]:
         """Curves that need no images."""
-        parts = self._parts(site)
+        parts = self._parts(layer)
         if self.method == "uniform":
-            return {part: uniform_curve(site, part) for part in parts}
+            return {part: uniform_curve(layer, part) for part in parts}
         fisher = self.calibration is not None and self.calibration.fisher
-        return {part: spectrum_curve(self.factors[site.name], part, fisher) for part in parts}
+        return {part: spectrum_curve(self.factors[layer.name], part, fisher) for part in parts}
 
-    def _parts(self, site: Site) -> Choice:
-        """Full widths of the site's parts that may be reduced."""
-        parts = select_parts(site.full, site.kind, self.parts)
+    def _parts(self, layer: Layer) -> Choice:
+        """Full widths of the layer's parts that may be reduced."""
+        parts = layer.selected(self.parts)
         if "neurons" in parts and self.ffn != "auto":
             parts = {part: width for part, width in parts.items() if (part == "neurons") == (self.ffn == "neurons")}
         return parts
@@ -282,7 +262,7 @@ class Planner:
             prober.record(self.inventory)
             curves = self._measure(prober, len(images))
             choices, loss = self.solve(curves)
-            swaps = [self.factors[s.name].build(choices[s.name]) for s in self.inventory.sites]
+            swaps = [self.factors[name].build(choice) for name, choice in choices.items()]
             divergence = prober.measure_all({name: module for new in swaps for name, module in new.items()})
         return self.as_plan((choices, loss), divergence=divergence)
 
@@ -298,23 +278,22 @@ class Planner:
             kind = "" if prober.outputs.per_class else f",{prober.outputs.kind}"
             known = self.calibration.probes.setdefault(f"n={images}{kind}", {})
         work = [
-            (site, part, width)
-            for site in self.inventory.sites
-            for part, full in self._parts(site).items()
-            for width in levels(part, full if part in WIDTHS else break_even(*linear_size(site, part)))
-            if width < full
+            (layer, part, width)
+            for layer in self.inventory.layers
+            for part in self._parts(layer)
+            for width in layer.widths(part, layer.levels[part])
         ]
         measured: dict[tuple[str, str], dict[int, float]] = {}
-        for done, (site, part, width) in enumerate(work):
-            key = probe_key(site, part, width)
+        for done, (layer, part, width) in enumerate(work):
+            key = probe_key(layer, part, width)
             if key not in known:
-                known[key] = prober.measure(site, self.factors[site.name], {part: width})
-            measured.setdefault((site.name, part), {})[width] = known[key]
+                known[key] = prober.measure(layer, self.factors[layer.name], {part: width})
+            measured.setdefault((layer.name, part), {})[width] = known[key]
             if self.progress:
                 self.progress("probe", done + 1, len(work))
-        inner = [one for one in work if one[0].kind != "head"] or work
+        inner = [one for one in work if one[0].in_block] or work
         self._refuse_flat([known[probe_key(*one)] for one in inner], str(prober.outputs.kind))
-        curves: Curves = {site.name: {} for site in self.inventory.sites}
+        curves: Curves = {layer.name: {} for layer in self.inventory.layers}
         for (name, part), points in measured.items():
             curves[name][part] = probed_curve(self.factors[name], part, points)
         return curves
@@ -325,14 +304,14 @@ class Planner:
         if self.method != "spectrum" or self.calibration is None or not self.calibration.fisher:
             return
         moments, zero, layers = self.calibration.moments, [], []
-        for site in self.inventory.sites:
-            gradients = [name for name in gradient_shapes(site) if name in moments[site.name]]
-            if self._parts(site) and gradients:
-                layers.append(site)
-                if not any(bool(moments[site.name][name].any()) for name in gradients):
-                    zero.append(site)
-        inner = [site for site in layers if site.kind != "head"] or layers
-        if layers and all(site in zero for site in inner):
+        for layer in self.inventory.layers:
+            gradients = [name for name in layer.gradient_shapes() if name in moments[layer.name]]
+            if self._parts(layer) and gradients:
+                layers.append(layer)
+                if not any(bool(moments[layer.name][name].any()) for name in gradients):
+                    zero.append(layer)
+        inner = [layer for layer in layers if layer.in_block] or layers
+        if layers and all(layer in zero for layer in inner):
             which = "every gradient of the calibration" + (
                 "" if len(zero) == len(layers) else ", but the classifier's,"
             )
@@ -342,7 +321,7 @@ class Planner:
                 "right outputs= and a trained classifier, or choose the method 'uniform'"
             )
         if zero:
-            names = some(f"'{site.name}'" for site in zero)
+            names = some(f"'{layer.name}'" for layer in zero)
             warnings.warn(
                 f"every gradient of {len(zero)} of {len(layers)} layers is zero ({names}): the outputs do not depend "
                 "on them, and they are cut first. If they should, calibrate again with the right outputs=",

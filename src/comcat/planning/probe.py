@@ -1,6 +1,6 @@
 """Measured sensitivities: what a cut of one part of one layer does to the model's own output.
 
-One part of one site is cut to a few levels at a time and the divergence from the dense output is measured on a
+One part of one layer is cut to a few levels at a time and the divergence from the dense output is measured on a
 small sample of calibration images. Blocks before the cut need not run again: their recorded output is replayed, which
 is checked against a full pass first and abandoned where the model does not allow it.
 """
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..calibration.statistics import Calibration
 from ..errors import ModelError
 from ..evaluation.outputs import Outputs, divergence
-from ..layers.factors import SiteFactors
-from ..layers.sites import Choice, Inventory, Site
+from ..layers.base import Choice, Inventory, Layer
+from ..layers.factors import Factors
 from ..models.running import explained
 from ..nn.swap import swapped
 
@@ -80,10 +80,9 @@ class Prober:
     def record(self, inventory: Inventory) -> None:
         """Record the outputs of the dense blocks for replay.
 
-        A block is the parent of a site. Replay is kept for the blocks at which it reproduces the output exactly.
+        A block is the parent of a layer. Replay is kept for the blocks at which it reproduces the output exactly.
         """
-        parents = dict.fromkeys(s.name.rpartition(".")[0] for s in inventory.sites if s.kind != "head")
-        candidates = [name for name in parents if name]
+        candidates = inventory.blocks()
         recorded: dict[str, list[Tensor]] = {name: [] for name in candidates}
         handles = [
             self.model.get_submodule(name).register_forward_hook(
@@ -118,10 +117,10 @@ class Prober:
         with swapped(self.model, stand_ins):
             return self._outputs(replay, self.recorded[self.blocks[last]])
 
-    def measure(self, site: Site, factors: SiteFactors[Any], choice: Choice) -> float:
-        """Divergence with ``site`` at ``choice`` and everything else dense."""
-        block = site.name.rpartition(".")[0]
-        if site.kind == "head" and self.blocks:
+    def measure(self, layer: Layer, factors: Factors[Any], choice: Choice) -> float:
+        """Divergence with ``layer`` at ``choice`` and everything else dense."""
+        block = layer.name.rpartition(".")[0]
+        if not layer.in_block and self.blocks:
             before = len(self.blocks) - 1
         else:
             before = self.blocks.index(block) - 1 if block in self.blocks else -1
@@ -142,25 +141,9 @@ def sample_size(macs: int, images: int) -> int:
     return min(images, max(32, int(2e11 / max(macs, 1))))
 
 
-#: Levels at which a part is probed, as fractions of its full width (of break-even for low-rank FFN matrices).
-LEVELS = {
-    "qk": (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75),
-    "vo": (0.125, 0.25, 0.375, 0.5, 0.625, 0.8),
-    "neurons": (0.05, 0.15, 0.25, 0.4, 0.55, 0.75),
-    "fc1": (0.15, 0.35, 0.6, 0.85),
-    "fc2": (0.15, 0.35, 0.6, 0.85),
-    "rank": (0.2, 0.4, 0.7),
-}
-
-
-def levels(part: str, full: int) -> list[int]:
-    """The widths at which ``part`` is probed, ascending."""
-    return sorted({max(1, round(full * level)) for level in LEVELS[part]} - {full})
-
-
-def probe_key(site: Site, part: str, width: int) -> str:
+def probe_key(layer: Layer, part: str, width: int) -> str:
     """Key of one measurement in ``Calibration.probes``."""
-    return f"{site.name}/{part}/{width}"
+    return f"{layer.name}/{part}/{width}"
 
 
 def probe_images(calibration: Calibration, macs: int) -> Tensor:

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..calibration.statistics import Calibration
-from ..hosts import find_sites
-from ..layers.factors import site_factors
-from ..layers.sites import AttentionSite, Site, check_finite
-from .cost import break_even
+from ..prepared import Prepared, prepared
 
 
 @dataclass(frozen=True)
@@ -35,27 +32,18 @@ class Spectrum:
         return min(int((kept < fraction * kept[-1]).sum()) + 1, self.full)
 
 
-def spectra(model: nn.Module, calibration: Calibration | None = None) -> list[Spectrum]:
+def spectra(model: nn.Module | Prepared, calibration: Calibration | None = None) -> list[Spectrum]:
     """Spectra of all parts in forward order, calibrated where statistics are given.
 
     Raises:
         CalibrationError: the calibration belongs to another model. ModelError: nothing to compress.
     """
-    inventory = find_sites(model)
-    check_finite(model)
-    if calibration is not None:
-        calibration.check(inventory, model)
+    ready = prepared(model)
+    ready.check(calibration)
     found = []
-    for site in inventory.sites:
-        factors = site_factors(site, calibration.moments[site.name] if calibration else None)
-        for part, full in site.full.items():
+    for layer in ready.inventory.layers:
+        factors = ready.factors(calibration)[layer.name]
+        for part, full in layer.full.items():
             name = "head" if part == "rank" else part
-            found.append(Spectrum(site.name, name, factors.energy(part).cpu(), full, _limit(site, part, full)))
+            found.append(Spectrum(layer.name, name, factors.energy(part).cpu(), full, layer.reach(part)))
     return found
-
-
-def _limit(site: Site, part: str, full: int) -> int:
-    if isinstance(site, AttentionSite) or part == "neurons":
-        return full
-    linear = site.linears["linear" if part == "rank" else part]
-    return break_even(linear.in_features, linear.out_features)

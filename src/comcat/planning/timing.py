@@ -14,27 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import CalibrationError, ModelError
-from ..hosts import find_sites
-from ..layers.sites import AttentionSite, Choice, Site
-from ..layers.skeleton import empty_modules
+from ..errors import CalibrationError
+from ..layers.base import Choice, Layer
 from ..models.modes import evaluating, exclusive
-from ..models.profile import default_input_size, profile, site_shapes
 from ..models.running import explained, still
-from ..models.wrappers import check_plain
 from ..nn.swap import swapped
+from ..prepared import Prepared, prepared
 from ..progress import Progress
 from .allocate import spaced_widths
-from .cost import break_even
-from .curves import linear_size
-from .latency import Grid, LatencyTable, LayerTimes, layer_key, nested
+from .latency import Grid, LatencyTable, LayerTimes, nested
 
 #: Widths off this multiple fill vector units badly: on a CPU they take as long as the next multiple, or longer.
 MULTIPLE = 8
 
 
 def measure_latency(
-    model: nn.Module,
+    model: nn.Module | Prepared,
     batch_size: int = 1,
     input_size: Sequence[int] | None = None,
     widths: int = 8,
@@ -60,33 +55,30 @@ def measure_latency(
     """
     if batch_size < 1 or rounds < 1 or widths < 2:
         raise CalibrationError("latency is measured with a batch size and rounds of 1 or more, and 2 widths or more")
-    check_plain(model)
-    with exclusive(model):
-        return _measured(model, batch_size, input_size, widths, rounds, progress)
+    ready = prepared(model)
+    with exclusive(ready.model):
+        return _measured(ready, batch_size, input_size, widths, rounds, progress)
 
 
 def _measured(
-    model: nn.Module,
+    ready: Prepared,
     batch_size: int,
     input_size: Sequence[int] | None,
     widths: int,
     rounds: int,
     progress: Progress | None,
 ) -> LatencyTable:
-    inventory = find_sites(model)
-    size = tuple(input_size or default_input_size(model))
-    dense, shapes = profile(model, size), site_shapes(model, inventory, size)
-    kinds: dict[str, list[Site]] = {}
-    for site in inventory.sites:
-        kinds.setdefault(layer_key(site, shapes[site.name]), []).append(site)
-    if not kinds:
-        raise ModelError("no layer of this model can be compressed, so none is timed")
+    model, size = ready.model, ready.size(input_size)
+    dense, shapes = ready.profile(size), ready.shapes(size)
+    kinds: dict[str, list[Layer]] = {}
+    for layer in ready.inventory.layers:
+        kinds.setdefault(layer.layer_key(shapes[layer.name]), []).append(layer)
     parameter = next(model.parameters())
     # Of the same kind on both sides: some processors multiply zeros and tiny numbers at another speed.
     images = _drawn(torch.empty(batch_size, *size, device=parameter.device, dtype=parameter.dtype))
-    work = _Work(model, images, {key: _Kind(sites, widths) for key, sites in kinds.items()})
+    work = _Work(model, images, {key: _Kind(layers, widths) for key, layers in kinds.items()})
     rest = work.run(rounds, progress)
-    layers = {key: kind.times() for key, kind in work.kinds.items()}
+    times = {key: kind.times() for key, kind in work.kinds.items()}
     return LatencyTable(
         device=_device_name(parameter.device),
         dtype=str(parameter.dtype).removeprefix("torch."),
@@ -96,24 +88,24 @@ def _measured(
         input_size=size,
         params=dense.params,
         macs=dense.macs,
-        dense=rest + sum(layer.count * layer.dense for layer in layers.values()),
-        layers=layers,
+        dense=rest + sum(layer.count * layer.dense for layer in times.values()),
+        layers=times,
     )
 
 
 class _Kind:
     """Layers of equal shape, the choices to measure on them, and the seconds measured so far."""
 
-    def __init__(self, sites: list[Site], count: int) -> None:
-        self.sites = sites
-        self.axes = _axes(sites[0], count)
+    def __init__(self, layers: list[Layer], count: int) -> None:
+        self.layers = layers
+        self.axes = _axes(layers[0], count)
         reduced = [choice for parts, axes in self.axes for choice in self._grid(parts, axes) if choice]
         self.choices: list[Choice] = [{}, *reduced]
         self.seconds: list[list[float]] = [[] for _ in self.choices]
 
     def _grid(self, parts: tuple[str, ...], axes: tuple[tuple[int, ...], ...]) -> list[Choice]:
         """The choices behind a grid, the last axis fastest; full widths are left out, for they are dense."""
-        full = self.sites[0].full
+        full = self.layers[0].full
         return [
             {part: width for part, width in zip(parts, widths, strict=True) if width < full[part]}
             for widths in product(*axes)
@@ -125,7 +117,7 @@ class _Kind:
         for parts, axes in self.axes:
             flat = [taken[self.choices.index(choice)] for choice in self._grid(parts, axes)]
             grids.append(Grid(parts, axes, nested(np.reshape(flat, [len(axis) for axis in axes]))))
-        return LayerTimes(len(self.sites), taken[0], tuple(grids))
+        return LayerTimes(len(self.layers), taken[0], tuple(grids))
 
 
 def _nanoseconds(seconds: list[float]) -> int:
@@ -133,18 +125,17 @@ def _nanoseconds(seconds: list[float]) -> int:
     return max(round(1e9 * min(seconds)), 1)
 
 
-def _axes(site: Site, count: int) -> list[tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]]:
+def _axes(layer: Layer, count: int) -> list[tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]]:
     """Parts that are measured together, and at which widths."""
 
     def axis(limit: int, count: int) -> tuple[int, ...]:
         return tuple(spaced_widths(limit, MULTIPLE if limit >= 2 * MULTIPLE else 1, count).tolist())
 
-    if isinstance(site, AttentionSite):
-        return [(tuple(site.full), tuple((*axis(width, count - 1), width) for width in site.full.values()))]
+    if layer.timed_together:
+        return [(tuple(layer.full), tuple((*axis(width, count - 1), width) for width in layer.full.values()))]
     found: list[tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]] = []
-    for part, full in site.full.items():
-        limit = full if part == "neurons" else min(full, break_even(*linear_size(site, part)))
-        if widths := axis(limit, count):
+    for part in layer.full:
+        if widths := axis(layer.reach(part), count):
             found.append(((part,), (widths,)))
     return found
 
@@ -156,7 +147,7 @@ class _Work:
         self.own = {id(parameter) for parameter in model.parameters()}
         self.between: dict[int, list[float]] = {}  # seconds of what lies between the layers, by place
         #: Enough for every choice to have its turn at one of the layers.
-        self.steps = max(-(-len(kind.choices) // len(kind.sites)) for kind in kinds.values())
+        self.steps = max(-(-len(kind.choices) // len(kind.layers)) for kind in kinds.values())
 
     @torch.no_grad()
     def run(self, rounds: int, progress: Progress | None) -> int:
@@ -174,10 +165,10 @@ class _Work:
         assigned: dict[str, list[float]] = {}
         new: dict[str, nn.Module] = {}
         for kind in self.kinds.values():
-            for i, site in enumerate(kind.sites):
-                pick = (step * len(kind.sites) + i + turn) % len(kind.choices)
-                assigned[site.name] = kind.seconds[pick]
-                new |= self._modules(site, kind.choices[pick])
+            for i, layer in enumerate(kind.layers):
+                pick = (step * len(kind.layers) + i + turn) % len(kind.choices)
+                assigned[layer.name] = kind.seconds[pick]
+                new |= self._modules(layer, kind.choices[pick])
         with swapped(self.model, new), ExitStack() as stack:
             self.model(self.images)  # memory is found for activations of these sizes
             marks: list[tuple[str, Any]] = []
@@ -201,8 +192,8 @@ class _Work:
             pieces = layers[name] if name else self.between.setdefault(place, [])
             pieces.append(self.clock.seconds(begin, end))
 
-    def _modules(self, site: Site, choice: Choice) -> dict[str, nn.Module]:
-        new = empty_modules(site, choice)
+    def _modules(self, layer: Layer, choice: Choice) -> dict[str, nn.Module]:
+        new = layer.empty(choice)
         for module in new.values():
             module.eval()
             for parameter in module.parameters():

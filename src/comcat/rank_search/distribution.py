@@ -7,21 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers.sites import Site
-from ..planning.cost import break_even
-from ..planning.curves import linear_size
-from ..planning.planner import WIDTHS
+from ..layers.base import Layer
 
 
-def reach(site: Site, part: str) -> int:
-    """The width from which on ``part`` costs what the dense layer costs: the full one, or break-even."""
-    full = site.full[part]
-    return full if part in WIDTHS else min(full, break_even(*linear_size(site, part)))
-
-
-def candidate_widths(site: Site, part: str, count: int, multiple: int = 1) -> list[int]:
-    """Ascending candidates, evenly spaced below ``reach`` and rounded to ``multiple``; the last one is dense."""
-    limit, full = reach(site, part), site.full[part]
+def candidate_widths(layer: Layer, part: str, count: int, multiple: int = 1) -> list[int]:
+    """Ascending candidates, evenly spaced below the part's reach and rounded to ``multiple``; the last one is dense."""
+    limit, full = layer.reach(part), layer.full[part]
     steps = {max(1, round(limit * k / count / multiple)) * multiple for k in range(1, count)} | {multiple}
     return [*sorted(width for width in steps if width < limit), full]
 
@@ -32,7 +23,7 @@ class RankDistribution(nn.Module):
     Args:
         candidates: one ascending list of widths per part, the last one dense.
         reaches: the width at which a dense part counts.
-        groups: parts by site, one or two indices each; prices: their costs, (A,) or (A1, A2), as shares of the budget.
+        groups: parts by layer, one or two indices each; prices: their costs, (A,) or (A1, A2), as shares of the budget.
         fixed: what no candidate changes, as a share of the budget.
         start: width per part around which the distribution begins; spread: its standard deviation in candidates.
     """

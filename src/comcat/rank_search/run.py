@@ -26,7 +26,7 @@ from torch import nn
 from ..calibration.collect import calibrate
 from ..calibration.statistics import Calibration
 from ..errors import ComcatError, TrainingError
-from ..layers.sites import PARTS
+from ..layers.base import PARTS
 from ..models.modes import exclusive
 from ..models.wrappers import check_plain
 from ..planning.latency import LatencyTable

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..calibration.statistics import Calibration
-from ..layers.sites import PARTS
+from ..layers.base import PARTS
 from ..models.modes import evaluating
 from ..planning.latency import LatencyTable
 from ..planning.plan import Budget, Plan
 from ..planning.planner import Planner, default_method, default_multiple, plan
 from ..planning.probe import probe_images
+from ..prepared import Prepared, prepared
 from ..progress import Progress
 
 
 def best_training_free(
-    model: nn.Module,
+    model: nn.Module | Prepared,
     budget: Budget,
     calibration: Calibration,
     *,
@@ -34,18 +35,19 @@ def best_training_free(
     """
     rest = (parts, rank_multiple, input_size, progress, latency, ffn)
     default = default_method(calibration)
-    first = plan(model, budget, calibration, default, *rest)
+    ready = prepared(model)
+    first = plan(ready, budget, calibration, default, *rest)
     if default == "probe" or not len(calibration.images):
         return first
-    probed = plan(model, budget, calibration, "probe", *rest)
+    probed = plan(ready, budget, calibration, "probe", *rest)
     multiple = default_multiple(budget) if rank_multiple is None else rank_multiple
-    planner = Planner(model, budget, calibration, default, parts, multiple, input_size, None, latency)
+    planner = Planner(ready, budget, calibration, default, parts, multiple, input_size, None, latency)
     modules = {
         name: module
-        for site in planner.inventory.sites
-        for name, module in planner.factors[site.name].build(first.layers.get(site.name, {})).items()
+        for layer, choice in first.layers.items()
+        for name, module in planner.factors[layer].build(choice).items()
     }
-    with evaluating(model):
+    with evaluating(ready.model):
         prober = planner.prober(probe_images(calibration, planner.dense["macs"]))
         divergence = prober.measure_all(modules)
     first.estimate["divergence"] = divergence

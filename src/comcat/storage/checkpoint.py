@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..compression import Compression
 from ..errors import CheckpointError, ModelError, PlanError
-from ..hosts import find_sites
-from ..layers.sites import check_finite
-from ..layers.skeleton import empty_modules
+from ..hosts import find_layers
+from ..layers.base import check_finite
 from ..models.profile import default_input_size
 from ..models.source import Source, describe
 from ..models.traits import carry
@@ -171,13 +170,13 @@ def _shrink(model: nn.Module, plan: Plan, name: str) -> None:
     if not plan.layers:
         return
     try:
-        inventory = find_sites(model)
+        inventory = find_layers(model)
         plan.check(inventory)
     except (PlanError, ModelError) as error:
         raise CheckpointError(f"{name} contradicts its architecture: {error}") from error
     with torch.random.fork_rng(devices=[]):
         for layer, choice in plan.layers.items():
-            for module_name, module in empty_modules(inventory[layer], choice).items():
+            for module_name, module in inventory[layer].empty(choice).items():
                 model.set_submodule(module_name, module)
 
 

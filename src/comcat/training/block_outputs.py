@@ -7,17 +7,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import TrainingError
-from ..hosts import find_sites
+from ..hosts import find_layers
 
 
 def block_names(teacher: nn.Module, indices: tuple[int, ...]) -> list[str]:
-    """The names of the blocks with these indices, which may be negative; a block is the parent of a site.
+    """The names of the blocks with these indices, which may be negative; a block is the parent of a layer.
 
     Raises:
-        ModelError: the teacher has no sites. TrainingError: there is no such block.
+        ModelError: the teacher has no layers. TrainingError: there is no such block.
     """
-    parents = (site.name.rpartition(".")[0] for site in find_sites(teacher).sites if site.kind != "head")
-    blocks = [name for name in dict.fromkeys(parents) if name]
+    blocks = find_layers(teacher).blocks()
     for index in indices:
         if not -len(blocks) <= index < len(blocks):
             raise TrainingError(

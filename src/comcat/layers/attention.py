@@ -1,0 +1,237 @@
+"""Attention: two products per head, ``W_q W_k^T`` and ``W_v W_o``, of ranks ``qk`` and ``vo``.
+
+The host says where the four matrices are (:class:`~comcat.layers.heads.Stream`), how many heads there are, which of the
+products exist, and how the layer runs with narrower ones. Where queries and keys are rotated between projection and
+product (rotary embedding), the parts of the query-key product that exist by themselves are pairs of components: the
+part is then called ``pairs``, and the pairs are chosen, not mixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from .attention_factors import AttentionFactors
+from .base import Choice, Layer, given, is_pointwise, size
+from .cost import Cost, Shape
+from .gates import AttentionGates, LayerGates
+from .heads import Heads, HeadWeights, Stream
+from .recording import Recorder, ShapeCounter, as_rows
+
+#: Makes an empty stand-in from the widths of one head's queries and keys, and of its values.
+Build = Callable[[int, int], nn.Module]
+#: Writes weights (of any head widths) into such a stand-in; ``places`` are the kept components of rotated queries.
+Fill = Callable[[Any, HeadWeights, "Tensor | None"], None]
+
+
+class AttentionLayer(Layer):
+    """Attention with H heads of width d: ranks ``qk`` (or ``pairs``, up to d / 2) and ``vo``.
+
+    Args:
+        heads, stream: how many heads there are, and where their matrices are inside ``running``.
+        build: ``build(qk_width, vo_width)``, an empty stand-in with everything else of the original; fill: writes it.
+        dense_parts: parts that must keep their width, and why.
+        rotary: how the components of a rotated query pair up: ``half`` (i with i + d / 2), ``next`` (2 i with 2 i + 1),
+            or None.
+        fused: whether queries and values run at one width, that of the wider, as fused kernels want it; fixed: the
+            products run at the full width whatever is kept, the rest being zeros.
+        running: what computes the same through linear layers that are called; default the module itself.
+    """
+
+    kind = "attention"
+    levels: ClassVar = {
+        "qk": (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75),
+        "pairs": (0.125, 0.25, 0.375, 0.5, 0.75),
+        "vo": (0.125, 0.25, 0.375, 0.5, 0.625, 0.8),
+    }
+    linear_in_width = ("qk", "pairs", "vo")
+    timed_together = True
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        heads: Heads,
+        stream: Stream,
+        build: Build,
+        fill: Fill,
+        dense_parts: Mapping[str, str] | None = None,
+        *,
+        rotary: str | None = None,
+        fused: bool = True,
+        fixed: bool = False,
+        running: nn.Module | None = None,
+    ) -> None:
+        super().__init__(name, module, dense_parts)
+        self.heads, self.stream = heads, stream
+        self.build, self.fill = build, fill
+        self.rotary, self.fused, self.fixed = rotary, fused, fixed
+        self._running = running
+
+    @property
+    def running(self) -> nn.Module:
+        return self.module if self._running is None else self._running
+
+    @property
+    def qk_part(self) -> str:
+        return "pairs" if self.rotary else "qk"
+
+    @property
+    def forms(self) -> tuple[tuple[str, ...], ...]:  # type: ignore[override]
+        return ((self.qk_part, "vo"),)
+
+    @property
+    def full(self) -> Choice:
+        heads = self.heads
+        widths = {self.qk_part: heads.width // 2 if self.rotary else heads.width, "vo": heads.value_width}
+        return {part: width for part, width in widths.items() if self._product(part) not in self.dense_parts}
+
+    @staticmethod
+    def _product(part: str) -> str:
+        return "qk" if part == "pairs" else part
+
+    def part_of(self, part: str) -> str:
+        return self._product(part)
+
+    @property
+    def linears(self) -> dict[str, Any]:
+        paths = [*(one.path for one in self.stream.inputs), self.stream.output]
+        return {str(path): self.running.get_submodule(str(path)) for path in paths}
+
+    @property
+    def output(self) -> Any:
+        """The output projection."""
+        return self.running.get_submodule(str(self.stream.output))
+
+    @property
+    def channels(self) -> int:
+        """The axis of the features."""
+        return 1 if is_pointwise(self.output) else -1
+
+    def weights(self) -> HeadWeights:
+        """The dense weights, per head."""
+        return HeadWeights.of(self.running, self.heads, self.stream)
+
+    def qk_width(self, choice: Choice) -> int:
+        """Width of one head's queries and keys at a choice."""
+        return 2 * choice["pairs"] if "pairs" in choice else choice.get("qk", self.heads.width)
+
+    def moment_shapes(self) -> dict[str, tuple[int, ...]]:
+        h = self.heads
+        n = h.num * h.value_width
+        shapes: dict[str, tuple[int, ...]] = {"z": (n, n), "z_mean": (n,)}
+        if "qk" in self.dense_parts:
+            return shapes
+        return {"q": (h.num, h.width, h.width), "k": (h.groups, h.width, h.width), **shapes}
+
+    def gradient_shapes(self) -> dict[str, tuple[int, ...]]:
+        h, out = self.heads, size(self.output)[1]
+        square = (h.num, h.width, h.width)
+        return {"qk_rows": square, "qk_cols": square, "out_grad": (out, out)}
+
+    def shape_hooks(self, counter: ShapeCounter) -> list[Any]:
+        key = self.running.get_submodule(self.stream.key)
+        return [
+            self.output.register_forward_hook(counter.rows(self.channels)),
+            key.register_forward_hook(counter.keys(self.channels)),
+        ]
+
+    def record(self, recorder: Recorder) -> list[Any]:
+        handles = [self.output.register_forward_hook(recorder.inputs("z", "out_grad", self.channels))]
+        if "qk" in self.dense_parts:
+            return handles
+        for one in self.stream.inputs:
+            if "query" in one.roles or "key" in one.roles:
+                hook = self._hook(recorder, one)
+                handles.append(self.running.get_submodule(one.path).register_forward_hook(hook))
+        return handles
+
+    def _hook(self, recorder: Recorder, one: Any) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            rows = self.heads.split(as_rows(out.detach(), self.channels), one)  # (sequences, tokens, heads, d)
+            if "query" in rows:
+                recorder.add("q", rows["query"].permute(2, 0, 1, 3).flatten(1, 2), second=True)
+            if "key" in rows:
+                k = rows["key"]
+                k = k - k.mean(1, keepdim=True)
+                recorder.add("k", k.permute(2, 0, 1, 3).flatten(1, 2), centred=True, second=True)
+            if "query" in rows and recorder.fisher and out.requires_grad:
+                out.register_hook(lambda g: self._add_gradient(recorder, one, rows["query"], g))
+
+        return hook
+
+    def _add_gradient(self, recorder: Recorder, one: Any, q: Tensor, grad: Tensor) -> None:
+        """``A = Q^T dL/dQ`` per image and head: the gradient of the loss in the product's own coordinates."""
+        grad = self.heads.split(as_rows(grad, self.channels), one)["query"]
+        q, grad = (t.unflatten(0, (recorder.images, -1)).flatten(1, 2).transpose(1, 2) for t in (q, grad))
+        A = recorder.precise(q.mT @ grad)  # (images, heads, d, d)
+        recorder.add_product("qk_rows", (A @ A.mT).sum(0))
+        recorder.add_product("qk_cols", (A.mT @ A).sum(0))
+
+    def factors(self, moments: Mapping[str, Tensor] | None = None) -> AttentionFactors:
+        return AttentionFactors(self, moments)
+
+    def empty(self, choice: Choice) -> dict[str, nn.Module]:
+        self.check(choice)
+        if not choice:
+            return {}
+        return {self.name: self.build(self.qk_width(choice), choice.get("vo", self.heads.value_width))}
+
+    def replaced(self, choice: Choice) -> dict[str, nn.Module]:
+        if not choice:
+            return {}
+        inside = {f"{self.name}.{path}": linear for path, linear in self.linears.items()}
+        return {self.name: self.module, **inside}
+
+    def gates(self, factors: Any, parts: tuple[str, ...]) -> list[LayerGates]:
+        return [AttentionGates(self, factors, parts)]
+
+    def cost(self, widths: Mapping[str, Any], shape: Shape) -> Cost:
+        heads = self.heads
+        qk = given(widths, self.qk_part) * (2 if self.rotary else 1)
+        vo = given(widths, "vo")
+        qk, vo = np.where(qk < 0, heads.width, qk), np.where(vo < 0, heads.value_width, vo)
+        return self._cost(qk, vo, shape)
+
+    def _cost(self, qk: Any, vo: Any, shape: Shape) -> Cost:
+        """At these widths of one head."""
+        h = self.heads
+        params = macs = 0
+        for one in self.stream.inputs:
+            linear: Any = self.running.get_submodule(one.path)
+            rows = sum(h.count(role) * (vo if role == "value" else qk) for role in one.roles)
+            params, macs = params + rows * (size(linear)[0] + (linear.bias is not None)), macs + rows * size(linear)[0]
+        out = size(self.output)[1]
+        # A reduced value carries its mean, and what it loses of it, into the output bias.
+        has_bias = self.output.bias is not None
+        params = params + h.num * vo * out + np.where(has_bias | (np.asarray(vo) < h.value_width), out, 0)
+        products = 2 * np.maximum(qk, vo) if self.fused else qk + vo
+        if self.fixed:
+            products = h.width + h.value_width
+        macs = shape.tokens * (macs + h.num * vo * out + shape.sequence * h.num * products)
+        return Cost(params, macs)
+
+    def parts_cost(self, parts: Iterable[str], shape: Shape) -> Cost:
+        h, parts = self.heads, tuple(parts)
+        whole = self._cost(h.width, h.value_width, shape)
+        rest = self._cost(0 if "qk" in parts else h.width, 0 if "vo" in parts else h.value_width, shape)
+        # A reduced output has a bias even where the dense one has none; that one is no part of the dense cost.
+        added = size(self.output)[1] if self.output.bias is None and "vo" in parts else 0
+        return Cost(int(whole.params - rest.params) + added, int(whole.macs - rest.macs))
+
+    def linear_size(self, part: str) -> tuple[int, int]:
+        h, D = self.heads, size(self.running.get_submodule(self.stream.query))[0]
+        if part == "vo":
+            return h.groups * D + h.num * size(self.output)[1], h.value_width
+        return (h.num + h.groups) * D * (2 if self.rotary else 1), self.full[part]
+
+    def equal_share(self, part: str) -> tuple[int, int]:
+        inner, full = self.linear_size(part)
+        return inner * full, full
+
+    def layer_key(self, shape: Shape) -> str:
+        heads = f", {self.heads.num} heads, {shape.sequence} keys"
+        return super().layer_key(shape).replace(f", {shape.tokens} tokens", f"{heads}, {shape.tokens} tokens")

@@ -1,0 +1,167 @@
+"""The factors of an attention layer: the query-key and the value-output product of every head, nested in the rank."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..linalg import factorize
+from ..linalg.factorize import Projection, QKFactors
+from ..linalg.rotary import PairOrder, order_pairs, pair_places
+from ..models.running import double
+from .base import Choice
+from .factors import Factors, Moments
+from .heads import HeadWeights, grouped, spread, zeros_like_bias
+
+if TYPE_CHECKING:
+    from .attention import AttentionLayer
+
+
+class AttentionFactors(Factors["AttentionLayer"]):
+    """Moments: ``q`` (H, d, d), ``k`` (G, d, d), ``z`` (H d_v, H d_v) and ``z_mean`` (H d_v,).
+
+    Optional: ``qk_rows``, ``qk_cols`` (H, d, d) and ``out_grad`` (D_out, D_out).
+    """
+
+    def __init__(self, layer: AttentionLayer, moments: Moments | None = None) -> None:
+        super().__init__(layer, moments)
+        self.heads = layer.weights()
+
+    @cached_property
+    def _metrics(self) -> tuple[Tensor, Tensor]:
+        """Second moments (G, d, d) of the queries and of the keys that meet in a group."""
+        m = self.moments
+        if not m:
+            query, key, _ = self.heads.free_moments()
+        else:
+            query, key = _loss_metric(m) if "qk_rows" in m else (m["q"], m["k"])
+        groups = self.layer.heads.groups
+        return grouped(query, groups), grouped(key, groups)
+
+    @cached_property
+    def qk(self) -> QKFactors:
+        """Per group."""
+        return factorize.factor_qk(*self._metrics)
+
+    @cached_property
+    def pairs(self) -> PairOrder:
+        """Rotated pairs of components per group, most worth keeping first."""
+        assert self.layer.rotary is not None
+        return order_pairs(*self._metrics, self.layer.rotary)
+
+    @cached_property
+    def vo(self) -> Projection:
+        """Per group: values are shared, their output weights lie side by side."""
+        target = double(self.heads.output)
+        if "out_grad" in self.moments:
+            target = target @ factorize.whitening(self.moments["out_grad"]).mT
+        target = target.unflatten(0, (self.layer.heads.groups, -1)).movedim(1, 2).flatten(2)  # (G, d_v, H / G D_out)
+        return factorize.project(self.value_moments, target)
+
+    @cached_property
+    def value_moments(self) -> Tensor:
+        """(G, d_v, d_v) covariance of what the heads of a group put out."""
+        if not self.moments:
+            return self.heads.free_moments()[2]
+        H, d = self.layer.heads.num, self.layer.heads.value_width
+        blocks = self.moments["z"].view(H, d, H, d)
+        return grouped(torch.stack([blocks[h, :, h] for h in range(H)]), self.layer.heads.groups)
+
+    def _moments_of(self, choice: Choice) -> list[Tensor]:
+        products = [] if choice.keys().isdisjoint(("qk", "pairs")) else [self.moments["q"], self.moments["k"]]
+        return [*products, self.value_moments] if "vo" in choice else products
+
+    def _energy(self, part: str) -> Tensor:
+        # Heads of one layer share a rank: a component of the layer is one component of every head.
+        if part == "vo":
+            return self.vo.gains.sum(0)
+        return (self.qk.gains if part == "qk" else self.pairs.gains).sum(0)
+
+    def _build(self, choice: Choice) -> dict[str, nn.Module]:
+        new = self.layer.empty(choice)
+        for small in new.values():
+            self.layer.fill(small, *self.reduced(choice))
+        return new
+
+    def reduced(self, choice: Choice) -> tuple[HeadWeights, Tensor | None]:
+        """The weights at a choice; for rotated pairs also the places (H + G, r) of the kept components.
+
+        A key bias adds the same score to every key of a query, which the softmax removes, where nothing stands between
+        projection and product; it is carried all the same.
+        """
+        heads, layer = self.heads, self.layer
+        query, key = heads.query, heads.key
+        query_bias, key_bias = heads.query_bias, heads.key_bias
+        places = None
+        if "qk" in choice:
+            q_map, k_map = self.qk.q_map[..., : choice["qk"]], self.qk.k_map[..., : choice["qk"]]
+            q_map = spread(q_map, layer.heads.num)
+            query, key = q_map.mT @ double(query), k_map.mT @ double(key)
+            query_bias, key_bias = _mapped(query_bias, q_map), _mapped(key_bias, k_map)
+        elif "pairs" in choice:
+            assert layer.rotary is not None
+            kept = self.pairs.order[:, : choice["pairs"]].sort(-1).values  # (G, r)
+            of_keys = pair_places(kept, layer.heads.width, layer.rotary)  # (G, 2 r)
+            of_queries = spread(of_keys, layer.heads.num)
+            query, key = _taken(query, of_queries), _taken(key, of_keys)
+            query_bias = None if query_bias is None else query_bias.gather(1, of_queries)
+            key_bias = None if key_bias is None else key_bias.gather(1, of_keys)
+            places = torch.cat([of_queries, of_keys])
+        value, value_bias = heads.value, heads.value_bias
+        output, output_bias = heads.output, heads.output_bias
+        if "vo" in choice:
+            down, up = self.vo.down[..., : choice["vo"]], self.vo.up[..., : choice["vo"], :]
+            value, value_bias = down.mT @ double(value), _mapped(value_bias, down)
+            output, output_bias = self._output(spread(down, layer.heads.num), spread(up, layer.heads.num))
+        small = HeadWeights(query, key, value, query_bias, key_bias, value_bias, output, output_bias)
+        return small, places
+
+    def _output(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Output weights (H, r, D_out) and bias behind reduced values; the mean output is kept exactly."""
+        heads = self.heads
+        dense = double(heads.output)
+        mean: Tensor | None
+        if self.moments:
+            output = factorize.refit_output(down, up, dense, self.moments["z"])
+            mean = double(self.moments["z_mean"]).view(down.shape[0], 1, -1)
+        else:
+            # Without data the mean of the inputs is taken as zero, which leaves the value bias.
+            output = up @ dense
+            bias = heads.value_bias
+            mean = None if bias is None else spread(double(bias), len(dense))[:, None]  # (H, 1, d_v)
+        output_bias = zeros_like_bias(heads.output_bias, dense.shape[-1], dense)
+        if mean is None:
+            return output, output_bias
+        return output, output_bias + (mean @ dense - mean @ down @ output).sum((0, 1))
+
+
+def _mapped(bias: Tensor | None, by: Tensor) -> Tensor | None:
+    """(heads, d) through (heads, d, r)."""
+    return None if bias is None else (double(bias)[:, None] @ by)[:, 0]
+
+
+def _taken(weight: Tensor, places: Tensor) -> Tensor:
+    """(heads, r, D) of (heads, d, D)."""
+    return weight.gather(1, places[..., None].expand(-1, -1, weight.shape[-1]))
+
+
+def _loss_metric(m: Moments) -> tuple[Tensor, Tensor]:
+    """Query-key metric in units of the loss: with ``A = Q^T dL/dQ`` per image, ``dL = <P - I, A>``.
+
+    Its second moment is taken as a Kronecker product, ``E[A A^T] x E[A^T A] / tr E[A A^T]``. A tenth of the
+    activation moments (in the same scale) is mixed in, because few images leave the former nearly singular.
+    """
+    rows, cols = double(m["qk_rows"]), double(m["qk_cols"])
+    trace = rows.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp_min(1e-300)
+    mixed = []
+    for metric, moment in ((rows, double(m["q"])), (cols, spread(double(m["k"]), len(cols)))):
+        ratio = _trace(metric) / _trace(moment).clamp_min(1e-300)
+        mixed.append(0.9 * metric + 0.1 * ratio * moment)
+    return mixed[0], mixed[1] / trace
+
+
+def _trace(moment: Tensor) -> Tensor:
+    return moment.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]

@@ -1,0 +1,101 @@
+"""A model looked at once: its layers, their shapes, what it costs, and its factors; every step of a run shares them.
+
+prepared = comcat.prepare(model)
+calibration = comcat.calibrate(prepared, batches)
+plan = comcat.plan(prepared, Budget(params=0.5), calibration)
+comcat.compress_(prepared, plan, calibration)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .calibration.statistics import Calibration
+from .hosts import find_layers
+from .layers.base import Inventory, check_finite
+from .layers.cost import Shape
+from .layers.factors import Factors
+from .models.profile import Profile, default_input_size, image_size, layer_shapes, profile
+from .models.wrappers import check_plain
+
+
+class Prepared:
+    """What does not change while a model stays as it is; each thing is computed when it is first asked for.
+
+    Every function of comcat that takes a dense model takes this in its place. Do not change the model's weights or
+    layers between two such calls; :meth:`forget` starts over. ``compress_`` does so itself.
+
+    Attributes:
+        model: the dense model.
+
+    Raises:
+        ModelError: a wrapped or quantized model, nothing to compress, or non-finite weights.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        check_plain(model)
+        self.model = model
+        self.forget()
+
+    def forget(self) -> None:
+        """The model was changed: look again when asked."""
+        self._inventory: Inventory | None = None
+        self._profiles: dict[tuple[int, ...], Profile] = {}
+        self._shapes: dict[tuple[int, ...], dict[str, Shape]] = {}
+        self._checked: Calibration | None = None
+        self._factors: tuple[Calibration | None, dict[str, Factors[Any]]] | None = None
+
+    @property
+    def inventory(self) -> Inventory:
+        """The layers, and what stays dense."""
+        if self._inventory is None:
+            found = find_layers(self.model)
+            check_finite(self.model)
+            self._inventory = found
+        return self._inventory
+
+    def size(self, *wanted: Sequence[int] | None) -> tuple[int, int, int]:
+        """The first size that is given, else that of the model, as (C, H, W)."""
+        return image_size(next((size for size in wanted if size), None) or default_input_size(self.model))
+
+    def profile(self, size: tuple[int, ...]) -> Profile:
+        """What the dense model costs at an image size (C, H, W)."""
+        if size not in self._profiles:
+            self._profiles[size] = profile(self.model, size)
+        return self._profiles[size]
+
+    def shapes(self, size: tuple[int, ...], calibration: Calibration | None = None) -> dict[str, Shape]:
+        """How much data one image of this size brings to every layer."""
+        if calibration is not None and size == tuple(calibration.input_size):
+            return calibration.shapes
+        if size not in self._shapes:
+            self._shapes[size] = layer_shapes(self.model, self.inventory, size)
+        return self._shapes[size]
+
+    def check(self, calibration: Calibration | None) -> None:
+        """Raise CalibrationError unless these statistics are this model's; see :meth:`Calibration.check`."""
+        if calibration is not None and calibration is not self._checked:
+            calibration.check(self.inventory, self.model)
+            self._checked = calibration
+
+    def factors(self, calibration: Calibration | None) -> dict[str, Factors[Any]]:
+        """The factors of every layer, from these statistics or from the weights alone."""
+        if self._factors is None or self._factors[0] is not calibration:
+            device = next(self.model.parameters()).device
+            moments = calibration.to(device).moments if calibration is not None else {}
+            made = {layer.name: layer.factors(moments.get(layer.name)) for layer in self.inventory.layers}
+            self._factors = calibration, made
+        return self._factors[1]
+
+
+def prepare(model: nn.Module) -> Prepared:
+    """Look at a model once for several calls; see :class:`Prepared` for what it raises."""
+    return Prepared(model)
+
+
+def prepared(model: nn.Module | Prepared) -> Prepared:
+    """``model``, looked at."""
+    return model if isinstance(model, Prepared) else Prepared(model)
