@@ -180,7 +180,7 @@ def test_other_tensors(saved: Path, change: Callable[[dict[str, Any]], Any], nam
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(comcat_format=2, comcat_version="9.0"), r"has format 2 \(written by comcat 9.0\).*upgrade"),
+        (lambda c: c.update(comcat_format=3, comcat_version="9.0"), r"has format 3 \(written by comcat 9.0\).*upgrade"),
         (lambda c: c.update(comcat_format="1"), "not a comcat model description"),
         (lambda c: c.pop("comcat_format"), "not a comcat model description"),
         (lambda c: c.update(colour=1, apple=2), "unknown fields apple, colour"),

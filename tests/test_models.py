@@ -49,7 +49,8 @@ def test_the_arguments_are_remembered(tmp_path: Path) -> None:
     [
         ("vit_tinny_patch16_224", "timm has no model named 'vit_tinny_patch16_224'; did you mean vit_tiny_patch16_224"),
         ("zzzzzzzz", "timm has no model named 'zzzzzzzz'; see timm.list_models"),
-        ("someone/model", "neither a directory saved by comcat .* is written 'hf-hub:someone/model'"),
+        ("someone/model", "cannot load 'someone/model' from the Hub: .*no directory of that name either"),
+        ("no/such/place", "neither a directory saved by comcat .* a Hub repository is written ORG/NAME"),
     ],
 )
 def test_unknown_names(name: str, message: str) -> None:

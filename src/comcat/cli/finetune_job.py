@@ -137,13 +137,16 @@ class Job:
                 "saved model: --teacher DIR; or a model with timm's pretrained weights, from the network: --teacher "
                 f"NAME (the student was made from {made.source.name}); or train without: --distillation none"
             )
-        return comcat.load_model(made.source.name, o.teacher_checkpoint, {**made.source.args, **o.teacher_args})
+        from ..models.opening import open_source
+
+        return open_source(made.source, o.teacher_checkpoint, o.teacher_args)
 
     def _check_classes(self, name: str) -> None:
         """Raise ModelError if the classifier of timm's weights would not be used, so that the teacher's is random."""
         import timm
 
-        known = None if ":" in name or Path(name).exists() else timm.get_pretrained_cfg(name, allow_unregistered=False)
+        plain = not any(mark in name for mark in ":/") and not Path(name).exists()
+        known = timm.get_pretrained_cfg(name, allow_unregistered=False) if plain else None
         classes = self.options.teacher_args.get("num_classes")
         if self.options.teacher_checkpoint is None and known is not None and classes not in (None, known.num_classes):
             raise ModelError(

@@ -23,7 +23,10 @@ from ..storage.reader import shown
 #: Of the object, not of what it computes; ``feature_info`` tells of the layers what they themselves tell.
 _OWN = frozenset({
     "training", "comcat", "comcat_source", "pretrained_cfg", "default_cfg", "pretrained_model_args", "feature_info",
+    "name_or_path", "preprocess_cfg", "image_mean", "image_std",
 })  # fmt: skip
+#: Of a configuration object, not of what its model computes; the dtype is that of the tensors.
+_OWN_CONFIG = frozenset({"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype"})
 _MISSING = object()
 #: Classes that compute the same from the same attributes; `norm_layer=partial(nn.LayerNorm, eps=...)` is common.
 _ALIKE: dict[type, type] = {timm.layers.LayerNorm: nn.LayerNorm}
@@ -78,7 +81,7 @@ def carry(built: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None
             old = own.get(attribute, _MISSING)
             if attribute.startswith("_") or attribute in _OWN or not is_plain(old) or not is_plain(value):
                 raise CheckpointError(f"the architecture has no attribute '{name}.{attribute}' that could be set")
-            setattr(modules[name], attribute, value)
+            setattr(modules[name], attribute, _as(old, value))
 
 
 def buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -92,6 +95,14 @@ def is_plain(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(is_plain, value))
     return value is None or type(value) in (bool, int, float, str)
+
+
+def _as(old: Any, value: Any) -> Any:
+    """JSON makes lists of tuples: ``value`` as the attribute that it replaces, a tuple unless that is a list."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    items = [_as(None, item) for item in value]
+    return items if isinstance(old, list) else tuple(items)
 
 
 def _kind(module: nn.Module) -> type:
@@ -116,4 +127,13 @@ def _comparable(value: Any) -> Any:
         return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, enum.Enum) or is_plain(value):
         return value
+    if hasattr(type(value), "to_dict") and not isinstance(value, nn.Module):  # a configuration
+        return _comparable(_settings(value.to_dict()))
     return _MISSING
+
+
+def _settings(config: Any) -> Any:
+    """What a configuration says of the architecture, whatever JSON made of it."""
+    if isinstance(config, dict):
+        return {str(key): _settings(value) for key, value in sorted(config.items(), key=str) if key not in _OWN_CONFIG}
+    return tuple(map(_settings, config)) if isinstance(config, (list, tuple)) else config

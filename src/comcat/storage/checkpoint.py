@@ -1,14 +1,15 @@
 """Saving a compressed model and loading it back: ``model.safetensors`` and ``comcat.json``.
 
-The JSON holds the architecture (a timm name, arguments, and attributes set since), the plan, the report, and the size
-and SHA-256 of the tensors and of itself. Loading builds the small model from these alone: no original weights, no
-network, no pickle; and nothing is allocated before the shapes of both files agree.
+The JSON holds the architecture (its library, name and arguments, and attributes set since), the plan, the report, and
+the size and SHA-256 of the tensors and of itself. Loading builds the small model from these alone: no original weights,
+no network, no pickle; and nothing is allocated before the shapes of both files agree.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from ..compression import Compression
 from ..errors import CheckpointError, ModelError, PlanError
 from ..hosts import find_layers
 from ..layers.base import check_finite
-from ..models.profile import default_input_size
+from ..models.libraries import NAMES, library
 from ..models.source import Source, describe
-from ..models.traits import carry
+from ..models.traits import buffers, carry
 from ..models.wrappers import check_plain
 from ..nn.attention import LowRankAttention
 from ..nn.linear import LowRankLinear
@@ -31,9 +32,9 @@ from .atomic import CONFIG_NAME, atomic_directory, read_whole, tensor_bytes
 from .description import FORMAT, Description, description_digest, read_description
 from .reader import TENSOR_LIMIT, parse_tensors, read_bytes
 from .rebuilt import changed, check_same, standing
+from .ties import assign, tied
 
 TENSORS_NAME = "model.safetensors"
-_ADVICE = "pass model_args={...} with the arguments that timm.create_model was given"
 #: A dense architecture may take this many bytes, or this many times those of its compressed tensors.
 _MOST_BYTES, _MOST_TIMES = 2 << 30, 100
 
@@ -48,9 +49,11 @@ def save(
     random image, to rounding (:data:`comcat.storage.rebuilt.ROUNDING`).
 
     Args:
-        model: a model from :func:`comcat.compress` or :func:`load`, trained further or not; or a dense timm model.
+        model: a model from :func:`comcat.compress` or :func:`load`, trained further or not; or a dense model of timm,
+            transformers, torchvision or open_clip.
         path: directory to make; one that holds something is refused unless ``overwrite``.
-        model_args: the arguments given to ``timm.create_model``, needed only where they cannot be read off.
+        model_args: the arguments of the architecture (of ``timm.create_model``, of torchvision's builder, open_clip's
+            ``model_cfg``), needed only where they cannot be read off.
 
     Raises:
         CheckpointError: the directory is in use, the disk is full, or the architecture cannot be rebuilt; what
@@ -62,31 +65,37 @@ def save(
     made = getattr(model, "comcat", None)
     plan, report, source = (made.plan, made.report, made.source) if made else (Plan({}), None, describe(model))
     if source is None:
-        raise CheckpointError("the model does not come from timm.create_model, so it could not be rebuilt when loading")
+        raise CheckpointError(
+            "the model does not come from timm.create_model, nor is it one that comcat could rebuild when "
+            f"loading; it knows those of {', '.join(NAMES)}"
+        )
     check_finite(model)
     if made is None and any(isinstance(module, (LowRankAttention, LowRankLinear)) for module in model.modules()):
         raise CheckpointError(
             "the model holds small layers but not the plan that made them: it is a part of a compressed model, or "
-            "`comcat` was removed from it; compress the timm model itself, before it is wrapped, and save that"
+            "`comcat` was removed from it; compress the model itself, before it is wrapped, and save that"
         )
     plan = standing(plan, model)
-    source = source.following(model) if model_args is None else Source(source.name, dict(model_args), source.config)
-    source = _current(source, model)
-    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    source = source.following(model) if model_args is None else replace(source, args=dict(model_args))
+    source = source.current(model)
+    advice = library(source.library).advice
+    names = tied(model)
+    state = {name: tensor.cpu() for name, tensor in model.state_dict().items() if name not in names}
     with atomic_directory(path, overwrite) as directory:
         try:
             content = tensor_bytes(state, {"format": "pt"})
             parse_tensors(content, "the model")  # dtypes that no model here has are refused before anything is written
         except RuntimeError as error:  # tensors that share memory
-            raise CheckpointError(
-                "the model has layers that share weights, which no architecture of timm has, so that it cannot be "
-                f"rebuilt when loading; save its state_dict() instead ({' '.join(str(error).split())[:300]})"
-            ) from error
-        architecture = {"library": "timm", "name": source.name, "args": source.args, "config": source.config}
+            raise CheckpointError(_shared(" ".join(str(error).split())[:300])) from error
+        architecture = {"library": source.library, "name": source.name, "args": source.args, "config": source.config}
+        architecture["attributes"] = _carried(model, source, plan, advice)
+        wide = _wide_buffers(model)
+        if wide:
+            architecture["wide_buffers"] = wide
         config: dict[str, Any] = {
-            "comcat_format": FORMAT,
+            "comcat_format": 1 if source.library == "timm" and not wide else FORMAT,
             "comcat_version": __version__,
-            "architecture": {**architecture, "attributes": _carried(model, source, plan)},
+            "architecture": architecture,
             "plan": plan.as_dict(),
             "report": report.to_dict() if report else None,
             "tensors": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()},
@@ -101,26 +110,38 @@ def save(
         try:
             again = load(directory)
         except CheckpointError as error:
-            raise CheckpointError(f"the model cannot be rebuilt from its architecture ({error}); {_ADVICE}") from error
-        check_same(model, again, _ADVICE)
+            raise CheckpointError(f"the model cannot be rebuilt from its architecture ({error}); {advice}") from error
+        check_same(model, again, advice)
 
 
-def _current(source: Source, model: nn.Module) -> Source:
-    """The source with the image size and classes that the model has now."""
-    config = {**source.config, "input_size": default_input_size(model)}
-    if isinstance(getattr(model, "num_classes", None), int):
-        config["num_classes"] = model.num_classes
-    return Source(source.name, source.args, config)
+def _shared(detail: str) -> str:
+    return (
+        "the model has layers that share weights in a way that its architecture does not, so that it cannot be rebuilt "
+        f"when loading; save its state_dict() instead ({detail})"
+    )
 
 
-def _carried(model: nn.Module, source: Source, plan: Plan) -> dict[str, dict[str, Any]]:
+def _carried(model: nn.Module, source: Source, plan: Plan, advice: str) -> dict[str, dict[str, Any]]:
     """Attributes that the architecture's arguments do not bring back, by module."""
     try:
         built = source.build(meta=True)
         _shrink(built, plan, "the description")
     except CheckpointError as error:
-        raise CheckpointError(f"the model cannot be rebuilt from its architecture ({error}); {_ADVICE}") from error
-    return changed(model, built, _ADVICE)
+        raise CheckpointError(f"the model cannot be rebuilt from its architecture ({error}); {advice}") from error
+    attributes = changed(model, built, advice)
+    there, here = tied(model), tied(built)
+    for name in [*there, *here]:
+        if there.get(name) != here.get(name):
+            other = there.get(name) or here.get(name)
+            raise CheckpointError(_shared(f"'{name}' and '{other}' are one tensor in only one of them"))
+    return attributes
+
+
+def _wide_buffers(model: nn.Module) -> list[str]:
+    """Buffers that are not saved and stayed in float32 beside shorter parameters, such as rotary frequencies."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    short = len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16}
+    return [name for name, tensor in buffers(model).items() if short and tensor.dtype == torch.float32]
 
 
 def load(path: str | Path) -> nn.Module:
@@ -144,7 +165,8 @@ def _load(path: Path) -> nn.Module:
     name = f"'{path / CONFIG_NAME}'"
     try:
         architecture = config.architecture
-        source = Source(architecture.name, _tuples(architecture.args), _tuples(architecture.config))
+        args = library(architecture.library).decoded(architecture.args)
+        source = Source(architecture.name, args, _tuples(architecture.config), architecture.library)
         plan = Plan.from_dict(config.plan)
     except PlanError as error:
         raise CheckpointError(f"{name} is damaged: {error}") from error
@@ -152,11 +174,16 @@ def _load(path: Path) -> nn.Module:
     config.check_digest(name)
     model = source.build()
     _shrink(model, plan, name)
-    carry(model, {module: _tuples(values) for module, values in architecture.attributes.items()})
+    carry(model, architecture.attributes)
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
-        model.to(dtypes.pop())  # buffers that are not saved follow the parameters
-    model.load_state_dict(state, strict=True, assign=True)
+        there = buffers(model)
+        wide = {key: there[key].clone() for key in architecture.wide_buffers if key in there}
+        model.to(dtypes.pop())  # buffers that are not saved follow the parameters, but for these
+        for key, tensor in wide.items():
+            owner, _, leaf = key.rpartition(".")
+            model.get_submodule(owner)._buffers[leaf] = tensor
+    assign(model, state)
     model.comcat = Compression(plan, config.report, source)  # type: ignore[assignment]
     return model.eval()
 
@@ -203,7 +230,8 @@ def _check_shapes(source: Source, plan: Plan, state: dict[str, Tensor], size: in
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
     needed = sum(t.numel() * t.element_size() for t in tensors)
     _shrink(model, plan, name)
-    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    names = tied(model)
+    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if key not in names}
     for key in [*wanted, *state]:
         there = tuple(state[key].shape) if key in state else None
         if there != wanted.get(key):
@@ -219,7 +247,7 @@ def _check_shapes(source: Source, plan: Plan, state: dict[str, Tensor], size: in
 
 
 def _tuples(value: Any) -> Any:
-    """JSON turns tuples into lists; timm wants tuples back."""
+    """JSON turns tuples into lists; the words of timm are tuples."""
     if isinstance(value, list):
         return tuple(_tuples(item) for item in value)
     return {key: _tuples(item) for key, item in value.items()} if isinstance(value, dict) else value

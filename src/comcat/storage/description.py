@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, Field, NonNegativeInt
 
@@ -12,19 +12,21 @@ from ..errors import CheckpointError
 from .atomic import CONFIG_NAME
 from .reader import digest, read_json, validated
 
-FORMAT = 1
+#: 1 holds models of timm; 2 those of other libraries, with tied weights, which versions that read 1 alone refuse.
+FORMAT = 2
 _INNER = {"tensors": {"bytes", "sha256"}, "architecture": {"library", "name", "args", "config"}}
 _FIELDS = {"comcat_format", "comcat_version", "architecture", "plan", "report", "tensors"}
 
 
 class Architecture(BaseModel):
-    """``timm.create_model(name, **args)``, then ``attributes`` by module name; ``config`` is the data config."""
+    """What :class:`comcat.models.source.Source` is made of, then ``attributes`` by module name."""
 
-    library: Literal["timm"]
+    library: str
     name: str
     args: dict[str, Any]
     config: dict[str, Any]
     attributes: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    wide_buffers: list[str] = Field(default_factory=list)  # not saved, and float32 whatever the parameters are
 
 
 class Tensors(BaseModel):
@@ -86,6 +88,8 @@ def read_description(path: Path) -> Description:
     if unknown or missing:
         said = [f"{what} fields {', '.join(names)}" for what, names in (("unknown", unknown), ("no", missing)) if names]
         raise CheckpointError(f"'{file}' has {' and '.join(said)}; it was edited or written by another tool")
+    if config["comcat_format"] == 1 and config["architecture"]["library"] != "timm":
+        raise CheckpointError(f"'{file}' has format 1, which holds models of timm alone; it was edited")
     if config["report"] is not None:
         try:
             Report.from_dict(config["report"])  # no field may be unknown

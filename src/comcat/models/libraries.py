@@ -1,0 +1,65 @@
+"""The libraries whose models comcat opens, describes and saves. Each is imported when it is first asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+
+from torch import nn
+
+from ..errors import CheckpointError, ComcatError, ModelError
+from .library import Library
+
+#: Name in files and on the command line -> the file here whose ``LIBRARY`` it is, and the package that it needs.
+_LIBRARIES = {
+    "timm": ("timm_models", "timm"),
+}
+#: The extra of comcat that installs a package which is not always there.
+_EXTRAS: dict[str, str] = {}
+NAMES = tuple(_LIBRARIES)
+
+
+@cache
+def _library(name: str) -> Library:
+    found: Library = import_module(f".{_LIBRARIES[name][0]}", __package__).LIBRARY
+    return found
+
+
+def library(name: str, error: type[ComcatError] = CheckpointError) -> Library:
+    """The library of this name.
+
+    Raises:
+        error: comcat does not know it, or it is not installed.
+    """
+    if name not in _LIBRARIES:
+        raise error(f"comcat knows no library {name!r}; it knows {', '.join(NAMES)}. Upgrade comcat")
+    package = _LIBRARIES[name][1]
+    if package not in sys.modules and find_spec(package) is None:
+        raise error(f"this model needs {name}, which is not installed: pip install 'comcat[{_EXTRAS[name]}]'")
+    return _library(name)
+
+
+def installed() -> Iterator[Library]:
+    """All libraries that are installed."""
+    for name, (_, package) in _LIBRARIES.items():
+        if package in sys.modules or find_spec(package) is not None:
+            yield _library(name)
+
+
+def library_of(model: nn.Module) -> Library | None:
+    """The library that a model comes from; None where it is of none."""
+    for name, (_, package) in _LIBRARIES.items():
+        if package in sys.modules and (found := _library(name)).owns(model):
+            return found
+    return None
+
+
+def prefixed(typed: str) -> tuple[Library, str] | None:
+    """Library and name of a typed ``library/name``; None where it begins with no library's name."""
+    name, slash, rest = typed.partition("/")
+    if not slash or name not in _LIBRARIES or name == "timm":  # timm/... is an organization of the Hub
+        return None
+    return library(name, ModelError), rest
