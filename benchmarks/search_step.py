@@ -66,7 +66,7 @@ class TextbookAttention(nn.Module):
             torch.cat([weight.detach(), bias.detach()[..., None]], -1)  # (H, d, D + 1)
             for weight, bias in ((gates.query, gates.query_bias), (gates.value, gates.value_bias))
         )
-        key, output = (
+        key, output = gates.key.detach(), gates.output.weight.detach().unflatten(0, (d, H)).transpose(0, 1)  # (H, d, out)
             gates.key.detach(),
             gates.output.weight.detach().unflatten(0, (d, H)).transpose(0, 1),
         )  # (H, d, D_out)

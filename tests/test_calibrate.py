@@ -13,6 +13,7 @@ import comcat
 from comcat.calibration.collect import Reservoir
 from comcat.errors import CalibrationError, ModelError
 from comcat.hosts import find_layers
+from comcat.layers.cost import Shape
 from comcat.layers.recording import Moment
 from conftest import calibrated, images, make, swin, vit
 
@@ -70,7 +71,7 @@ def check_direct(model: nn.Module, site: str, mlp: str, head: str) -> None:
         torch.testing.assert_close(moments[name], covariance(rows))
         torch.testing.assert_close(moments[f"{name}_mean"], rows.mean(0))
         assert moments[name].dtype == torch.float64
-    assert found.shapes[site] == (z[..., 0].numel() // len(x), z.shape[1])
+    assert found.shapes[site] == Shape(z[..., 0].numel() // len(x), z.shape[1])
     assert found.shapes[head].tokens == 1
 
 

@@ -9,7 +9,7 @@ import torch
 from timm.layers import GluMlp
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
-from torch import nn
+from torch import Tensor, nn
 
 import comcat
 from comcat.errors import ModelError
@@ -57,11 +57,10 @@ HOSTS = {
     "dinov2": Host(partial(make, "vit_small_patch14_dinov2", **VIT)),
     "dinov2 giant": Host(
         partial(make, "vit_giant_patch14_dinov2", **(VIT | {"mlp_ratio": 26 / 15, "mlp_layer": GluMlp})),
-        ffn=("fc1", "fc2"),
     ),
     "clip": Host(partial(make, "vit_base_patch32_clip_224", **VIT)),
     "clip quickgelu": Host(partial(make, "vit_base_patch32_clip_quickgelu_224", **VIT)),
-    "siglip": Host(partial(make, "vit_base_patch16_siglip_224", **VIT), {"attn_pool": "pools with a learned query"}),
+    "siglip": Host(partial(make, "vit_base_patch16_siglip_224", **VIT)),
     "siglip gap": Host(partial(make, "vit_base_patch16_siglip_gap_224", **VIT)),
     "swin": Host(swin, attention=(), ffn=()),
     "swin, odd grid": Host(partial(swin, img_size=12), attention=(), ffn=()),
@@ -70,12 +69,10 @@ HOSTS = {
         attention=(),
         ffn=(),
     ),
-    "beit": Host(partial(make, "beit_base_patch16_224", **VIT), {ATTN: ""}, attention=()),
+    "beit": Host(partial(make, "beit_base_patch16_224", **VIT)),
     "rope": Host(
         partial(make, "eva02_tiny_patch14_224", **(VIT | {"embed_dim": 24})),
-        {ATTN: "rotary"},
-        (),
-        ("fc1", "fc2"),
+        attention=("pairs", "vo"),
     ),
 }
 """`attention=()` and `ffn=()` where there is no site of that name."""
@@ -130,7 +127,7 @@ def test_every_layer_matters(host: str) -> None:
     with torch.no_grad():
         expected = model(x)
         for site in find_layers(model).layers:
-            for linear in site.linears.values():
+            for linear in site.originals().values():
                 for parameter in linear.parameters():
                     kept = parameter.clone()
                     parameter.mul_(0.5)
@@ -141,7 +138,7 @@ def test_every_layer_matters(host: str) -> None:
 @pytest.mark.parametrize("host", HOSTS)
 def test_parts_and_dense_layers_are_named(host: str) -> None:
     model, (_, dense, attention, ffn) = HOSTS[host].make(), HOSTS[host]
-    inventory = find_layers(model)
+    inventory = comcat.prepare(model).inventory
     full = {site.name: site.full for site in inventory.layers}
     assert attention == tuple(full.get(ATTN, ()))
     assert ffn == tuple(full.get(MLP, ()))
@@ -168,7 +165,7 @@ def test_parallel_scaling_block_is_left_dense_and_named() -> None:
 
 
 def test_model_without_any_known_layer_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"ParallelScalingBlock \(attention and FFN share"):
+    with pytest.raises(ModelError, match=r"Left dense: ParallelScalingBlock \(not a layer that comcat knows"):
         find_layers(vit(block_fn=ParallelScalingBlock, num_classes=0))
     with pytest.raises(ModelError, match="Sequential has no layer that comcat can compress"):
         find_layers(nn.Sequential(nn.Linear(3, 5)))
@@ -176,13 +173,29 @@ def test_model_without_any_known_layer_is_refused() -> None:
 
 def test_a_subclass_is_not_taken_for_what_it_derives_from() -> None:
     class Mine(Attention):
+        def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+            q, k, v = self.qkv(x).unflatten(-1, (3, 3, 5)).permute(2, 0, 3, 1, 4)
+            return self.proj(((q * q).softmax(-1) @ k.mT @ v.tanh()).transpose(1, 2).flatten(2))
+
+    model = vit()
+    model.blocks[0].attn = Mine(15, num_heads=3).double()
+    inventory = comcat.prepare(model).inventory
+    assert ATTN not in [site.name for site in inventory.layers]
+    (reason,) = [d.reason for d in inventory.dense if (d.name, d.cls) == (ATTN, "Mine")]
+    assert "scores do not follow from the product" in reason
+    assert "output does not follow from the product" in reason
+    assert "difference 0." in reason
+
+
+def test_a_subclass_that_computes_the_same_is_proven() -> None:
+    class Mine(Attention):
         pass
 
     model = vit()
-    model.blocks[0].attn = Mine(15, num_heads=3)
-    inventory = find_layers(model)
-    assert ATTN not in [site.name for site in inventory.layers]
-    assert (ATTN, "Mine") in {(d.name, d.cls) for d in inventory.dense}
+    model.blocks[0].attn = Mine(15, num_heads=3).double()
+    found = comcat.prepare(model).inventory[ATTN]
+    assert found.full == {"qk": 5, "vo": 5}
+    check_same(model, comcat.compress(model, comcat.full_rank_plan(model)))
 
 
 def test_sites_come_in_forward_order() -> None:

@@ -15,7 +15,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import comcat
 from comcat.errors import ModelError, PlanError
 from comcat.hosts import find_layers
-from conftest import calibrated, images, randomize, swin, vit
+from conftest import calibrated, images, swin, vit
 
 pytestmark = pytest.mark.usefixtures("no_source")
 
@@ -186,10 +186,6 @@ class Other(Attention):
     """A user's own."""
 
 
-def other(model: nn.Module) -> None:
-    model.blocks[0].attn = randomize(Other(15, num_heads=3, qkv_bias=True)).double()
-
-
 def patched(model: nn.Module) -> None:
     model.blocks[0].attn.forward = lambda x, **rest: x
 
@@ -223,7 +219,6 @@ def wrapped(model: nn.Module) -> None:
 
 
 CHANGED: dict[str, tuple[Callable[[nn.Module], None], str]] = {
-    "subclass": (other, "a subclass of timm's Attention"),
     "patched": (patched, "its forward was replaced"),
     "grown": (grown, "it carries 'added'"),
     "parametrized": (parametrized, r"its qkv has a parametrization of weight, .*remove_parametrizations"),

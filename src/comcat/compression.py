@@ -21,7 +21,6 @@ from .models.modes import exclusive
 from .models.profile import Profile, profile
 from .models.running import still
 from .models.source import Source, describe
-from .models.wrappers import check_plain
 from .nn.swap import Place, swap, undo
 from .planning.plan import Plan, check_plan
 from .prepared import Prepared, prepared
@@ -197,14 +196,17 @@ def compress(
     ModelError also where the model cannot be copied.
     """
     check_plan(plan)
-    dense = model.model if isinstance(model, Prepared) else model
-    check_plain(dense)
+    ready = prepared(model)
+    plan.check(ready.inventory)
+    ready.check(calibration)
+    ready.factors(calibration)
     try:
-        with exclusive(dense), torch.inference_mode(False):
-            small = copy.deepcopy(dense)
+        with exclusive(ready.model), torch.inference_mode(False):
+            small = copy.deepcopy(ready.model)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise ModelError(f"the model cannot be copied ({error}); compress_ works on it in place") from error
-    compress_(small, plan, calibration, input_size=input_size, keep_original=False, progress=progress)
+    there = ready.of_copy(small)
+    compress_(there, plan, calibration, input_size=input_size, keep_original=False, progress=progress)
     return small
 
 

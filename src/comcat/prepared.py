@@ -8,13 +8,14 @@ comcat.compress_(prepared, plan, calibration)
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from .calibration.statistics import Calibration
-from .hosts import find_layers
+from .hosts import find_layers, proven_layers
 from .layers.base import Inventory, check_finite
 from .layers.cost import Shape
 from .layers.factors import Factors
@@ -52,10 +53,28 @@ class Prepared:
     def inventory(self) -> Inventory:
         """The layers, and what stays dense."""
         if self._inventory is None:
-            found = find_layers(self.model)
             check_finite(self.model)
-            self._inventory = found
+            self._inventory = proven_layers(self.model, self.size())
         return self._inventory
+
+    def of_copy(self, model: nn.Module) -> Prepared:
+        """What is known of this model, for a copy of it: nothing is proven, measured or factored again."""
+        other = Prepared(model)
+        found = {layer.name: layer for layer in find_layers(model).layers}
+        layers = []
+        for layer in self.inventory.layers:
+            mine = found[layer.name]
+            layers.append(mine if layer.conclusion is None else layer.conclusion(mine))
+        other._inventory = Inventory(layers, self.inventory.dense)
+        other._profiles, other._shapes, other._checked = self._profiles, self._shapes, self._checked
+        if self._factors is not None:
+            calibration, factors = self._factors
+            made = {}
+            for layer in layers:
+                made[layer.name] = copy.copy(factors[layer.name])
+                made[layer.name].layer = layer
+            other._factors = calibration, made
+        return other
 
     def size(self, *wanted: Sequence[int] | None) -> tuple[int, int, int]:
         """The first size that is given, else that of the model, as (C, H, W)."""

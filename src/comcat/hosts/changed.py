@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..nn.linear import LowRankLinear
+from ..nn.projections import HeadOutput, HeadProjection
 
 #: Of what comcat itself has made.
 ALREADY = "already low-rank; to reduce it further, make a new plan for the dense model and compress that"
@@ -15,17 +16,22 @@ ALREADY = "already low-rank; to reduce it further, make a new plan for the dense
 
 def patched(module: nn.Module, owned: set[str]) -> str | None:
     """Why a module of a known class may compute something else than its class says; None if it does not."""
-    if "forward" in vars(module):
-        return "its forward was replaced by another function"
+    if reason := patched_forward(module):
+        return reason
     there = [*module._modules, *module._parameters, *module._buffers]
     foreign = [name for name in there if name not in owned]
     return f"it carries '{foreign[0]}', which its class does not have" if foreign else None
 
 
+def patched_forward(module: nn.Module) -> str | None:
+    """Why what a module computes cannot be told from its class; None if it can."""
+    return "its forward was replaced by another function" if "forward" in vars(module) else None
+
+
 def changed(linear: Any, name: str = "") -> str | None:
     """Why a linear layer is more than its weight and bias, with the way out; None if it is not."""
     its = f"its {name}" if name else "it"
-    if isinstance(linear, LowRankLinear):
+    if isinstance(linear, (LowRankLinear, HeadProjection, HeadOutput)):
         return f"{its} is {ALREADY}"
     if nn.utils.parametrize.is_parametrized(linear):
         names = ", ".join(linear.parametrizations)
@@ -33,7 +39,7 @@ def changed(linear: Any, name: str = "") -> str | None:
             f"{its} has a parametrization of {names}, which would be lost: make it permanent first with "
             "torch.nn.utils.parametrize.remove_parametrizations"
         )
-    if type(linear) is not nn.Linear:
+    if type(linear) not in (nn.Linear, nn.Conv2d):
         return f"{its} is a {type(linear).__name__}, not a plain nn.Linear"
     if "weight" not in linear._parameters:
         return (

@@ -1,4 +1,4 @@
-"""timm: every model built on ``Attention`` + ``Mlp`` (ViT, DeiT, DINOv2, CLIP and SigLIP towers, ...) and Swin v1.
+"""timm's ``Attention``, ``WindowAttention`` (Swin v1) and ``Mlp``: stand-ins with one fused projection and one call.
 
 Classes are matched exactly: a subclass may override ``forward``, and then nothing here would be known to hold.
 """
@@ -7,32 +7,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import GluMlp, Mlp
+from timm.layers import Mlp
 from timm.layers.attention import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
 from ..layers.attention import AttentionLayer
-from ..layers.base import Inventory, Layer, LeftDense
-from ..layers.classifier import ClassifierLayer
+from ..layers.base import Layer
 from ..layers.ffn import FFNLayer
 from ..layers.filling import fill_fused
 from ..layers.heads import Heads, Stream, is_identity
 from ..nn.attention import LowRankAttention
 from ..nn.linear import LowRankLinear
-from .changed import ALREADY, Sharing, changed, patched
-
-_ROPE = "rotary position embedding acts between the projections and the scores"
-_REASONS = {
-    "AttentionRope": _ROPE,
-    "EvaAttention": _ROPE,
-    "DiffAttention": "differential attention subtracts two softmaxes",
-    "AttentionPoolLatent": "pools with a learned query of its own",
-    "ParallelScalingBlock": "attention and FFN share one fused projection",
-    "DiffParallelScalingBlock": "attention and FFN share one fused projection",
-    "PatchMerging": "merges patches, no attention or FFN",
-}
-
+from .changed import changed, patched
 
 #: Everything that the two attention classes own; a layer with more was changed by somebody, in a way unknown here.
 _ATTENTION_OWNS = {
@@ -42,53 +29,15 @@ _ATTENTION_OWNS = {
 _MLP_OWNS = {"fc1", "act", "drop1", "norm", "fc2", "drop2"}
 
 
-def find_layers(model: nn.Module) -> Inventory:
-    """Layers of a timm model in the order of ``model.named_modules()``, which is that of the forward pass.
-
-    A module with several names is one layer, under the first of them. A layer whose weights also belong to another
-    stays dense.
-    """
-    layers: list[Layer] = []
-    dense: list[LeftDense] = []
-    reasons: dict[str, str] = {}  # of layers that would be found but for these
-    shared = Sharing(model)
-    for name, module in model.named_modules():
-        layer = _layer(name, module)
-        if layer is None:
-            continue
-        reason = layer if isinstance(layer, str) else shared.reason(layer.module, list(layer.linears.values()))
-        if reason:
-            reasons[name] = reason
-            continue
-        assert not isinstance(layer, str)
-        layers.append(layer)
-        for part, why in layer.dense_parts.items() if layer.kind == "attention" else ():
-            dense.append(LeftDense(f"{name} ({part})", type(module).__name__, why))
-    for name, module in _classifiers(model):
-        reason = changed(module) or shared.reason(module, [module])
-        if reason:
-            reasons[name] = reason
-        else:
-            layers.append(ClassifierLayer(name, module))
-    whole = {layer.name for layer in layers}
-    covered = {id(linear) for layer in layers for linear in layer.linears.values()}
-    rest = [entry for entry in _uncovered(model, covered, reasons) if entry.name not in whole]
-    return Inventory(layers, dense + rest)
-
-
-def _layer(name: str, module: Any) -> Layer | str | None:
-    """A layer, or why a layer that would be one is none."""
+def layer_of(name: str, module: Any) -> Layer | str | None:
+    """The layer of a known class, why one that looks like it is none, or None for another class."""
     if type(module) is Attention or type(module) is WindowAttention:
         reason = patched(module, _ATTENTION_OWNS) or changed(module.qkv, "qkv") or changed(module.proj, "proj")
         return reason or _attention(name, module)
-    if type(module) in (Mlp, GluMlp) and isinstance(module.fc1, (nn.Linear, LowRankLinear)):
+    if type(module) is Mlp and isinstance(module.fc1, (nn.Linear, LowRankLinear)):
         found = patched(module, _MLP_OWNS) or changed(module.fc1, "fc1") or changed(module.fc2, "fc2")
-        if found:
-            return found
-        reason = None if is_identity(getattr(module, "norm", None)) else "normalization over the hidden units"
-        if type(module) is GluMlp:
-            reason = "gated hidden units"
-        return FFNLayer(name, module, neurons_dense=reason)
+        norm = None if is_identity(getattr(module, "norm", None)) else "normalization over the hidden units"
+        return found or FFNLayer(name, module, neurons_dense=norm)
     return None
 
 
@@ -166,41 +115,3 @@ class LowRankWindowAttention(LowRankAttention, WindowAttention):
 
     def _softmax(self, attn: Tensor) -> Tensor:
         return self.softmax(attn)
-
-
-def _classifiers(model: Any) -> list[tuple[str, nn.Linear]]:
-    """The final linear layer(s); two for distilled DeiT."""
-    if not hasattr(model, "get_classifier"):
-        return []
-    found = model.get_classifier()
-    heads = found if isinstance(found, (tuple, list)) else (found,)
-    wanted = {id(head) for head in heads if isinstance(head, nn.Linear)}
-    return [(name, module) for name, module in model.named_modules() if id(module) in wanted]
-
-
-def _uncovered(model: nn.Module, covered: set[int], reasons: dict[str, str]) -> list[LeftDense]:
-    """Modules that own linear layers which belong to no site, one entry each."""
-    owners: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and id(module) not in covered:
-            owner = name if name in reasons else name.rpartition(".")[0] or name
-            while owner not in reasons and "." in owner and _is_part(model.get_submodule(owner)):
-                owner = owner.rpartition(".")[0]
-            owners[owner] = model.get_submodule(owner)
-    return [
-        LeftDense(name, type(module).__name__, reasons.get(name) or _reason(module)) for name, module in owners.items()
-    ]
-
-
-def _is_part(module: nn.Module) -> bool:
-    """Whether its linear layers are listed under the layer that it is a part of."""
-    return type(module).__name__ in ("LowRankLinear", "ParametrizedLinear", "ParametrizationList", "ModuleDict")
-
-
-def _reason(module: nn.Module) -> str:
-    if isinstance(module, (LowRankAttention, LowRankLinear)):
-        return ALREADY
-    base = next((c.__name__ for c in (Attention, WindowAttention, Mlp, GluMlp) if isinstance(module, c)), None)
-    if base is not None and type(module).__name__ not in _REASONS:
-        return f"a subclass of timm's {base}, whose forward may differ"
-    return _REASONS.get(type(module).__name__, "not a layer that comcat knows to factor")

@@ -9,7 +9,7 @@ part is then called ``pairs``, and the pairs are chosen, not mixed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from .cost import Cost, Shape
 from .gates import AttentionGates, LayerGates
 from .heads import Heads, HeadWeights, Stream
 from .recording import Recorder, ShapeCounter, as_rows
+
+if TYPE_CHECKING:
+    from ..hosts.kept_forward import KeptForward
 
 #: Makes an empty stand-in from the widths of one head's queries and keys, and of its values.
 Build = Callable[[int, int], nn.Module]
@@ -39,6 +42,7 @@ class AttentionLayer(Layer):
         fused: whether queries and values run at one width, that of the wider, as fused kernels want it; fixed: the
             products run at the full width whatever is kept, the rest being zeros.
         running: what computes the same through linear layers that are called; default the module itself.
+        kept: what builds and fills stand-ins that keep the host's forward, where that is the way.
     """
 
     kind = "attention"
@@ -64,12 +68,14 @@ class AttentionLayer(Layer):
         fused: bool = True,
         fixed: bool = False,
         running: nn.Module | None = None,
+        kept: KeptForward | None = None,
     ) -> None:
         super().__init__(name, module, dense_parts)
         self.heads, self.stream = heads, stream
         self.build, self.fill = build, fill
         self.rotary, self.fused, self.fixed = rotary, fused, fixed
         self._running = running
+        self.kept = kept
 
     @property
     def running(self) -> nn.Module:
@@ -87,6 +93,8 @@ class AttentionLayer(Layer):
     def full(self) -> Choice:
         heads = self.heads
         widths = {self.qk_part: heads.width // 2 if self.rotary else heads.width, "vo": heads.value_width}
+        if self.proof is not None and heads.width % 2 == 0:  # what a saved model was found to be is in its plan
+            widths["pairs"] = heads.width // 2
         return {part: width for part, width in widths.items() if self._product(part) not in self.dense_parts}
 
     @staticmethod
@@ -100,6 +108,10 @@ class AttentionLayer(Layer):
     def linears(self) -> dict[str, Any]:
         paths = [*(one.path for one in self.stream.inputs), self.stream.output]
         return {str(path): self.running.get_submodule(str(path)) for path in paths}
+
+    def originals(self) -> dict[str, nn.Module]:
+        paths = self.linears
+        return {path: self.module.get_submodule(path) for path in paths if _holds(self.module, path)}
 
     @property
     def output(self) -> Any:
@@ -178,7 +190,11 @@ class AttentionLayer(Layer):
         self.check(choice)
         if not choice:
             return {}
-        return {self.name: self.build(self.qk_width(choice), choice.get("vo", self.heads.value_width))}
+        widths = self.qk_width(choice), choice.get("vo", self.heads.value_width)
+        if "pairs" in choice:
+            assert self.kept is not None
+            return {self.name: self.kept.build(*widths, placed=True)}
+        return {self.name: self.build(*widths)}
 
     def replaced(self, choice: Choice) -> dict[str, nn.Module]:
         if not choice:
@@ -193,8 +209,16 @@ class AttentionLayer(Layer):
         heads = self.heads
         qk = given(widths, self.qk_part) * (2 if self.rotary else 1)
         vo = given(widths, "vo")
+        dense = (qk < 0) & (vo < 0)
         qk, vo = np.where(qk < 0, heads.width, qk), np.where(vo < 0, heads.value_width, vo)
-        return self._cost(qk, vo, shape)
+        cost = self._cost(qk, vo, shape)
+        return Cost(cost.params - np.where(dense, self._more, 0), cost.macs)
+
+    @property
+    def _more(self) -> int:
+        """Parameters that :attr:`running` has and the module itself has not: zeros for biases that it leaves out."""
+        running, module = ({id(p): p.numel() for p in m.parameters()} for m in (self.running, self.module))
+        return sum(running.values()) - sum(module.values())
 
     def _cost(self, qk: Any, vo: Any, shape: Shape) -> Cost:
         """At these widths of one head."""
@@ -203,7 +227,9 @@ class AttentionLayer(Layer):
         for one in self.stream.inputs:
             linear: Any = self.running.get_submodule(one.path)
             rows = sum(h.count(role) * (vo if role == "value" else qk) for role in one.roles)
-            params, macs = params + rows * (size(linear)[0] + (linear.bias is not None)), macs + rows * size(linear)[0]
+            params = params + rows * (size(linear)[0] + (linear.bias is not None))
+            tokens = shape.tokens if "query" in one.roles else shape.keys or shape.tokens
+            macs = macs + tokens * rows * size(linear)[0]
         out = size(self.output)[1]
         # A reduced value carries its mean, and what it loses of it, into the output bias.
         has_bias = self.output.bias is not None
@@ -211,7 +237,7 @@ class AttentionLayer(Layer):
         products = 2 * np.maximum(qk, vo) if self.fused else qk + vo
         if self.fixed:
             products = h.width + h.value_width
-        macs = shape.tokens * (macs + h.num * vo * out + shape.sequence * h.num * products)
+        macs = macs + shape.tokens * (h.num * vo * out + shape.sequence * h.num * products)
         return Cost(params, macs)
 
     def parts_cost(self, parts: Iterable[str], shape: Shape) -> Cost:
@@ -235,3 +261,11 @@ class AttentionLayer(Layer):
     def layer_key(self, shape: Shape) -> str:
         heads = f", {self.heads.num} heads, {shape.sequence} keys"
         return super().layer_key(shape).replace(f", {shape.tokens} tokens", f"{heads}, {shape.tokens} tokens")
+
+
+def _holds(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:  # such as of projections that are parameters of the module itself
+        return False
+    return True

@@ -11,7 +11,8 @@ A new kind of layer is one subclass of :class:`Layer` and one of :class:`~comcat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -40,6 +41,14 @@ class LeftDense(NamedTuple):
     reason: str
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What a proof came to: why the layer stays dense, or what is known of it and its like now."""
+
+    reason: str | None = None
+    conclude: Callable[[Layer], Layer] = field(default=lambda layer: layer)
+
+
 class Layer(ABC):
     """A layer that can be made narrower: everything that differs from kind to kind.
 
@@ -50,6 +59,8 @@ class Layer(ABC):
         full: width of every part that can be reduced.
         linears: the linear layers inside, by role.
         dense_parts: parts that must keep their width, and why.
+        proof: what still has to be proven of a layer that was recognised by its parts (:mod:`comcat.hosts.proof`);
+            conclusion: what came of it, for the same layer of a copy.
     """
 
     kind: ClassVar[str]
@@ -66,6 +77,8 @@ class Layer(ABC):
 
     def __init__(self, name: str, module: nn.Module, dense_parts: Mapping[str, str] | None = None) -> None:
         self.name, self.module = name, module
+        self.proof: Callable[[Layer, Any], Finding] | None = None
+        self.conclusion: Callable[[Layer], Layer] | None = None
         self.dense_parts = dict(dense_parts or {})
 
     def __repr__(self) -> str:
@@ -82,6 +95,10 @@ class Layer(ABC):
     @property
     def running(self) -> nn.Module:
         return self.module
+
+    def originals(self) -> dict[str, nn.Module]:
+        """The linear layers as they stand in the model, where :attr:`running` has others."""
+        return dict(self.linears)
 
     def part_of(self, part: str) -> str:
         """Which of :data:`PARTS` a part of this layer belongs to."""

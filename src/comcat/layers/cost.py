@@ -16,6 +16,7 @@ class Shape(NamedTuple):
 
     tokens: int  # rows that pass the layer, all windows together
     sequence: int  # keys that one query sees
+    keys: int | None = None  # rows that keys and values are made of, where these are others than the queries'
 
 
 class Cost(NamedTuple):

@@ -82,6 +82,7 @@ class ShapeCounter:
         self.images = 1
         self.counting = True
         self._tokens = 0
+        self._keys = 0
         self._sequence: int | None = None
 
     def rows(self, channels: int = -1) -> Callable[..., None]:
@@ -100,7 +101,9 @@ class ShapeCounter:
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             if self.counting:
-                self._sequence = as_rows(out, channels).shape[1]
+                rows = as_rows(out, channels)
+                self._keys += rows.shape[0] * rows.shape[1] // self.images
+                self._sequence = rows.shape[1]
 
         return hook
 
@@ -108,7 +111,7 @@ class ShapeCounter:
         """What was counted; raises ``error`` if the layer was never reached."""
         if not self._tokens or self._sequence is None:
             raise error(f"module '{self.layer.name}' was never called in the forward pass; is it in use?")
-        return Shape(self._tokens, self._sequence)
+        return Shape(self._tokens, self._sequence, self._keys if self._keys not in (0, self._tokens) else None)
 
 
 @contextmanager

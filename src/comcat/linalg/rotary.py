@@ -41,7 +41,7 @@ def order_pairs(query_moment: Tensor, key_moment: Tensor, layout: str) -> PairOr
         squares = double(moment).diagonal(dim1=-2, dim2=-1).clamp_min(0)
         lengths.append(squares.gather(-1, pair_places(_every(squares), squares.shape[-1], layout)))
     pairs = [length.unflatten(-1, (2, -1)).sum(-2) for length in lengths]
-    gains, order = (pairs[0] * pairs[1] / 2).sort(-1, descending=True, stable=True)
+    gains, order = (pairs[0] * pairs[1] / 2).sort(dim=-1, descending=True, stable=True)
     return PairOrder(order, gains)
 
 

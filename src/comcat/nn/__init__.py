@@ -1,1 +1,8 @@
 """The modules that a compressed or customized model holds, and how they get in and out."""
+
+from .attention import LowRankAttention
+from .linear import LowRankLinear
+from .projections import HeadOutput, HeadProjection
+
+#: What a compressed model has in the place of larger layers.
+SMALL = (LowRankAttention, LowRankLinear, HeadProjection, HeadOutput)

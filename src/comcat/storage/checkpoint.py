@@ -25,8 +25,7 @@ from ..models.libraries import NAMES, library
 from ..models.source import Source, describe
 from ..models.traits import buffers, carry
 from ..models.wrappers import check_plain
-from ..nn.attention import LowRankAttention
-from ..nn.linear import LowRankLinear
+from ..nn import SMALL
 from ..planning.plan import Plan
 from .atomic import CONFIG_NAME, atomic_directory, read_whole, tensor_bytes
 from .description import FORMAT, Description, description_digest, read_description
@@ -70,7 +69,7 @@ def save(
             f"loading; it knows those of {', '.join(NAMES)}"
         )
     check_finite(model)
-    if made is None and any(isinstance(module, (LowRankAttention, LowRankLinear)) for module in model.modules()):
+    if made is None and any(isinstance(module, SMALL) for module in model.modules()):
         raise CheckpointError(
             "the model holds small layers but not the plan that made them: it is a part of a compressed model, or "
             "`comcat` was removed from it; compress the model itself, before it is wrapped, and save that"

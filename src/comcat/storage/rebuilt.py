@@ -14,8 +14,7 @@ from ..models.modes import evaluating
 from ..models.profile import default_input_size
 from ..models.running import still
 from ..models.traits import buffers, differences
-from ..nn.attention import LowRankAttention
-from ..nn.linear import LowRankLinear
+from ..nn import SMALL
 from ..planning.plan import Plan
 
 #: How far two evaluations of the same model may be apart, by dtype, relative to the largest output: other strides or
@@ -25,11 +24,11 @@ ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torc
 
 def standing(plan: Plan, model: nn.Module) -> Plan:
     """The plan without layers that somebody has replaced since, such as a classifier for other classes."""
-    kept = {name: choice for name, choice in plan.layers.items() if not choice or "neurons" in choice}
-    small = (LowRankAttention, LowRankLinear)
+    there = {name for name, _ in model.named_modules()}
+    kept = {n: choice for n, choice in plan.layers.items() if n in there and (not choice or "neurons" in choice)}
     for name, choice in plan.layers.items():
         inside = [m for n, m in model.named_modules() if n == name or n.startswith(f"{name}.")]
-        if name not in kept and any(isinstance(module, small) for module in inside):
+        if name not in kept and any(isinstance(module, SMALL) for module in inside):
             kept[name] = choice
     return replace(plan, layers={name: kept[name] for name in plan.layers if name in kept})
 

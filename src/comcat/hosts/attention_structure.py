@@ -1,0 +1,213 @@
+"""Attention layers recognised by their parts: linear layers with the usual names, and how many heads there are.
+
+What is found here is a guess; :mod:`comcat.hosts.proof` holds it against what the module computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..layers.attention import AttentionLayer
+from ..layers.base import size
+from ..layers.heads import ROLES, Heads, Input, Stream
+from ..nn.copies import copy_with
+from .changed import changed, patched_forward
+from .kept_forward import KeptForward
+
+#: Names of the linear layers of query, key and value, one beside the other.
+_SEPARATE = [
+    ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"), ("to_q", "to_k", "to_v"),
+    ("wq", "wk", "wv"), ("q_lin", "k_lin", "v_lin"), ("q_linear", "k_linear", "v_linear"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("projection_query", "projection_key", "projection_value"),
+    ("q_proj.proj", "k_proj.proj", "v_proj.proj"), ("linear_q", "linear_k", "linear_v"),
+    ("to_query", "to_key", "to_value"),
+]  # fmt: skip
+#: Of query, and of keys and values in one.
+_HALF = [("q", "kv"), ("q_proj", "kv_proj"), ("to_q", "to_kv"), ("wq", "wkv"), ("query", "key_value")]
+#: Of all three in one.
+_FUSED = ["qkv", "qkv_proj", "in_proj", "to_qkv", "Wqkv", "query_key_value", "qkv_linear", "proj_qkv", "in_proj_qkv"]
+_OUTPUTS = [
+    "o_proj", "out_proj", "proj", "output_proj", "projection", "projection_layer", "to_out", "to_out.0", "wo", "o",
+    "out", "out_lin", "linear", "merge", "final", "dense", "output", "output.dense", "proj.0", "proj.1", "proj.proj",
+]  # fmt: skip
+_HEADS = [
+    "num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "num_head", "nhead", "num_q_heads", "nums_head",
+]  # fmt: skip
+_GROUPS = ["num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_heads"]
+#: Attributes that hold the width of one head, and of all.
+_WIDTHS = ["head_dim", "attention_head_size", "dim_head", "head_size", "d_head", "key_dim", "val_dim", "dim_per_head"]
+_TOTALS = [
+    "all_head_size",
+    "inner_dim",
+    "attn_dim",
+    "embed_dim",
+    "hidden_size",
+    "inner_size",
+    "d_model",
+    "val_attn_dim",
+]
+_BIASES = {"query": "q_bias", "key": "k_bias", "value": "v_bias"}
+
+
+def attention_of(name: str, module: nn.Module) -> AttentionLayer | str | None:
+    """An attention layer, unproven; why a module that looks like one is none; or None where it does not."""
+    stream, holder = _stream(module)
+    if stream is None or holder is None:
+        return None
+    reason = patched_forward(module)
+    linears: dict[str, Any] = {str(path): module.get_submodule(str(path)) for path in _paths(stream)}
+    reason = reason or next((why for path, one in linears.items() if (why := changed(one, path))), None)
+    if reason:
+        return reason
+    heads = _heads(module, holder, stream, linears)
+    if heads is None:
+        return "how many heads it has, and how wide they are, cannot be told from its attributes"
+    running = _with_biases(module, stream, heads)
+    if isinstance(running, str):
+        return running
+    return layer_of(name, module, heads, stream, running)
+
+
+def layer_of(name: str, module: nn.Module, heads: Heads, stream: Stream, running: nn.Module) -> AttentionLayer:
+    """The layer that runs through its own forward."""
+    widths, totals = _attributes(running, heads, stream)
+    kept = KeptForward(running, heads, stream, widths, totals)
+    return AttentionLayer(name, module, heads, stream, kept.build, kept.fill, fixed=True, running=running, kept=kept)
+
+
+def variants(layer: AttentionLayer) -> Iterator[AttentionLayer]:
+    """The same layer with its rows in other orders."""
+    yield layer
+    stream, heads = layer.stream, layer.heads
+    if any(len(one.roles) > 1 for one in stream.inputs) and heads.groups == heads.num:
+        inputs = tuple(replace(one, by_head=len(one.roles) > 1) for one in stream.inputs)
+        yield layer_of(layer.name, layer.module, heads, replace(stream, inputs=inputs), layer.running)
+
+
+def _paths(stream: Stream) -> list[str | None]:
+    return [*(one.path for one in stream.inputs), stream.output]
+
+
+def _stream(module: nn.Module) -> tuple[Stream | None, nn.Module | None]:
+    """Where the projections are, and the submodule that holds those of the input, which may be a child."""
+    places = [("", module), *((f"{name}.", child) for name, child in module.named_children())]
+    for prefix, holder in places:
+        inputs = _inputs(holder)
+        if inputs is None:
+            continue
+        inside = [prefix + one for one in _OUTPUTS] if prefix else []
+        if prefix and any(_linear(module, path) for path in inside):
+            return None, None  # the child is the layer
+        used = {one.path for one in inputs}
+        for output in _OUTPUTS:
+            if output not in used and not (prefix and output == prefix[:-1]) and _linear(module, output):
+                inputs = tuple(replace(one, path=prefix + one.path) for one in inputs)
+                return Stream("tokens", inputs, output), holder
+    return None, None
+
+
+def _inputs(holder: nn.Module) -> tuple[Input, ...] | None:
+    for names in _SEPARATE:
+        if all(_linear(holder, name) for name in names):
+            return tuple(Input(name, (role,)) for name, role in zip(names, ROLES, strict=True))
+    for query, rest in _HALF:
+        if _linear(holder, query) and _linear(holder, rest):
+            return Input(query, ("query",)), Input(rest, ("key", "value"))
+    for name in _FUSED:
+        if _linear(holder, name):
+            return (Input(name, ROLES),)
+    return None
+
+
+def _linear(module: nn.Module, path: str) -> bool:
+    """Whether there is a linear layer, or a 1x1 convolution."""
+    try:
+        found: Any = module.get_submodule(path)
+    except AttributeError:
+        return False
+    if isinstance(found, nn.Conv2d):
+        plain = found.kernel_size == found.stride == (1, 1) and found.groups == 1
+        return plain and found.padding in ((0, 0), "same", "valid")
+    return isinstance(getattr(found, "weight", None), nn.Parameter) and found.weight.dim() == 2
+
+
+def _number(names: list[str], *places: Any) -> int | None:
+    for place in places:
+        for name in names:
+            value = getattr(place, name, None)
+            if type(value) is int and value > 0:
+                return value
+    return None
+
+
+def _heads(module: nn.Module, holder: nn.Module, stream: Stream, linears: dict[str, Any]) -> Heads | None:
+    places = (holder, module, getattr(holder, "config", None), getattr(module, "config", None))
+    num = _number(_HEADS, *places)
+    out = size(linears[str(stream.output)])[0]
+    if num is None or out % num:
+        return None
+    value_width, rows = out // num, {one.roles: size(linears[one.path])[1] for one in stream.inputs}
+    if ("query",) in rows and rows["query",] % num == 0:
+        width = rows["query",] // num
+        keys = rows.get(("key",), rows.get(("key", "value"), 0) - rows.get(("value",), 0))
+        if ("key",) in rows:
+            groups, rest = divmod(keys, width)
+            fits = not rest and rows["value",] == groups * value_width
+        else:
+            groups, rest = divmod(rows["key", "value"], width + value_width)
+            fits = not rest
+    else:
+        groups = _number(_GROUPS, *places) or num
+        width, rest = divmod(rows.get(ROLES, 0) - groups * value_width, num + groups)
+        fits = not rest and width > 0
+    if not fits or not groups or num % groups:
+        return None
+    return Heads(num, width, groups, value_width)
+
+
+def _attributes(module: nn.Module, heads: Heads, stream: Stream) -> list[tuple[tuple[str, str], ...]]:
+    """Where the host looks for the width of a head, and of all heads."""
+    if heads.width != heads.value_width:
+        return [(), ()]
+    holder = stream.query.rpartition(".")[0]
+    found = []
+    for names, value in ((_WIDTHS, heads.width), (_TOTALS, heads.width * heads.num)):
+        places = dict.fromkeys(("", holder))
+        found.append(
+            tuple(
+                (path, name) for path in places for name in names if vars(module.get_submodule(path)).get(name) == value
+            )
+        )
+    return found
+
+
+def _with_biases(module: Any, stream: Stream, heads: Heads) -> nn.Module | str:
+    """The module with biases that it keeps apart put into its linear layer, which it then calls."""
+    apart: dict[str, Any] = {role: getattr(module, name, None) for role, name in _BIASES.items()}
+    if all(bias is None for bias in apart.values()) or len(stream.inputs) != 1:
+        return cast(nn.Module, module)
+    (one,) = stream.inputs
+    linear: Any = module.get_submodule(one.path)
+    rows = [heads.count(role) * heads.wide(role) for role in one.roles]
+    parts = [
+        linear.weight.new_zeros(count) if apart[role] is None else apart[role].detach()
+        for role, count in zip(one.roles, rows, strict=True)
+    ]
+    if any(part.shape != (count,) for part, count in zip(parts, rows, strict=True)):
+        return "its biases do not fit its projections"
+    joined = nn.Linear(*size(linear), bias=True, device="meta")
+    joined.weight = linear.weight
+    joined.bias = nn.Parameter(torch.cat(parts), linear.weight.requires_grad)
+    made: Any = copy_with(module, {one.path: joined.train(linear.training)})
+    for name in _BIASES.values():
+        if name in made._parameters or name in vars(made):
+            made._parameters.pop(name, None)
+            made._buffers.pop(name, None)
+            setattr(made, name, None)
+    return cast(nn.Module, made)

@@ -1,0 +1,66 @@
+"""What an FFN that was recognised by its parts has to show: its linear layers are called, and its neurons are free.
+
+An FFN without some neurons must put out what the original does where nothing leads out of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.base import Finding, Layer
+from ..layers.ffn import FFNLayer
+from ..nn.copies import copy_with
+from ..nn.linear import LowRankLinear, plain_linear
+from .proof import Trial
+
+
+def prove_ffn(found: Layer, trial: Trial) -> Finding:
+    """Whether its low-rank form is exact, and its neurons can be left out."""
+    assert isinstance(found, FFNLayer)
+    layer, base = FFNLayer(found.name, trial.base, found.paths), trial.base
+    low = {path: _two(layer.linears[role]) for role, path in layer.paths.items()}
+    if not trial.holds(copy_with(base, low)):
+        return Finding(f"it reads its weights in a way of its own ({trial.said()})")
+    count = max(1, layer.hidden // 2)
+    keep = torch.randperm(layer.hidden, generator=torch.Generator().manual_seed(3))[:count].sort().values
+    last: Any = layer.linears["fc2"]
+    weight = torch.zeros_like(last.weight)
+    weight[:, keep] = last.weight[:, keep]
+    reference = trial.run(copy_with(base, {layer.paths["fc2"]: _linear_like(last, weight, last.bias)}))
+    small: dict[str, nn.Module] = {layer.paths["fc2"]: _linear_like(last, last.weight[:, keep], last.bias)}
+    for role, linear in layer.firsts.items():
+        rows = torch.cat([keep + i * layer.hidden for i in range(linear.weight.shape[0] // layer.hidden)])
+        bias = None if linear.bias is None else linear.bias[rows]
+        small[layer.paths[role]] = _linear_like(linear, linear.weight[rows], bias)
+    why = None
+    if not trial.holds(copy_with(base, small), reference):
+        if layer.channels == 1:
+            return Finding("its 1x1 convolutions have more between them than an activation")
+        why = f"hidden units depend on each other: a norm or another operation acts over them ({trial.said()})"
+    return Finding(conclude=lambda one: FFNLayer(one.name, one.module, found.paths, why))
+
+
+def _two(linear: Any) -> LowRankLinear:
+    """The same linear layer as a pair of full rank."""
+    outer, inner = linear.weight.shape[:2]
+    pointwise = isinstance(linear, nn.Conv2d)
+    made = LowRankLinear(inner, outer, min(inner, outer), pointwise=pointwise, dtype=torch.float64)
+    matrix, eye = linear.weight.flatten(1), torch.eye(min(inner, outer), dtype=torch.float64)
+    down, up = (eye, matrix) if inner <= outer else (matrix, eye)
+    made.down.weight = nn.Parameter(down.reshape(made.down.weight.shape), False)
+    made.up.weight = nn.Parameter(up.reshape(made.up.weight.shape), False)
+    bias = torch.zeros(outer, dtype=torch.float64) if linear.bias is None else linear.bias
+    made.up.bias = nn.Parameter(bias, False)
+    return made
+
+
+def _linear_like(linear: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    pointwise = isinstance(linear, nn.Conv2d)
+    made = plain_linear(weight.shape[1], weight.shape[0], bias is not None, pointwise, dtype=torch.float64)
+    made.weight = nn.Parameter(weight.clone(), False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.clone(), False)
+    return made

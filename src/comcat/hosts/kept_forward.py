@@ -1,0 +1,131 @@
+"""Stand-ins that keep the host's own attention forward: its projections are swapped for narrow ones.
+
+Source of the idea: zero columns change no score and no value. Where the host takes the width of a head from an
+attribute, the attribute is set to the wider of queries and values (``narrow``); otherwise the zeros go up to the full
+width, which saves what the projections cost, but nothing in the products. Which it is says :mod:`comcat.hosts.proof`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.base import like, size
+from ..layers.heads import Heads, HeadWeights, Input, Role, Stream, as_parameter
+from ..nn.copies import copy_with
+from ..nn.linear import plain_linear
+from ..nn.projections import HeadOutput, HeadProjection
+
+
+@dataclass
+class KeptForward:
+    """How one attention module runs with narrower heads.
+
+    Attributes:
+        running: the module, or its form with linear layers that are called.
+        widths: attributes (path of the submodule, name) that hold the width of a head; totals: that of all heads.
+        narrow: which of them are set: none, the widths, or both (``""``, ``"widths"``, ``"totals"``).
+        implicit: the host derives the softmax scale from the width, so that it is put into the queries.
+    """
+
+    running: nn.Module
+    heads: Heads
+    stream: Stream
+    widths: tuple[tuple[str, str], ...] = ()
+    totals: tuple[tuple[str, str], ...] = ()
+    narrow: str = ""
+    implicit: bool = False
+
+    @property
+    def fixed(self) -> bool:
+        return not self.narrow
+
+    def build(self, qk: int, vo: int, placed: bool = False) -> nn.Module:
+        """An empty stand-in: the module's own class, with heads of these widths."""
+        heads = self.heads
+        wide: dict[Role, int] = {role: heads.wide(role) for role in ("query", "key", "value")}
+        if self.narrow and not placed:
+            wide = dict.fromkeys(wide, max(qk, vo))
+        children: dict[str, nn.Module] = {}
+        for one in self.stream.inputs:
+            small = self._input(one, qk, vo, wide, placed)
+            if small is not None:
+                children[one.path] = small
+        out: Any = self.running.get_submodule(str(self.stream.output))
+        if vo < heads.value_width or wide["value"] < heads.value_width:
+            # A reduced value carries its mean, and what it loses of it, into the output bias.
+            bias = out.bias is not None or vo < heads.value_width
+            linear = plain_linear(heads.num * vo, size(out)[1], bias, **like(out))
+            children[str(self.stream.output)] = HeadOutput(linear, heads.num, vo, wide["value"])
+        for child in children.values():
+            child.train(self.running.training)
+        made = copy_with(self.running, children)
+        if self.narrow and not placed:
+            self._tell(made, max(qk, vo))
+        return made
+
+    def _input(self, one: Input, qk: int, vo: int, wide: Mapping[Role, int], placed: bool) -> nn.Module | None:
+        """A narrow projection, or None where the original stays."""
+        linear: Any = self.running.get_submodule(one.path)
+        narrow = {role: vo if role == "value" else qk for role in one.roles}
+        if all(narrow[role] == wide[role] == self.heads.wide(role) for role in one.roles):
+            return None
+        return HeadProjection(
+            size(linear)[0],
+            [self.heads.count(role) for role in one.roles],
+            [narrow[role] for role in one.roles],
+            [wide[role] for role in one.roles],
+            one.by_head,
+            linear.bias is not None,
+            [placed and role != "value" for role in one.roles],
+            **like(linear),
+        )
+
+    def _tell(self, made: nn.Module, width: int) -> None:
+        """Set the head width where the host looks for it."""
+        for path, name in self.widths:
+            setattr(made.get_submodule(path), name, width)
+        for path, name in self.totals if self.narrow == "totals" else ():
+            setattr(made.get_submodule(path), name, width * self.heads.num)
+
+    def fill(self, small: nn.Module, weights: HeadWeights, places: Tensor | None) -> None:
+        """Write per-head weights into a stand-in."""
+        if self.narrow and self.implicit and places is None:
+            weights = _scaled(weights, (self._width(small) / self.heads.width) ** 0.5)
+        for one in self.stream.inputs:
+            made: Any = small.get_submodule(one.path)
+            if not isinstance(made, HeadProjection):
+                continue
+            original: Any = self.running.get_submodule(one.path)
+            weight, bias = weights.rows(one)
+            shape = made.linear.weight.shape
+            made.linear.weight = as_parameter(weight.reshape(shape), original.weight)
+            if bias is not None and made.linear.bias is not None:
+                made.linear.bias = as_parameter(bias, original.weight)
+            if made.places is not None and places is not None:
+                made.places = self._places(one, places).to(original.weight.device)
+        out: Any = small.get_submodule(str(self.stream.output))
+        if isinstance(out, HeadOutput):
+            original = self.running.get_submodule(str(self.stream.output))
+            weight = weights.output.flatten(0, 1).mT
+            out.linear.weight = as_parameter(weight.reshape(out.linear.weight.shape), original.weight)
+            if out.linear.bias is not None and weights.output_bias is not None:
+                out.linear.bias = as_parameter(weights.output_bias, original.weight)
+
+    def _width(self, small: nn.Module) -> int:
+        made = small.get_submodule(self.stream.query)
+        return made.wide[0] if isinstance(made, HeadProjection) else self.heads.width
+
+    def _places(self, one: Input, places: Tensor) -> Tensor:
+        """Of the roles that this linear layer holds, from those (H + G, r) of all queries and keys."""
+        of = {"query": places[: self.heads.num], "key": places[self.heads.num :]}
+        return torch.cat([of[role].flatten() for role in one.roles if role in of])
+
+
+def _scaled(weights: HeadWeights, by: float) -> HeadWeights:
+    bias = None if weights.query_bias is None else weights.query_bias * by
+    return HeadWeights(**{**vars(weights), "query": weights.query * by, "query_bias": bias})

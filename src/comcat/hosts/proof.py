@@ -1,0 +1,178 @@
+"""Whether a layer that was recognised by its parts computes what comcat takes it to compute.
+
+One layer of each kind is run by itself, in float64, on what it is given when the model sees random images, with its
+weights disturbed so that nothing is zero by chance.
+
+What is tried is the kind's own (:mod:`comcat.hosts.attention_proof`, :mod:`comcat.hosts.ffn_proof`). What does not
+agree to rounding stays dense, and the difference is said.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.base import Finding, Layer
+from ..models.modes import evaluating
+from ..models.running import explained, still
+
+#: Largest difference, relative to the largest output, that counts as rounding in float64.
+ROUNDING = 1e-9
+#: Images in the batch that the model sees: a prime, so that what depends on them can be told from what does not.
+_IMAGES = 3
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def prove(model: nn.Module, layers: Sequence[Layer], size: Sequence[int]) -> tuple[list[Layer], dict[str, str]]:
+    """The layers as far as they are proven, in their order, and by name why others stay dense.
+
+    Args:
+        size: (C, H, W) of the images that the model is shown.
+    """
+    first: dict[Any, Layer] = {}
+    for layer in layers:
+        if layer.proof is not None:
+            first.setdefault(_signature(layer), layer)
+    calls = _calls(model, list(first.values()), size) if first else {}
+    findings = {}
+    with still(model):
+        for signature, layer in first.items():
+            findings[signature] = _find(layer, calls.get(layer.name))
+    proven: list[Layer] = []
+    reasons: dict[str, str] = {}
+    for layer in layers:
+        if layer.proof is not None:
+            finding = findings[_signature(layer)]
+            if finding.reason is not None:
+                reasons[layer.name] = finding.reason
+                continue
+            layer = finding.conclude(layer)
+            layer.conclusion = finding.conclude
+        proven.append(layer)
+    return proven, reasons
+
+
+def _signature(layer: Layer) -> Any:
+    shapes = tuple(tuple(p.shape) for p in layer.module.parameters())
+    classes = tuple(type(m).__qualname__ for m in layer.module.modules())
+    return layer.kind, classes, shapes, tuple(layer.linears)
+
+
+def _calls(model: nn.Module, layers: Sequence[Layer], size: Sequence[int]) -> dict[str, Call]:
+    """What each of these layers' modules is called with, the first time, in float64 on the host."""
+    calls: dict[str, Call] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def caught(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if name not in calls:
+                calls[name] = _precise(args), _precise(kwargs)
+
+        return caught
+
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(_IMAGES, *size, generator=generator).to(parameter.device, parameter.dtype)
+    handles = [layer.module.register_forward_pre_hook(hook(layer.name), with_kwargs=True) for layer in layers]
+    try:
+        with evaluating(model), torch.no_grad(), explained(images):
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _precise(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().clone()
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return type(value)((key, _precise(one)) for key, one in value.items())
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value)(map(_precise, value))
+    return value
+
+
+def _find(layer: Layer, call: Call | None) -> Finding:
+    if call is None:
+        return Finding("no image passes it when the model is called with images alone")
+    tensors = _tensors(call[0]) or _tensors(call[1])
+    if not tensors or tensors[0].shape[:1] == () or tensors[0].shape[0] % _IMAGES:
+        return Finding("what it is given does not depend on the images")
+    try:
+        base = copy.deepcopy(layer.module).to("cpu", torch.float64)
+        base.eval()
+        base.requires_grad_(False)
+    except Exception as error:
+        return Finding(f"it cannot be copied ({error})")
+    _disturb(base)
+    trial = Trial(base, call)
+    if trial.reference is None:
+        return Finding(f"it does not run by itself in float64 ({trial.error})")
+    assert layer.proof is not None
+    return layer.proof(layer, trial)
+
+
+def _disturb(module: nn.Module) -> None:
+    """Weights that are zero, or one, by initialization tell nothing."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        scale = parameter.square().mean().sqrt() if parameter.numel() else 0.0
+        parameter.add_(noise * (0.1 * scale + 0.02))
+
+
+class Trial:
+    """One module with its call: how far other modules are from it."""
+
+    def __init__(self, base: nn.Module, call: Call) -> None:
+        self.base, self.call = base, call
+        self.error: Exception | None = None
+        self.apart = 0.0
+        self.reference = self.run(base)
+
+    def run(self, module: nn.Module) -> list[Tensor] | None:
+        args, kwargs = _precise(self.call[0]), _precise(self.call[1])  # some hosts write into what they are given
+        try:
+            with torch.no_grad():
+                found = _tensors(module(*args, **kwargs))
+        except Exception as error:  # whatever a host raises where a width is not what it expects
+            self.error = error
+            return None
+        return found or None
+
+    def holds(self, module: nn.Module, reference: list[Tensor] | None = None) -> bool:
+        """Whether it puts out the same, to rounding; what it differed by is in ``apart``."""
+        self.apart = self.difference(module, reference)
+        return self.apart <= ROUNDING
+
+    def said(self) -> str:
+        """How far the last module was off."""
+        return "it does not run so" if self.apart == float("inf") else f"difference {self.apart:.2g}"
+
+    def difference(self, module: nn.Module, reference: list[Tensor] | None = None) -> float:
+        """The largest, relative to the largest output; infinite where it does not run."""
+        other = self.run(module)
+        reference = reference or self.reference
+        if other is None or reference is None or [o.shape for o in other] != [r.shape for r in reference]:
+            return float("inf")
+        worst = 0.0
+        for ours, theirs in zip(other, reference, strict=True):
+            if theirs.is_floating_point() and theirs.numel():
+                apart = float((ours - theirs).abs().nan_to_num(posinf=1e300).max())
+                worst = max(worst, apart / float(theirs.abs().nan_to_num(posinf=1e300).max().clamp_min(1e-300)))
+        return worst
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [tensor for one in value.values() for tensor in _tensors(one)]
+    if isinstance(value, (tuple, list)):
+        return [tensor for one in value for tensor in _tensors(one)]
+    return []
