@@ -181,7 +181,7 @@ class Job:
     def _measure_latency(self) -> None:
         s = self.settings
         if self.budget is not None and self.budget.unit == "latency" and self.latency is None:
-            self.latency = timings.measure_table(self.model, s.latency_file, s.latency_batch, self.screen)
+            self.latency = timings.measure_table(self.prepared, s.latency_file, s.latency_batch, self.screen)
             self._check_budget()
 
     def _calibrate(self) -> None:
@@ -193,7 +193,7 @@ class Job:
         if batches is None:
             return
         self.calibration = comcat.calibrate(
-            self.model,
+            self.prepared,
             batches,
             fisher=self._fisher(),
             outputs=self.settings.outputs,
@@ -226,7 +226,7 @@ class Job:
             return self._learn_plan(self.settings.search, self.budget)
         known = json.dumps(self.calibration.probes) if self.calibration else ""
         plan = comcat.plan(
-            self.model,
+            self.prepared,
             self.budget,
             calibration=self.calibration,
             method=self.settings.method,
@@ -269,7 +269,7 @@ class Job:
         from ..storage.checkpoint import TENSORS_NAME
 
         screen = self.screen
-        small_model = comcat.compress(self.model, plan, calibration=self.calibration, progress=screen.progress)
+        small_model = comcat.compress(self.prepared, plan, calibration=self.calibration, progress=screen.progress)
         report: Report = small_model.comcat.report  # type: ignore[union-attr, assignment]
         size = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
         dense = Measured("dense", report.params_before, report.macs_before, size)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from ..planning.latency import LatencyTable
     from ..planning.plan import Plan
+    from ..prepared import Prepared
     from ..report.tables import Measured
 
 
@@ -36,7 +37,9 @@ def read_table(path: Path | None, batch_size: int | None, screen: Screen) -> Lat
     return table
 
 
-def measure_table(model: nn.Module, path: Path | None, batch_size: int | None, screen: Screen) -> LatencyTable:
+def measure_table(
+    model: nn.Module | Prepared, path: Path | None, batch_size: int | None, screen: Screen
+) -> LatencyTable:
     """A new table, kept in a file if one is named."""
     from ..planning.timing import measure_latency
 
