@@ -1,6 +1,7 @@
 """Does cutting MACs cut time? Dense against compressed, in turns, whole model and per layer type.
 
     python benchmarks/throughput.py [--model deit_small_patch16_224] [--keep 0.5] [--batch 1 32] [--device cpu]
+    python benchmarks/throughput.py --model transformers/vit-small    (a ViT-S whose own forward is kept)
 
 Realized fraction = (time dense / time small) / (MACs dense / MACs small); 1 means every saved MAC is saved time.
 Weights are random, so ranks are those of the uniform plan; times do not depend on the values.
@@ -59,6 +60,16 @@ def run(model: nn.Module, inputs: dict[str, Tensor]) -> None:
         model.get_submodule(name)(x)
 
 
+def made(name: str) -> nn.Module:
+    """A timm model, or transformers' ViT of the same size as DeiT-S."""
+    if not name.startswith("transformers/"):
+        return timm.create_model(name).eval()
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "num_labels": 1000}
+    return ViTForImageClassification(ViTConfig(**sizes)).eval()
+
+
 @torch.no_grad()
 def main() -> None:
     p = parser(__doc__)
@@ -73,7 +84,7 @@ def main() -> None:
     args = p.parse_args()
 
     torch.manual_seed(0)
-    dense = timm.create_model(args.model).eval()
+    dense = made(args.model)
     size = comcat.profile(dense).input_size
     noise = None if args.ffn == "low-rank" else comcat.calibrate(dense, [torch.randn(4, *size)], probe_images=0)
     budget = comcat.Budget(macs=args.keep)
