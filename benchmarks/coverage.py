@@ -1,0 +1,248 @@
+"""What of how many models can be reduced, and how exactly: every structure is built small, looked at and compressed.
+
+    python benchmarks/coverage.py [--sources timm transformers ...] [--families eva beit] [--again] [--limit 300]
+
+One process per family, with a time limit; what a family has shown is kept in the JSON file, and a family that is in it
+is not run again unless asked for. A source is one module ``coverage_SOURCE.py`` with ``families()``, ``cases(family)``
+and ``NOT_SOFTMAX`` (see ``coverage_timm.py``). Models that differ in their sizes alone are one case.
+
+Measured per case, in float64, with all weights disturbed so that none is zero by initialization: the share of the
+attention modules, FFNs and of their parameters that can be reduced, the largest difference of the outputs at full rank,
+relative to the largest output, and the reasons for what stays dense.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import comcat
+from comcat.errors import ComcatError
+from comcat.layers.cost import Shape
+from common import parser
+
+SOURCES = ("timm",)
+RESULTS = Path(__file__).parent / "results" / "coverage.json"
+TABLE = Path(__file__).parents[1] / "docs" / "coverage.md"
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_FFN = re.compile(r"mlp|ffn|feed_?forward|swiglu|geglu", re.IGNORECASE)
+
+
+class Case(NamedTuple):
+    """Models of one structure.
+
+    Attributes:
+        names: of all of them; build: makes a small one, and what it is run on.
+    """
+
+    names: list[str]
+    build: Callable[[], tuple[nn.Module, Tensor]]
+
+
+def measure(case: Case, not_softmax: dict[str, str]) -> dict[str, Any]:
+    """One case, as plain data."""
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    row: dict[str, Any] = {"names": case.names}
+    try:
+        model, images = case.build()
+        model, images = disturbed(model.double()).eval(), images.double()
+        row |= looked_at(model, images, not_softmax)
+    except Exception as error:  # whatever a library raises: it is the result for this case
+        row["error"] = f"{type(error).__name__}: {error}"[:300]
+    return row | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def looked_at(model: nn.Module, images: Tensor, not_softmax: dict[str, str]) -> dict[str, Any]:
+    """Shares, exactness and reasons."""
+    prepared = comcat.prepare(model)
+    try:
+        layers = {layer.name: layer for layer in prepared.inventory.layers}
+        reasons = [(entry.cls, entry.reason) for entry in prepared.inventory.dense]
+    except ComcatError as error:
+        layers, reasons = {}, [(type(model).__name__, str(error))]
+    attention, ffn = [{"modules": 0, "params": 0, "reduced": 0, "qk": 0, "vo": 0, "softmax": 0} for _ in range(2)]
+    others: dict[str, str] = {}
+    for kind, pattern, sums in (("attention", _ATTENTION, attention), ("ffn", _FFN, ffn)):
+        for name, module in modules(model, pattern, {n for n, one in layers.items() if one.kind == kind}):
+            if kind == "ffn" and _ATTENTION.search(type(module).__name__):
+                continue
+            layer = layers.get(name)
+            sums["modules"] += 1
+            sums["params"] += weights_of(module) if layer is None else layer.priced({}, Shape(1, 1)).params
+            if type(module).__name__ in not_softmax:
+                others[type(module).__name__] = not_softmax[type(module).__name__]
+            else:
+                sums["softmax"] += 1
+            if layer is not None:
+                parts = {layer.part_of(part) for part in layer.full}
+                sums["reduced"] += layer.parts_cost(parts, Shape(1, 1)).params
+                sums["qk"] += "qk" in parts
+                sums["vo"] += "vo" in parts or "ffn" in parts
+    found: dict[str, Any] = {"attention": attention, "ffn": ffn, "other_attention": others}
+    found["reasons"] = [[*pair, count] for pair, count in Counter(reasons).most_common(8)]
+    found["classes"] = sorted({type(one.module).__name__ for one in layers.values() if one.kind == "attention"})
+    if layers:
+        small = comcat.compress(prepared, comcat.full_rank_plan(prepared))
+        with torch.no_grad():
+            expected, got = tensors(model(images)), tensors(small(images))
+        found["difference"] = max(
+            float((a - b).abs().max() / a.abs().max().clamp_min(1e-300)) for a, b in zip(expected, got, strict=True)
+        )
+    return found
+
+
+def modules(model: nn.Module, pattern: re.Pattern[str], found: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that were found, and the innermost ones that are called so and hold nothing that was found."""
+    looks = {n for n, m in model.named_modules() if n and pattern.search(type(m).__name__) and weights_of(m)} | found
+    for name in sorted(looks):
+        inner = any(other.startswith(f"{name}.") for other in looks - {name})
+        outer = any(name.startswith(f"{other}.") for other in found - {name})
+        if name in found or not (inner or outer):
+            yield name, model.get_submodule(name)
+
+
+def weights_of(module: nn.Module) -> int:
+    """Parameters of the linear layers and 1x1 convolutions inside."""
+    total = 0
+    for one in module.modules():
+        pointwise = isinstance(one, nn.Conv2d) and one.kernel_size == (1, 1) and one.groups == 1
+        if isinstance(one, nn.Linear) or pointwise:
+            total += sum(p.numel() for p in one.parameters(recurse=False))
+    return total
+
+
+def disturbed(model: nn.Module) -> nn.Module:
+    """With every parameter away from zero."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() and parameter.is_floating_point():
+                noise = torch.randn(parameter.shape, dtype=parameter.dtype)
+                parameter.add_(noise * (0.1 * parameter.square().mean().sqrt() + 0.02))
+    return model
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All floating-point tensors of an output."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() and value.numel() else []
+    inner: Iterable[Any] = (
+        value.values() if hasattr(value, "values") else value if isinstance(value, (tuple, list)) else ()
+    )
+    return [tensor for one in inner for tensor in tensors(one)]
+
+
+def run(source: str, family: str, limit: float) -> list[dict[str, Any]]:
+    """The rows of one family, from a process of its own; a crash or too long a run is the last of them."""
+    command = [sys.executable, __file__, "--one", f"{source}:{family}"]
+    rows, said, process = [], "", None
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        out, said = process.stdout, process.stderr
+    except subprocess.TimeoutExpired as stopped:
+        out = (stopped.stdout or b"").decode()
+    rows = [json.loads(line) for line in out.splitlines() if line.startswith("{") and line.endswith("}")]
+    if process is None or process.returncode:
+        why = f"not done after {limit:.0f} s" if process is None else (said.strip().splitlines() or ["crashed"])[-1]
+        rows.append({"names": [], "error": why[:300], "seconds": limit})
+    return rows
+
+
+def share(rows: list[dict[str, Any]], kind: str, key: str, of: str) -> str:
+    """In percent, every name counted once."""
+    part = whole = 0.0
+    for row in rows:
+        if row.get(kind, {}).get(of):
+            part += len(row["names"]) * min(1.0, row[kind][key] / row[kind][of])
+            whole += len(row["names"])
+    return f"{100 * part / whole:.0f}" if whole else "-"
+
+
+def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
+    """All families in Markdown."""
+    lines = [
+        "<!-- Made by benchmarks/coverage.py; do not edit. -->", "", "# What can be reduced", "",
+        "Every structure was built small, its weights disturbed, and compressed at full rank in float64. *Models* "
+        "counts names, *structures* what was built. VO, QK and FFN: share of the attention modules and FFNs that have "
+        "them, in percent; *params*: share of the parameters of attention and FFNs. *Difference*: the largest of the "
+        "outputs at full rank, relative to the largest output.", "",
+    ]  # fmt: skip
+    for source, families in results.items():
+        lines += [f"## {source}", ""]
+        lines += ["| family | models | structures | VO | QK | FFN | attn params | FFN params | difference |"]
+        lines += ["|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
+        for family, rows in sorted(families.items()):
+            names = sum(len(row["names"]) for row in rows)
+            if not names:
+                continue
+            worst = max((row["difference"] for row in rows if "difference" in row), default=None)
+            cells = [
+                share(rows, "attention", "vo", "modules"), share(rows, "attention", "qk", "modules"),
+                share(rows, "ffn", "vo", "modules"), share(rows, "attention", "reduced", "params"),
+                share(rows, "ffn", "reduced", "params"), "-" if worst is None else f"{worst:.0e}",
+            ]  # fmt: skip
+            lines.append(f"| {family} | {names} | {len(rows)} | {' | '.join(cells)} |")
+        lines += ["", "What stays dense, and why:", ""]
+        for family, rows in sorted(families.items()):
+            said: Counter[tuple[str, str]] = Counter()
+            for row in rows:
+                said.update({(cls, plain(why)): len(row["names"]) for cls, why, _ in row.get("reasons", []) if why})
+                if "error" in row:
+                    said["(not run)", row["error"]] += len(row["names"])
+            lines += [f"* {family}: `{cls}` {why}" for (cls, why), _ in said.most_common(4) if "not a layer" not in why]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plain(reason: str) -> str:
+    """A reason without its figures."""
+    return re.sub(r" \(difference [^)]*\)", "", reason)
+
+
+def main() -> None:
+    p = parser(__doc__)
+    p.set_defaults(json=RESULTS)
+    p.add_argument("--sources", nargs="+", default=SOURCES, choices=SOURCES)
+    p.add_argument("--families", nargs="+", help="only these")
+    p.add_argument("--again", action="store_true", help="run families whose figures are there, too")
+    p.add_argument("--limit", type=float, default=300, help="seconds per family")
+    p.add_argument("--table", type=Path, default=TABLE)
+    p.add_argument("--one", help="SOURCE:FAMILY: print its rows, in this process")
+    args = p.parse_args()
+    if args.one:
+        name, _, family = args.one.partition(":")
+        source: Any = importlib.import_module(f"coverage_{name}")
+        for case in source.cases(family):
+            print(json.dumps(measure(case, source.NOT_SOFTMAX)), flush=True)
+        return
+    results = json.loads(args.json.read_text()) if args.json.exists() else {}
+    for name in args.sources:
+        done = results.setdefault(name, {})
+        for family in importlib.import_module(f"coverage_{name}").families():
+            if (args.families and family not in args.families) or (family in done and not args.again):
+                continue
+            start = time.perf_counter()
+            done[family] = run(name, family, args.limit)
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
+            shares = [
+                f"{part} {share(done[family], kind, key, 'modules'):>3}"
+                for part, kind, key in (("VO", "attention", "vo"), ("QK", "attention", "qk"), ("FFN", "ffn", "vo"))
+            ]
+            models, seconds = sum(len(row["names"]) for row in done[family]), time.perf_counter() - start
+            print(f"{name:>12} {family:<26} {models:>4} models, {', '.join(shares)}, {seconds:.0f} s", flush=True)
+    args.table.write_text(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""timm's models with attention, for ``coverage.py``."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from coverage import Case
+
+#: Classes that are called attention and have no softmax over scores of queries and keys.
+NOT_SOFTMAX: dict[str, str] = {}
+
+#: Arguments that make a model small, tried in turn; the first that leaves its classes as they are is taken.
+_SMALL: list[dict[str, Any]] = [
+    {"depth": 2, "embed_dim": 96, "num_heads": 3, "img_size": 64},
+    {"depth": 2, "embed_dim": 96, "num_heads": 3},
+    {"depth": 2, "img_size": 64},
+    {"depth": 2},
+]
+
+#: The modules of timm that define models with attention; the others were built once to see that they have none.
+_FAMILIES = [
+    "beit", "byoanet", "byobnet", "cait", "coat", "cpubone", "crossvit", "csatv2", "davit", "deepseek_vit", "deit",
+    "edgenext", "efficientformer", "efficientformer_v2", "efficientvit_msra", "eva", "fastvit", "gcvit",
+    "gemma4_vit", "hiera", "hieradet_sam2", "levit", "lowformer", "maxxvit", "metaformer", "mobilenetv3",
+    "mobilenetv5", "mobilevit", "mvitv2", "naflexvit", "nest", "nextvit", "pit", "pvt_v2", "qwen3_vit", "resnest",
+    "sknet", "swiftformer", "swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr", "tiny_vit", "tnt",
+    "twins", "visformer", "vision_transformer", "vision_transformer_hybrid", "vision_transformer_relpos",
+    "vision_transformer_sam", "vitamin", "volo", "xcit",
+]  # fmt: skip
+
+
+def families() -> list[str]:
+    """The modules of timm that define models with attention."""
+    return _FAMILIES
+
+
+def cases(family: str) -> Iterator[Case]:
+    """Small models first."""
+    groups: dict[Any, list[tuple[int, str]]] = {}
+    for name in timm.list_models(module=family):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = timm.create_model(name)
+        if not any(re.search("ttn|ttention", type(module).__name__) for module in model.modules()):
+            continue
+        count = sum(parameter.numel() for parameter in model.parameters())
+        groups.setdefault(signature(model), []).append((count, name))
+    for members in sorted(groups.values(), key=min):
+        _, smallest = min(members)
+        yield Case([name for _, name in sorted(members)], lambda name=smallest: build(name))  # type: ignore[misc]
+
+
+def signature(model: nn.Module) -> Any:
+    """The classes of a model, with the parts, parameters and flags of each."""
+    return frozenset(
+        (
+            type(module).__qualname__,
+            tuple(key for key, child in module._modules.items() if child is not None and not key.isdigit()),
+            tuple(key for key, one in module._parameters.items() if one is not None),
+            tuple((key, one) for key, one in vars(module).items() if type(one) is bool and key != "training"),
+        )
+        for module in model.modules()
+    )
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    """As small as its arguments allow, and with no more than two equal blocks one after the other."""
+    with torch.device("meta"):
+        classes = _classes(timm.create_model(name))
+    made = None
+    for arguments in [*_SMALL, {}]:
+        with contextlib.suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with torch.device("meta"):
+                fits = _classes(timm.create_model(name, **arguments)) == classes
+            if fits:
+                made = timm.create_model(name, num_classes=11, **arguments)
+                break
+    assert made is not None
+    size = arguments.get("img_size") or made.pretrained_cfg["input_size"][-1]
+    images = torch.randn(2, 3, size, size)
+    made.pretrained_cfg["input_size"] = (3, size, size)
+    return shortened(made, images), images
+
+
+def shortened(model: nn.Module, images: Tensor) -> nn.Module:
+    """Without the third and later of equal blocks, where the model runs so."""
+    before = {name: dict(module._modules) for name, module in model.named_modules()}
+    for module in list(model.modules()):
+        if isinstance(module, (nn.Sequential, nn.ModuleList)):
+            seen: dict[Any, int] = {}
+            for key, child in list(module._modules.items()):
+                kind = tuple(tuple(p.shape) for p in child.parameters()) if child is not None else ()
+                seen[kind] = seen.get(kind, 0) + bool(kind)
+                if seen[kind] > 2:
+                    del module._modules[key]
+    try:
+        with torch.no_grad():
+            model.eval()(images)
+    except Exception:
+        for name, module in model.named_modules():
+            module._modules.update(before.get(name, {}))
+    return model
+
+
+def _classes(model: nn.Module) -> set[str]:
+    return {type(module).__qualname__ for module in model.modules()}
