@@ -81,7 +81,7 @@ class KeptForward:
             [wide[role] for role in one.roles],
             one.by_head,
             linear.bias is not None,
-            [placed and role != "value" for role in one.roles],
+            placed and one.roles != ("value",),
             **like(linear),
         )
 
@@ -107,7 +107,8 @@ class KeptForward:
             if bias is not None and made.linear.bias is not None:
                 made.linear.bias = as_parameter(bias, original.weight)
             if made.places is not None and places is not None:
-                made.places = self._places(one, places).to(original.weight.device)
+                made.place([self._components(role, made.narrow[i], places) for i, role in enumerate(one.roles)])
+                made.to(original.weight.device)
         out: Any = small.get_submodule(str(self.stream.output))
         if isinstance(out, HeadOutput):
             original = self.running.get_submodule(str(self.stream.output))
@@ -120,10 +121,11 @@ class KeptForward:
         made = small.get_submodule(self.stream.query)
         return made.wide[0] if isinstance(made, HeadProjection) else self.heads.width
 
-    def _places(self, one: Input, places: Tensor) -> Tensor:
-        """Of the roles that this linear layer holds, from those (H + G, r) of all queries and keys."""
-        of = {"query": places[: self.heads.num], "key": places[self.heads.num :]}
-        return torch.cat([of[role].flatten() for role in one.roles if role in of])
+    def _components(self, role: Role, narrow: int, places: Tensor) -> Tensor:
+        """(heads, narrow): which components of a full head are kept, from those (H + G, r) of all queries and keys."""
+        if role == "value":
+            return torch.arange(narrow, device=places.device).expand(self.heads.groups, -1)
+        return places[: self.heads.num] if role == "query" else places[self.heads.num :]
 
 
 def _scaled(weights: HeadWeights, by: float) -> HeadWeights:

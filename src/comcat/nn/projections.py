@@ -26,8 +26,8 @@ class HeadProjection(nn.Module):
         in_features: D; heads: how many heads each role has; narrow: widths that are computed; wide: widths that are put
             out, zeros behind.
         by_head: the output holds all roles of head 0, then all of head 1, and so on; else one role after the other.
-        placed: for the first role(s), how many have rows (of all their heads) whose components go to places of their
-            own (``places``, a buffer) instead of to the front; the others' are padded.
+        placed: the components go to places of their own instead of to the front of their head: ``places`` (a buffer)
+            holds, for every output, the row that it shows, or the number of rows for zero.
     """
 
     places: Tensor | None
@@ -40,7 +40,7 @@ class HeadProjection(nn.Module):
         wide: Sequence[int],
         by_head: bool = False,
         bias: bool = True,
-        placed: Sequence[bool] | None = None,
+        placed: bool = False,
         pointwise: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -48,13 +48,12 @@ class HeadProjection(nn.Module):
         super().__init__()
         self.heads, self.narrow, self.wide = tuple(heads), tuple(narrow), tuple(wide)
         self.by_head = by_head
-        self.placed = tuple(placed or [False] * len(self.heads))
         rows = sum(h * r for h, r in zip(self.heads, self.narrow, strict=True))
         self.linear = plain_linear(in_features, rows, bias, pointwise, device, dtype)
         self.register_buffer("places", None)
-        if any(self.placed):
-            count = sum(h * r for h, r, p in zip(self.heads, self.narrow, self.placed, strict=True) if p)
-            self.register_buffer("places", torch.zeros(count, dtype=torch.int64, device=device))
+        if placed:
+            zeros = torch.zeros(self.out_features, dtype=torch.int64, device=device)
+            self.register_buffer("places", zeros)
 
     @property
     def in_features(self) -> int:
@@ -69,9 +68,12 @@ class HeadProjection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., sum of heads times wide); (B, D, H, W) for a 1x1 convolution."""
         rows = self.linear(x)
-        if self.narrow == self.wide and self.places is None:
-            return rows
         axis = 1 if isinstance(self.linear, nn.Conv2d) else -1
+        if self.places is not None:
+            padding = (0, 1) if axis == -1 else (0, 0, 0, 0, 0, 1)
+            return F.pad(rows, padding).index_select(axis, self.places)
+        if self.narrow == self.wide:
+            return rows
         if axis == 1:
             rows = rows.movedim(1, -1)
         if self.by_head:
@@ -79,25 +81,25 @@ class HeadProjection(nn.Module):
         else:
             sizes = [h * r for h, r in zip(self.heads, self.narrow, strict=True)]
             parts = tuple(p.unflatten(-1, (h, -1)) for p, h in zip(rows.split(sizes, -1), self.heads, strict=True))
-        out = self._widened(parts)
+        out = [F.pad(p, (0, w - r)) if w > r else p for p, r, w in zip(parts, self.narrow, self.wide, strict=True)]
         joined = torch.cat(out, -1).flatten(-2) if self.by_head else torch.cat([p.flatten(-2) for p in out], -1)
         return joined.movedim(-1, 1) if axis == 1 else joined
 
-    def _widened(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """(..., heads, narrow) each, to (..., heads, wide)."""
-        out, start = [], 0
-        for part, heads, narrow, wide, placed in zip(
-            parts, self.heads, self.narrow, self.wide, self.placed, strict=True
-        ):
-            if placed:
-                assert self.places is not None
-                index = self.places[start : start + heads * narrow].view(heads, narrow)
-                start += heads * narrow
-                zeros = part.new_zeros(*part.shape[:-1], wide)
-                out.append(zeros.scatter(-1, index.expand_as(part), part))
-            else:
-                out.append(F.pad(part, (0, wide - narrow)) if wide > narrow else part)
-        return out
+    def place(self, components: Sequence[Tensor]) -> None:
+        """Set ``places``: for every role the components (heads, narrow) of a wide head that the narrow ones are."""
+        rows = sum(h * r for h, r in zip(self.heads, self.narrow, strict=True))
+        shown = []
+        numbers = torch.arange(rows, device=components[0].device)
+        if self.by_head:
+            by_role = numbers.view(self.heads[0], -1).split(self.narrow, -1)
+        else:
+            sizes = [h * r for h, r in zip(self.heads, self.narrow, strict=True)]
+            by_role = tuple(n.view(h, -1) for n, h in zip(numbers.split(sizes), self.heads, strict=True))
+        for own, at, heads, wide in zip(by_role, components, self.heads, self.wide, strict=True):
+            empty = torch.full((heads, wide), rows, device=own.device)
+            shown.append(empty.scatter(1, at, own))
+        places = torch.cat(shown, -1).flatten() if self.by_head else torch.cat([one.flatten() for one in shown])
+        self.places = places
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, narrow={self.narrow}, wide={self.wide}"
