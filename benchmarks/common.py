@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import platform
@@ -12,6 +13,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from timm.layers import LayerNorm
+from timm.models.eva import Eva
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -27,10 +31,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return p
 
 
-def teacher(shared: Path) -> nn.Module:
-    """The ViT trained on CIFAR-10 (see the README beside the checkpoint)."""
-    args = json.loads((shared / "teachers/vit_cifar10.json").read_text())["timm"]
-    return comcat.load_model(args["name"], shared / "teachers/vit_cifar10.safetensors", args["args"]).eval()
+def teacher(shared: Path, name: str = "vit_cifar10") -> nn.Module:
+    """A ViT trained on CIFAR-10 (see the README beside the checkpoints), in float32."""
+    made, weights = json.loads((shared / f"teachers/{name}.json").read_text()), shared / f"teachers/{name}.safetensors"
+    if "timm" in made:
+        return comcat.load_model(made["timm"]["name"], weights, made["timm"]["args"]).eval()
+    model = Eva(**made["args"], norm_layer=functools.partial(LayerNorm, eps=1e-5))
+    model.load_state_dict(load_file(weights))
+    return model.eval()
 
 
 def cifar10(shared: Path, split: str, limit: int | None = None) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,8 @@
 Per attention layer: moments of queries and of keys (centred over the keys that a query sees: image, or window in
 Swin) per head, and the covariance of the concatenated head outputs. Per linear layer: mean and covariance of the
 input. Memory is O(d^2) per head and O(D^2) per linear layer, whatever the number of images; a bounded random sample
-of the images themselves is kept for probing. Optionally second moments of the output gradients (true Fisher:
-labels sampled from the model's own prediction).
+of the images themselves is kept for probing, and some more, which the statistics do not see, to judge plans by.
+Optionally second moments of the output gradients (true Fisher: labels sampled from the model's own prediction).
 """
 
 from __future__ import annotations
@@ -46,6 +46,32 @@ class Reservoir:
                     self.items[place] = item.cpu().clone()
 
 
+class HeldOut:
+    """Images that are kept from the statistics: of those after the first 256 every fourth, up to ``size``."""
+
+    FIRST, EVERY = 256, 4
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.items: list[Tensor] = []
+        self.seen = 0
+
+    def take(self, batch: Tensor) -> Tensor:
+        """Keep some images of a batch; what is left of it is for the statistics."""
+        places = [
+            place
+            for place in range(max(self.FIRST - self.seen, 0), len(batch))
+            if (self.seen + place - self.FIRST) % self.EVERY == 0
+        ][: self.size - len(self.items)]
+        self.seen += len(batch)
+        if not places:
+            return batch
+        self.items += [batch[place].cpu().clone() for place in places]
+        rest = torch.ones(len(batch), dtype=torch.bool, device=batch.device)
+        rest[places] = False
+        return batch[rest]
+
+
 def calibrate(
     model: nn.Module | Prepared,
     batches: Iterable[Any],
@@ -55,6 +81,7 @@ def calibrate(
     seed: int = 0,
     progress: Progress | None = None,
     outputs: str | None = None,
+    held_out: int | None = None,
 ) -> Calibration:
     """Collect the statistics from which any number of plans and compressed models can be made.
 
@@ -70,6 +97,8 @@ def calibrate(
         progress: called as ``progress("calibrate", batches done, batches in all or None)``.
         outputs: what the model returns, one of :data:`comcat.evaluation.outputs.KINDS`; by default inferred from it,
             which cannot tell ``labels`` (several of which may apply) or several ``values`` from ``classes``.
+        held_out: how many images at most to keep from the statistics, of those after the first 256 every fourth;
+            plans are compared on them (method ``auto``). Default half of ``probe_images``.
 
     Raises:
         CalibrationError: no images, images of differing sizes, or non-finite images or activations.
@@ -77,14 +106,16 @@ def calibrate(
     """
     ready = prepared(model)
     with exclusive(ready.model), torch.inference_mode(False):
-        return _calibrate(ready, batches, fisher, probe_images, seed, progress, outputs)
+        held = HeldOut(probe_images // 2 if held_out is None else held_out)
+        return _calibrate(ready, batches, fisher, Reservoir(probe_images, seed), held, seed, progress, outputs)
 
 
 def _calibrate(
     ready: Prepared,
     batches: Iterable[Any],
     fisher: bool,
-    probe_images: int,
+    sample: Reservoir,
+    held: HeldOut,
     seed: int,
     progress: Progress | None,
     kind: str | None,
@@ -94,13 +125,15 @@ def _calibrate(
     parameter = next(model.parameters())
     outputs = Outputs(model, kind)
     draw = Draw(outputs, torch.Generator(device=parameter.device).manual_seed(seed))
-    sample = Reservoir(probe_images, seed)
     total = len(batches) if isinstance(batches, Sized) else None
     size: tuple[int, ...] | None = None
     with frozen(model), recording(model, recorders), torch.set_grad_enabled(fisher), exact(parameter.device):
         for done, batch in enumerate(batches):
             images = _images(batch, done, size)
             size = tuple(images.shape[1:])
+            images = held.take(images)
+            if not len(images):  # batches of a single image
+                continue
             sample.add(images)
             for recorder in recorders:
                 recorder.images, recorder.counting = len(images), done == 0
@@ -119,7 +152,8 @@ def _calibrate(
         moments={recorder.layer.name: recorder.result(sample.seen) for recorder in recorders},
         shapes=shapes,
         images=torch.stack(sample.items) if sample.items else torch.empty(0, *size),
-        num_images=sample.seen,
+        num_images=held.seen,
+        held_out=torch.stack(held.items) if held.items else None,
         input_size=size,
         fisher=fisher,
         outputs=outputs.kind,

@@ -28,6 +28,7 @@ from .fingerprint import BUCKETS, Distance, Fingerprint, distance, fingerprint
 FORMAT = 1
 _SEPARATOR = "::"
 _WEIGHTS = "comcat.weights"
+_HELD_OUT = "comcat.held_out"
 #: Distances of weights (:mod:`comcat.calibration.fingerprint`) up to which they count as the same, and as a near
 #: relative.
 SAME, NEAR = 1e-5, 0.1
@@ -65,7 +66,8 @@ class Calibration:
     ``moments[site][name]`` are float64 tensors on the CPU; :mod:`comcat.layers.factors` documents the names.
     ``probes`` caches measured sensitivities, so that a second plan from the same calibration costs nothing.
     ``outputs`` is the kind of the model's outputs (:data:`comcat.evaluation.outputs.KINDS`) and ``weights`` the
-    fingerprint of its weights; both are None in files of earlier versions.
+    fingerprint of its weights; both are None in files of earlier versions. ``held_out`` are images, counted in
+    ``num_images``, that the statistics have not seen; None where there are none.
     """
 
     moments: dict[str, dict[str, Tensor]]
@@ -77,6 +79,7 @@ class Calibration:
     probes: dict[str, Any] = field(default_factory=dict)
     outputs: str | None = None
     weights: Fingerprint | None = None
+    held_out: Tensor | None = None  # (n, C, H, W)
 
     def __repr__(self) -> str:
         size = by(self.input_size)
@@ -149,6 +152,8 @@ class Calibration:
         tensors = {f"{site}{_SEPARATOR}{name}": t for site, ms in self.moments.items() for name, t in ms.items()}
         tensors |= {f"{_WEIGHTS}{_SEPARATOR}{name}": t for name, t in (self.weights or {}).items()}
         tensors["images"] = self.images
+        if self.held_out is not None:
+            tensors[_HELD_OUT] = self.held_out
         meta = {
             "format": FORMAT,
             "shapes": self.shapes,
@@ -182,11 +187,12 @@ class Calibration:
         if recorded not in (None, _digest(meta, tensors)):
             raise CalibrationError(f"{name} is damaged: it does not match its checksum; calibrate again")
         known = validated(_Metadata, meta, name, CalibrationError)
-        images = tensors.pop("images")
-        if images.dim() != 4 or tuple(images.shape[1:]) != known["input_size"]:
-            raise CalibrationError(
-                f"{name} is damaged: its images have shape {tuple(images.shape)}, not (n, *{known['input_size']})"
-            )
+        images, held_out = tensors.pop("images"), tensors.pop(_HELD_OUT, None)
+        for some in (images, held_out):
+            if some is not None and (some.dim() != 4 or tuple(some.shape[1:]) != known["input_size"]):
+                raise CalibrationError(
+                    f"{name} is damaged: its images have shape {tuple(some.shape)}, not (n, *{known['input_size']})"
+                )
         moments: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             site, _, part = key.partition(_SEPARATOR)
@@ -197,7 +203,7 @@ class Calibration:
             kind is not None and kind not in KINDS
         ):
             raise CalibrationError(f"{name} is damaged: its weights or outputs; calibrate again")
-        return cls(moments=moments, images=images, weights=weights, **known)
+        return cls(moments=moments, images=images, weights=weights, held_out=held_out, **known)
 
     def to(self, device: torch.device | str) -> Calibration:
         """A copy with the moments on ``device``, if that has float64; image sample and probe cache are shared."""

@@ -57,8 +57,9 @@ def compress(
     method: Annotated[
         str | None,
         opt.Option(
-            metavar="spectrum|probe|uniform|search",
-            help="How ranks are chosen; spectrum with output gradients, else probe; uniform without images.",
+            metavar="auto|spectrum|probe|uniform|search",
+            help="How ranks are chosen; auto compares the three on images kept from the calibration, where it has "
+            "more than 256.",
             rich_help_panel=HOW,
         ),
     ] = None,
@@ -108,7 +109,7 @@ def compress(
         bool | None,
         opt.Option(
             "--fisher/--no-fisher",
-            help="Weigh errors by output gradients (one backward pass); on for models with a classifier.",
+            help="Weigh errors by output gradients (one backward pass); on.",
             show_default=False,
             rich_help_panel=HOW,
         ),
@@ -191,9 +192,9 @@ def compress(
     args = parse_model_args(model_arg)
     if data is None and not data_free and not (calibration_file and calibration_file.is_file()):
         raise typer.BadParameter("give --data DATA to calibrate on, or --data-free", param_hint="--data")
-    if data_free and (calibration_file or fisher or calibration_images or method in ("probe", "search")):
+    if data_free and (calibration_file or fisher or calibration_images or method in ("auto", "probe", "search")):
         raise typer.BadParameter(
-            "goes without --calibration, --calibration-images, --fisher and the methods probe and search",
+            "goes without --calibration, --calibration-images, --fisher and the methods auto, probe and search",
             param_hint="--data-free",
         )
     screen = Screen(json_output)

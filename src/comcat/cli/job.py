@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import timings
 from .console import Screen
-from .inputs import Reading, count_classes, report_skipped
+from .inputs import Reading, report_skipped
 
 if TYPE_CHECKING:
     import torch
@@ -210,9 +210,8 @@ class Job:
         self._save_calibration()
 
     def _fisher(self) -> bool:
-        """Gradients of a prediction need one: by default on wherever there is a classifier."""
-        asked = self.settings.fisher
-        return bool(count_classes(self.model)) if asked is None else asked
+        """By default on: features too have gradients, those of a squared error."""
+        return self.settings.fisher is not False
 
     def _save_calibration(self) -> None:
         if self.settings.calibration_file is not None and self.calibration is not None:
@@ -220,6 +219,8 @@ class Job:
 
     def _make_plan(self) -> Plan:
         import comcat
+
+        from ..planning.choice import comparison
 
         assert self.budget is not None
         if self.settings.search is not None:
@@ -237,6 +238,8 @@ class Job:
         )
         if self.calibration is not None and json.dumps(self.calibration.probes) != known:
             self._save_calibration()  # with what was probed, which took longest
+        if line := comparison(plan):
+            self.screen.note(line)
         return plan
 
     def _learn_plan(self, search: Search, budget: Budget) -> Plan:

@@ -6,12 +6,14 @@
   relative to each part's own energy (raw energies of different layers and parts do not compare).
 * ``probe``: the measured divergence when one part of one layer is cut to a few levels, interpolated along the part's
   energy.
+* ``auto``: the plan of these three whose model stays closest to the dense one on held-out images
+  (:mod:`comcat.planning.choice`).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import Tensor, nn
@@ -25,13 +27,14 @@ from ..prepared import Prepared, prepared
 from ..progress import Progress
 from ..wording import some
 from .allocate import Options, allocate, layer_options, out_of_reach
+from .choice import best_plan
 from .curves import Curve, probed_curve, spectrum_curve, uniform_curve
 from .latency import LatencyTable
 from .plan import Budget, Plan
 from .probe import Prober, probe_images, probe_key
 from .units import UNITS, Unit, unit_of, units_with
 
-METHODS = ("uniform", "spectrum", "probe")
+METHODS = ("uniform", "spectrum", "probe", "auto")
 #: Forms of the FFN: the better one for each layer, or one for all.
 FFN_FORMS = ("auto", "low-rank", "neurons")
 #: A divergence up to this is rounding.
@@ -58,8 +61,9 @@ def plan(
         model: the dense model, or what :func:`comcat.prepare` made of it; it is not changed.
         budget: fraction or number of parameters, MACs or nanoseconds, met from below within 0.5 %.
         calibration: statistics of this model; without them only weights are looked at.
-        method: one of :data:`METHODS`; default ``"spectrum"`` with a calibration that has output gradients, else
-            ``"probe"`` where it has images, ``"uniform"`` without a calibration.
+        method: one of :data:`METHODS`; default ``"auto"`` with a calibration that has held-out images (calibrated on
+            more than 256), else ``"spectrum"`` where it has output gradients, ``"probe"`` where it has images,
+            ``"uniform"`` without a calibration.
         parts: which of ``qk``, ``vo``, ``ffn``, ``head`` may be reduced.
         rank_multiple: every width is a multiple of this; default 8, which suits tensor cores and SIMD, for a latency
             budget, else 1. Times between the widths of the latency table are interpolated, and widths off a multiple of
@@ -74,7 +78,7 @@ def plan(
     Raises:
         BudgetError: out of reach (the smallest reachable figure is named), already met by the dense model, or of
             latency without a table.
-        PlanError: unknown method or part, or ``"probe"`` without calibration images.
+        PlanError: unknown method or part, or ``"probe"`` or ``"auto"`` without calibration images.
         CalibrationError: the calibration or the latency table belongs to another model.
     """
     method = method or default_method(calibration)
@@ -82,11 +86,24 @@ def plan(
         raise PlanError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
     if method == "probe" and (calibration is None or not len(calibration.images)):
         raise PlanError("method 'probe' measures on images: give a calibration made with probe_images > 0")
+    held_out = calibration.held_out if calibration is not None else None
+    if method == "auto" and held_out is None:
+        raise PlanError(
+            "method 'auto' compares plans on images that the statistics have not seen, and the calibration has none: "
+            "calibrate on more than 256 images with held_out > 0, or choose another method"
+        )
     multiple = default_multiple(budget) if rank_multiple is None else rank_multiple
     ready = prepared(model)
     dense = ready.model
+
+    def planner(method: str) -> Planner:
+        return Planner(ready, budget, calibration, method, parts, multiple, input_size, progress, latency, ffn)
+
     with exclusive(dense), exact(next(dense.parameters()).device), still(dense):
-        return Planner(ready, budget, calibration, method, parts, multiple, input_size, progress, latency, ffn).plan()
+        if method == "auto" and held_out is not None:
+            probe = ("probe",) if calibration is not None and len(calibration.images) else ()
+            return best_plan([planner(name) for name in ("uniform", "spectrum", *probe)], held_out)
+        return planner(method).plan()
 
 
 def default_multiple(budget: Budget) -> int:
@@ -95,9 +112,11 @@ def default_multiple(budget: Budget) -> int:
 
 
 def default_method(calibration: Calibration | None) -> str:
-    """In units of the loss, spectra choose as well as probes, in a fraction of the time."""
+    """A measured choice where there are images for it; else what has been best on the whole."""
     if calibration is None:
         return "uniform"
+    if calibration.held_out is not None:
+        return "auto"
     return "spectrum" if calibration.fisher else "probe" if len(calibration.images) else "uniform"
 
 
@@ -262,13 +281,37 @@ class Planner:
             prober.record(self.inventory)
             curves = self._measure(prober, len(images))
             choices, loss = self.solve(curves)
-            swaps = [self.factors[name].build(choice) for name, choice in choices.items()]
-            divergence = prober.measure_all({name: module for new in swaps for name, module in new.items()})
+            divergence = prober.measure_all(self.modules(choices))
         return self.as_plan((choices, loss), divergence=divergence)
+
+    def modules(self, choices: Mapping[str, Choice]) -> dict[str, nn.Module]:
+        """The small modules of these choices, by name."""
+        return {
+            name: module
+            for layer, choice in choices.items()
+            for name, module in self.factors[layer].build(choice).items()
+        }
+
+    def probing_macs(self) -> float:
+        """About what probing costs that is yet to be measured; replayed blocks halve it."""
+        assert self.calibration is not None
+        images = len(probe_images(self.calibration, self.dense["macs"]))
+        known = [found for key, found in self.calibration.probes.items() if key.partition(",")[0] == f"n={images}"]
+        new = [one for one in self._work() if not any(probe_key(*one) in found for found in known)]
+        return len(new) * images * self.dense["macs"] / 2
 
     def prober(self, images: Tensor) -> Prober:
         """Of the dense model; outputs as in the calibration."""
         return Prober(self.model, images, self.calibration.outputs if self.calibration is not None else None)
+
+    def _work(self) -> list[tuple[Layer, str, int]]:
+        """What probing measures: layers, their parts, and widths."""
+        return [
+            (layer, part, width)
+            for layer in self.inventory.layers
+            for part in self._parts(layer)
+            for width in layer.widths(part, layer.levels[part])
+        ]
 
     def _measure(self, prober: Prober, images: int) -> Curves:
         """One curve per part from a few measured levels; what the calibration already knows is not measured again."""
@@ -277,12 +320,7 @@ class Planner:
         if self.calibration.distance(self.model, self.inventory).relative <= SAME:  # they are probes of this model
             kind = "" if prober.outputs.per_class else f",{prober.outputs.kind}"
             known = self.calibration.probes.setdefault(f"n={images}{kind}", {})
-        work = [
-            (layer, part, width)
-            for layer in self.inventory.layers
-            for part in self._parts(layer)
-            for width in layer.widths(part, layer.levels[part])
-        ]
+        work = self._work()
         measured: dict[tuple[str, str], dict[int, float]] = {}
         for done, (layer, part, width) in enumerate(work):
             key = probe_key(layer, part, width)

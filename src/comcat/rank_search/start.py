@@ -8,7 +8,7 @@ from torch import nn
 
 from ..calibration.statistics import Calibration
 from ..layers.base import PARTS
-from ..models.modes import evaluating
+from ..planning.choice import divergences
 from ..planning.latency import LatencyTable
 from ..planning.plan import Budget, Plan
 from ..planning.planner import Planner, default_method, default_multiple, plan
@@ -29,26 +29,20 @@ def best_training_free(
     ffn: str = "auto",
     progress: Progress | None = None,
 ) -> Plan:
-    """The plan of the default method or of ``probe``, whichever diverges less from the dense model.
+    """The plan of method ``auto``; without held-out images that of the default method or of ``probe``.
 
-    The divergence is measured on the calibration's probe images; without any, the default method decides.
+    Of these it is the one that diverges less from the dense model on the calibration's probe images; without any, the
+    default method decides.
     """
     rest = (parts, rank_multiple, input_size, progress, latency, ffn)
     default = default_method(calibration)
     ready = prepared(model)
     first = plan(ready, budget, calibration, default, *rest)
-    if default == "probe" or not len(calibration.images):
+    if default in ("auto", "probe") or not len(calibration.images):
         return first
     probed = plan(ready, budget, calibration, "probe", *rest)
     multiple = default_multiple(budget) if rank_multiple is None else rank_multiple
     planner = Planner(ready, budget, calibration, default, parts, multiple, input_size, None, latency)
-    modules = {
-        name: module
-        for layer, choice in first.layers.items()
-        for name, module in planner.factors[layer].build(choice).items()
-    }
-    with evaluating(ready.model):
-        prober = planner.prober(probe_images(calibration, planner.dense["macs"]))
-        divergence = prober.measure_all(modules)
+    [divergence] = divergences(planner, [first], probe_images(calibration, planner.dense["macs"]))
     first.estimate["divergence"] = divergence
     return first if divergence <= probed.estimate["divergence"] else probed
