@@ -24,7 +24,7 @@ from common import accuracy, cifar10, parser, spread, write
 
 KEPT = (0.7, 0.5, 0.4, 0.3)
 SEEDS = (0, 1, 2)
-PARTS = {"VO and FFN": ("vo", "ffn", "head"), "pairs, VO and FFN": ("qk", "vo", "ffn", "head")}
+PARTS = {"VO and FFN": ("vo", "ffn", "head"), "pairs, VO and FFN": ("pairs", "vo", "ffn", "head")}
 METHODS = {
     "uniform": (False, "uniform"),
     "spectrum, loss-aware": (True, "spectrum"),

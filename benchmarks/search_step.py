@@ -66,10 +66,8 @@ class TextbookAttention(nn.Module):
             torch.cat([weight.detach(), bias.detach()[..., None]], -1)  # (H, d, D + 1)
             for weight, bias in ((gates.query, gates.query_bias), (gates.value, gates.value_bias))
         )
-        key, output = gates.key.detach(), gates.output.weight.detach().unflatten(0, (d, H)).transpose(0, 1)  # (H, d, out)
-            gates.key.detach(),
-            gates.output.weight.detach().unflatten(0, (d, H)).transpose(0, 1),
-        )  # (H, d, D_out)
+        key = gates.key.detach()
+        output = gates.output.weight.detach().unflatten(0, (d, H)).transpose(0, 1)  # (H, d, D_out)
         self.qk = Candidates(torch.stack([query[:, :r].mT @ key[:, :r] for r in widths[0]]), outputs)
         self.vo = Candidates(torch.stack([value[:, :r].mT @ output[:, :r] for r in widths[1]]), outputs)
         # What a candidate drops of the value bias is in its output bias.

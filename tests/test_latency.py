@@ -12,7 +12,7 @@ from torch import nn
 import comcat
 from comcat.errors import BudgetError, CalibrationError, ModelError
 from comcat.hosts import find_layers
-from comcat.layers.base import PARTS
+from comcat.layers.base import USUAL_PARTS
 from comcat.models.profile import layer_shapes
 from comcat.planning import timing
 from comcat.planning.allocate import TOLERANCE
@@ -182,7 +182,9 @@ def test_a_width_slower_than_a_wider_one_is_not_chosen(host: nn.Module, table: c
 
 
 def test_prices_and_options_agree(host: nn.Module, table: comcat.LatencyTable) -> None:
-    planner = Planner(comcat.prepare(host), comcat.Budget(latency=0.7), None, "search", PARTS, 1, None, None, table)
+    planner = Planner(
+        comcat.prepare(host), comcat.Budget(latency=0.7), None, "search", USUAL_PARTS, 1, None, None, table
+    )
     assert planner.fixed + sum(planner.price(s, {}) for s in planner.inventory.layers) == table.dense
     flat = {s.name: {p: np.linspace(1, 0, w + 1) for p, w in s.full.items()} for s in planner.inventory.layers}
     solution = planner.solve(flat)

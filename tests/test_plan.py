@@ -11,7 +11,7 @@ from torch import nn
 import comcat
 from comcat.errors import BudgetError, CheckpointError, ModelError, PlanError
 from comcat.hosts import find_layers
-from comcat.layers.base import PARTS
+from comcat.layers.base import USUAL_PARTS
 from comcat.layers.cost import Cost, break_even
 from comcat.models.profile import layer_shapes
 from comcat.planning.allocate import TOLERANCE
@@ -82,7 +82,7 @@ def test_budgets_are_met_from_below(
     multiple: int,
 ) -> None:
     whole = getattr(comcat.profile(host), unit)
-    parts = PARTS[:3] if method.startswith("uniform") else PARTS  # uniform leaves the classifier dense
+    parts = USUAL_PARTS[:3] if method.startswith("uniform") else USUAL_PARTS  # uniform leaves the classifier dense
     base = whole if of == "model" else getattr(parts_cost(host, parts), unit)
     kept = int(0.6 * base)
     statistics = None if "free" in method else fisher if method == "fisher" else calibration
@@ -112,7 +112,7 @@ def test_swin_meets_its_budget(method: str) -> None:
     calibration = calibrated(model, 24, probe_images=8)
     for unit in ("params", "macs"):
         plan = comcat.plan(model, comcat.Budget(**{unit: 0.7}), calibration, method)
-        check(model, plan, int(0.7 * getattr(comcat.profile(model), unit)), PARTS, 1)
+        check(model, plan, int(0.7 * getattr(comcat.profile(model), unit)), USUAL_PARTS, 1)
 
 
 @pytest.mark.parametrize("method", ["uniform", "spectrum"])

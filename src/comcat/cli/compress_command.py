@@ -64,7 +64,8 @@ def compress(
         ),
     ] = None,
     parts: Annotated[
-        str, opt.Option(help="Parts to compress, of qk, vo, ffn and head.", rich_help_panel=HOW)
+        str,
+        opt.Option(help="Parts to compress, of qk, vo, ffn, head and (rotary) pairs.", rich_help_panel=HOW),
     ] = "qk,vo,ffn,head",
     rank_multiple: Annotated[
         int | None,

@@ -102,7 +102,7 @@ class AttentionLayer(Layer):
         return "qk" if part == "pairs" else part
 
     def part_of(self, part: str) -> str:
-        return self._product(part)
+        return part
 
     @property
     def linears(self) -> dict[str, Any]:
@@ -243,7 +243,7 @@ class AttentionLayer(Layer):
     def parts_cost(self, parts: Iterable[str], shape: Shape) -> Cost:
         h, parts = self.heads, tuple(parts)
         whole = self._cost(h.width, h.value_width, shape)
-        rest = self._cost(0 if "qk" in parts else h.width, 0 if "vo" in parts else h.value_width, shape)
+        rest = self._cost(0 if self.qk_part in parts else h.width, 0 if "vo" in parts else h.value_width, shape)
         # A reduced output has a bias even where the dense one has none; that one is no part of the dense cost.
         added = size(self.output)[1] if self.output.bias is None and "vo" in parts else 0
         return Cost(int(whole.params - rest.params) + added, int(whole.macs - rest.macs))

@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 
 Choice = dict[str, int]
 
-#: The parts a user can select; ``head`` is the classifier.
-PARTS = ("qk", "vo", "ffn", "head")
+#: The parts a user can select; ``head`` is the classifier, ``pairs`` are those of rotary queries and keys.
+PARTS = ("qk", "vo", "ffn", "head", "pairs")
+#: What is reduced where nothing is said. Cutting pairs gains nothing over cutting the rest at equal size, and a narrow
+#: rotary projection has to be spread to its places again, which takes time (benchmarks/rotary_training_free.py).
+USUAL_PARTS = PARTS[:4]
 
 
 class LeftDense(NamedTuple):

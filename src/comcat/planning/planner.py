@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..calibration.statistics import SAME, Calibration
 from ..errors import PlanError
-from ..layers.base import PARTS, Choice, Inventory, Layer, check_parts
+from ..layers.base import USUAL_PARTS, Choice, Inventory, Layer, check_parts
 from ..models.modes import evaluating, exclusive
 from ..models.running import exact, still
 from ..prepared import Prepared, prepared
@@ -48,7 +48,7 @@ def plan(
     budget: Budget,
     calibration: Calibration | None = None,
     method: str | None = None,
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] = USUAL_PARTS,
     rank_multiple: int | None = None,
     input_size: Sequence[int] | None = None,
     progress: Progress | None = None,
@@ -64,7 +64,7 @@ def plan(
         method: one of :data:`METHODS`; default ``"auto"`` with a calibration that has held-out images (calibrated on
             more than 256), else ``"spectrum"`` where it has output gradients, ``"probe"`` where it has images,
             ``"uniform"`` without a calibration.
-        parts: which of ``qk``, ``vo``, ``ffn``, ``head`` may be reduced.
+        parts: which of :data:`comcat.layers.base.PARTS` may be reduced; default all but rotary ``pairs``.
         rank_multiple: every width is a multiple of this; default 8, which suits tensor cores and SIMD, for a latency
             budget, else 1. Times between the widths of the latency table are interpolated, and widths off a multiple of
             8 can take longer than that.
@@ -123,7 +123,7 @@ def default_method(calibration: Calibration | None) -> str:
 def check_budget(
     model: nn.Module | Prepared,
     budget: Budget,
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] = USUAL_PARTS,
     rank_multiple: int | None = None,
     input_size: Sequence[int] | None = None,
     method: str | None = None,

@@ -26,7 +26,7 @@ from torch import nn
 from ..calibration.collect import calibrate
 from ..calibration.statistics import Calibration
 from ..errors import ComcatError, TrainingError
-from ..layers.base import PARTS
+from ..layers.base import USUAL_PARTS
 from ..models.modes import exclusive
 from ..models.wrappers import check_plain
 from ..planning.latency import LatencyTable
@@ -64,7 +64,7 @@ def search(
     *,
     calibration: Calibration | None = None,
     start: Plan | None = None,
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] = USUAL_PARTS,
     rank_multiple: int | None = None,
     input_size: Sequence[int] | None = None,
     latency: LatencyTable | None = None,

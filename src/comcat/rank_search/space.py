@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.statistics import Calibration
-from ..layers.base import PARTS, Choice, Layer
+from ..layers.base import USUAL_PARTS, Choice, Layer
 from ..planning.curves import Curve
 from ..planning.latency import LatencyTable
 from ..planning.plan import Budget, Plan
@@ -50,7 +50,7 @@ class SearchSpace:
         candidates: int = 16,
         ffn: str = "auto",
         spread: float = 1.5,
-        parts: Sequence[str] = PARTS,
+        parts: Sequence[str] = USUAL_PARTS,
         rank_multiple: int | None = None,
         input_size: Sequence[int] | None = None,
         latency: LatencyTable | None = None,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..calibration.statistics import Calibration
-from ..layers.base import PARTS
+from ..layers.base import USUAL_PARTS
 from ..planning.choice import divergences
 from ..planning.latency import LatencyTable
 from ..planning.plan import Budget, Plan
@@ -22,7 +22,7 @@ def best_training_free(
     budget: Budget,
     calibration: Calibration,
     *,
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] = USUAL_PARTS,
     rank_multiple: int | None = None,
     input_size: Sequence[int] | None = None,
     latency: LatencyTable | None = None,
