@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 import common
-from comcat.customize import digits, digits_cache
-from comcat.customize.contest import METHODS, Contest, Method
+from comcat_demos import digits, digits_cache
+from comcat_demos.contest import METHODS, Contest, Method
 
 RATES = {
     "comcat": (3e-3, 1e-2, 2e-2, 4e-2),

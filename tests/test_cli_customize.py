@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from comcat.cli.generate_command import parse_adapter, parse_seeds, slug
-from comcat.customize import contest, digits, load_adapter
-from comcat.customize.digits_score import score
+from comcat.customize import load_adapter
 from comcat.customize.teaching.trainer import Trainer
+from comcat_demos import contest, digits
+from comcat_demos.digits_score import score
 from conftest import heed_interrupts
 from test_cli import Result
 from test_customize_train import write_photos

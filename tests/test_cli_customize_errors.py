@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from comcat.customize import add_adapter, digits, export_lora, save_adapter
+from comcat.customize import add_adapter, export_lora, save_adapter
+from comcat_demos import digits
 from test_cli import Result
 from test_cli_errors import refused
 from test_customize_train import write_photos

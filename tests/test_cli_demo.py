@@ -1,22 +1,20 @@
 """The demo, with hardly any training: that every step is taken and everything is written."""
 
 import json
-import sys
 
 import pytest
 import torch
 
 import comcat
-from comcat import demo
+from comcat_demos import vit, vit_demo
 from test_cli import Result
 
 
 @pytest.mark.slow
 def test_demo(tmp_path, monkeypatch):
-    # By its name the package holds the command itself, not the module.
-    monkeypatch.setattr(sys.modules["comcat.cli.demo_command"], "BUDGETS", (0.5, 0.3))
-    monkeypatch.setattr(sys.modules["comcat.cli.demo_command"], "TUNING_EPOCHS", 1)
-    monkeypatch.setitem(demo.MODEL_ARGS, "depth", 2)
+    monkeypatch.setattr(vit_demo, "BUDGETS", (0.5, 0.3))
+    monkeypatch.setattr(vit_demo, "TUNING_EPOCHS", 1)
+    monkeypatch.setitem(vit.MODEL_ARGS, "depth", 2)
     out = tmp_path / "demo"
     threads = torch.get_num_threads()
     result = Result(["demo", "--out", out, "--epochs", 2, "--json"])
@@ -41,7 +39,7 @@ def test_demo(tmp_path, monkeypatch):
 
 
 def test_digits_are_split_by_class(tmp_path):
-    demo.write_digits(tmp_path, seed=3)
+    vit.write_digits(tmp_path, seed=3)
     for digit in range(10):
         train, test = (len(list((tmp_path / s / str(digit)).iterdir())) for s in ("train", "test"))
         assert 0.2 < test / (train + test) < 0.3

@@ -9,13 +9,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from comcat import CheckpointError, ModelError
-from comcat.customize import Adapter, adapters, add_adapter, digits, export_lora, import_lora
+from comcat.customize import Adapter, adapters, add_adapter, export_lora, import_lora
 from comcat.customize.adapter.components import find_sites
 from comcat.customize.lora.denoiser_moments import InputMoments, record
 from comcat.customize.lora.denoiser_probe import denoiser_output, output_error
 from comcat.customize.lora.exporting import as_lora, embedding_path
 from comcat.customize.lora.keys import to_diffusers
 from comcat.customize.teaching.families import family_of
+from comcat_demos import digits
 
 PROMPT = "a photo of the digit three"
 HEADS = 4

@@ -16,8 +16,8 @@ pytest.importorskip("sklearn")
 
 from diffusers import StableDiffusionPipeline
 
-from comcat.customize import digits, digits_cache, digits_score
 from comcat.errors import CheckpointError, ComcatError
+from comcat_demos import digits, digits_cache, digits_score
 
 STEPS: dict[str, Any] = {"vae_steps": 2, "steps": 2}
 

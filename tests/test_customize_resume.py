@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from comcat import TrainingError
-from comcat.customize import CustomizeConfig, digits, save_adapter, train
+from comcat.customize import CustomizeConfig, save_adapter, train
 from comcat.customize.teaching.teach import finish
 from comcat.training import state
+from comcat_demos import digits
 from test_customize_train import StopError, stop_at, write_photos
 
 PROMPT = "a photo of V*"

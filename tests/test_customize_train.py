@@ -12,13 +12,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from comcat import DataError, ModelError, TrainingError
-from comcat.customize import CustomizeConfig, adapters, add_adapter, digits, generate, load_adapter, save_adapter, train
+from comcat.customize import CustomizeConfig, adapters, add_adapter, generate, load_adapter, save_adapter, train
 from comcat.customize.adapter.words import has_token
 from comcat.customize.teaching.examples import Photos
 from comcat.customize.teaching.families import family_of
 from comcat.customize.teaching.objective import Noisy, Objective
 from comcat.customize.teaching.photos import Bucket, find_photos
 from comcat.customize.teaching.trainer import Trainer
+from comcat_demos import digits
 
 PROMPT = "a photo of V*"
 TINY = {"rank": 1, "steps": 2, "log_every": 1, "buckets": 1.0, "checkpoint_every": 2, "validation_steps": 1}

@@ -10,9 +10,9 @@ import yaml
 from safetensors.torch import save_file
 
 import comcat
-from comcat.customize import digits
 from comcat.customize.pipelines import open_pipeline
 from comcat.models.opening import load_model
+from comcat_demos import digits
 from conftest import randomize
 from test_cli import ARGS, NAME, Result
 from test_cli_errors import refused

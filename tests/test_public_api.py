@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 import comcat
+import comcat_demos
 from comcat import customize, errors
 
 PUBLIC = [
@@ -57,7 +58,12 @@ PUBLIC = [
     "spectra",
     "throughput",
 ]
-MODULES = [m.name for m in pkgutil.walk_packages(comcat.__path__, "comcat.") if "._" not in m.name]
+MODULES = [
+    module.name
+    for package in (comcat, comcat_demos)
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    if "._" not in module.name
+]
 
 
 def test_the_public_names() -> None:

@@ -10,8 +10,7 @@ import typer
 from .adapter_command import app as adapter
 from .compress_command import compress
 from .customize_command import customize
-from .demo_command import demo
-from .demo_customize_command import demo_customize
+from .demo_command import demo, demo_customize
 from .evaluate_command import evaluate
 from .finetune_command import finetune
 from .generate_command import generate

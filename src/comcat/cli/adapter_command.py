@@ -153,7 +153,7 @@ def _to_comcat(
         screen.done((out, "bold"), f": the same adapter, stored as {storage}")
         return {"storage": storage}
     from ..customize.lora.importing import import_lora
-    from ..report.customize_pictures import conversion as table
+    from ..report.adapter_tables import conversion as table
 
     if rank is None:
         raise typer.BadParameter("say which rank the adapter's products are to have, e.g. 4", param_hint="--rank")
@@ -185,7 +185,7 @@ def _to_lora(
     device: str,
 ) -> dict[str, Any]:
     from ..customize.lora.exporting import embedding_path, write_lora
-    from ..report.customize_pictures import conversion as table
+    from ..report.adapter_tables import conversion as table
 
     handle, factors, result, output = _converted(screen, file, base, rank, scale, prompts, data_free, variant, device)
     write_lora(handle, factors, out, layout)
@@ -211,7 +211,7 @@ def merge_report(
     """What would be lost if the adapter became a LoRA, or were merged into the weights: layer by layer."""
     screen = Screen(json_output)
     with screen:
-        from ..report.customize_pictures import conversion as table
+        from ..report.adapter_tables import conversion as table
 
         _, _, result, output = _converted(screen, file, base, lora_rank, scale, prompt, data_free, variant, device)
     screen.out.print(table(result, "as a LoRA", output))

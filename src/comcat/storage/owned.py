@@ -36,9 +36,6 @@ _MODEL: Layout = {
     "tensorboard": EVENTS,
     "checkpoints": {"step-*": CHECKPOINT},
 }
-_DIGITS: Layout = {split: {"[0-9]": {"[0-9]*.png": None}} for split in ("train", "test")}
-_PICTURES: Layout = {"[0-9]*.png": None, "metadata.jsonl": None}
-_PART: Layout = {"*.json": None, "*.safetensors": None, "*.txt": None}
 
 
 @dataclass(frozen=True)
@@ -59,28 +56,6 @@ class Kind:
 
 
 MODEL = Kind("a comcat model", CONFIG_NAME, "comcat_format", _MODEL)
-DEMO = Kind(
-    "a comcat demo",
-    CONFIG_NAME,
-    "comcat_format",
-    {**_MODEL, "dense.safetensors": None, "digits": _DIGITS, "finetuned": _MODEL},
-)
-CUSTOMIZE_DEMO = Kind(
-    "a comcat demo",
-    "report.json",
-    "base_seconds",
-    {
-        "base": {"model_index.json": None, "[a-z]*": _PART},
-        "photos": _PICTURES,
-        "class-images": _PICTURES,
-        "images": {"*.png": None, "images.json": None},
-        "concept*.safetensors": None,
-        "report.json": None,
-        "report.png": None,
-    },
-    (int, float),
-)
-DIGITS_CACHE: Layout = {"digits.json": None, "model_index.json": None, "[a-z]*": _PART}
 
 
 def check_kind(path: Path, kind: Kind) -> None:

@@ -20,23 +20,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..progress import Progress
-from ..storage.atomic import tensor_bytes
-from ..training.process import accelerated
+from comcat.customize.adapter.attached import Adapter, adapters, add_adapter, attach, new_adapter, remove_adapter
+from comcat.customize.adapter.tokens import new_token
+from comcat.customize.files.adapter_file import encode, write_adapter
+from comcat.customize.pictures import save_png
+from comcat.customize.teaching.customize_config import CustomizeConfig
+from comcat.customize.teaching.examples import Photos
+from comcat.customize.teaching.families import family_of
+from comcat.customize.teaching.guards import frozen
+from comcat.customize.teaching.material import shapes_for
+from comcat.customize.teaching.objective import Objective
+from comcat.customize.teaching.photos import METADATA, find_photos
+from comcat.customize.teaching.trainer import Trainer
+from comcat.progress import Progress
+from comcat.storage.atomic import tensor_bytes
+from comcat.training.process import accelerated
+
 from . import digits
-from .adapter.attached import Adapter, adapters, add_adapter, attach, new_adapter, remove_adapter
-from .adapter.tokens import new_token
 from .digits_score import Classifier, Scores, generate, score
-from .files.adapter_file import encode, write_adapter
-from .pictures import save_png
-from .teaching.customize_config import CustomizeConfig
-from .teaching.examples import Photos
-from .teaching.families import family_of
-from .teaching.guards import frozen
-from .teaching.material import shapes_for
-from .teaching.objective import Objective
-from .teaching.photos import METADATA, find_photos
-from .teaching.trainer import Trainer
 
 Kind = Literal["base", "comcat", "lora", "full"]
 PROMPT = "a photo of V*"
@@ -102,7 +103,7 @@ class Contest:
     """One base, one digit that it does not know, and what the methods make of five photos of it.
 
     Args:
-        pipe: of :mod:`comcat.customize.digits`; folder: for photos and class images.
+        pipe: of :mod:`comcat_demos.digits`; folder: for photos and class images.
     """
 
     def __init__(self, pipe: Any, folder: Path, left_out: int, seed: int = 0, steps: int = 200) -> None:

@@ -8,14 +8,16 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import CheckpointError
-from ..progress import Progress
-from ..storage import temporary
-from ..storage.atomic import atomic_directory
-from ..storage.owned import DIGITS_CACHE, strangers
-from ..storage.reader import read_json
+from comcat.customize.pipelines import quiet_loading
+from comcat.errors import CheckpointError
+from comcat.progress import Progress
+from comcat.storage import temporary
+from comcat.storage.atomic import atomic_directory
+from comcat.storage.owned import strangers
+from comcat.storage.reader import read_json
+
 from . import digits
-from .pipelines import quiet_loading
+from .layouts import DIGITS_CACHE
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

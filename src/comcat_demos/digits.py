@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ComcatError
-from ..progress import Progress
+from comcat.errors import ComcatError
+from comcat.progress import Progress
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .errors import ComcatError
-from .progress import Progress
+from comcat.errors import ComcatError
+from comcat.progress import Progress
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 #: 17 tokens, 6 blocks of width 96 with 3 heads of 32: 0.68 M parameters.
@@ -60,7 +60,7 @@ def write_digits(folder: Path, seed: int = 0) -> None:
 
 def build(seed: int = 0) -> nn.Module:
     """The untrained model, with the same weights for the same seed."""
-    from .models.opening import load_model
+    from comcat.models.opening import load_model
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import format as fmt
-from .style import INK, MUTED, heading, new_figure, save, tidy
+from comcat.report import format as fmt
+from comcat.report.style import INK, MUTED, heading, new_figure, save, tidy
 
 if TYPE_CHECKING:
-    from ..customize.contest import Outcome
+    from .contest import Outcome
 
 COLORS = {"comcat": "#3a6ea5", "lora": "#e08e45", "full": "#8d6a9f", "base": MUTED}
 LABELS = {"comcat": "comcat, rank 1, 2, 4", "lora": "LoRA, rank 2, 4, 8", "full": "full fine-tuning"}

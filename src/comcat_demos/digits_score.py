@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ComcatError
+from comcat.errors import ComcatError
+
 from .digits import LEFT_OUT, WORDS, prompt, real_images
 
 if TYPE_CHECKING:
