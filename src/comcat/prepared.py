@@ -29,6 +29,10 @@ class Prepared:
     Every function of comcat that takes a dense model takes this in its place. Do not change the model's weights or
     layers between two such calls; :meth:`forget` starts over. ``compress_`` does so itself.
 
+    Args:
+        example: one call of the model, where images alone do not run it: a dictionary of its inputs, or (args, kwargs).
+            Models of transformers and open_clip are called with images, and with tokens of text where they want them.
+
     Attributes:
         model: the dense model.
 
@@ -36,9 +40,9 @@ class Prepared:
         ModelError: a wrapped or quantized model, nothing to compress, or non-finite weights.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, example: Any = None) -> None:
         check_plain(model)
-        self.model = model
+        self.model, self._example = model, example
         self.forget()
 
     def forget(self) -> None:
@@ -54,12 +58,12 @@ class Prepared:
         """The layers, and what stays dense."""
         if self._inventory is None:
             check_finite(self.model)
-            self._inventory = proven_layers(self.model, self.size())
+            self._inventory = proven_layers(self.model, self.size(), self._example)
         return self._inventory
 
     def of_copy(self, model: nn.Module) -> Prepared:
         """What is known of this model, for a copy of it: nothing is proven, measured or factored again."""
-        other = Prepared(model)
+        other = Prepared(model, self._example)
         found = {layer.name: layer for layer in find_layers(model).layers}
         layers = []
         for layer in self.inventory.layers:
@@ -83,7 +87,7 @@ class Prepared:
     def profile(self, size: tuple[int, ...]) -> Profile:
         """What the dense model costs at an image size (C, H, W)."""
         if size not in self._profiles:
-            self._profiles[size] = profile(self.model, size)
+            self._profiles[size] = profile(self.model, size, self._example)
         return self._profiles[size]
 
     def shapes(self, size: tuple[int, ...], calibration: Calibration | None = None) -> dict[str, Shape]:
@@ -91,7 +95,7 @@ class Prepared:
         if calibration is not None and size == tuple(calibration.input_size):
             return calibration.shapes
         if size not in self._shapes:
-            self._shapes[size] = layer_shapes(self.model, self.inventory, size)
+            self._shapes[size] = layer_shapes(self.model, self.inventory, size, self._example)
         return self._shapes[size]
 
     def check(self, calibration: Calibration | None) -> None:
@@ -110,9 +114,9 @@ class Prepared:
         return self._factors[1]
 
 
-def prepare(model: nn.Module) -> Prepared:
-    """Look at a model once for several calls; see :class:`Prepared` for what it raises."""
-    return Prepared(model)
+def prepare(model: nn.Module, example: Any = None) -> Prepared:
+    """Look at a model once for several calls; see :class:`Prepared` for what it takes and raises."""
+    return Prepared(model, example)
 
 
 def prepared(model: nn.Module | Prepared) -> Prepared:

@@ -7,6 +7,7 @@ dense. A class that has a faster stand-in of its own is one entry of :data:`KNOW
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -70,17 +71,18 @@ def find_layers(model: nn.Module) -> Inventory:
     return inventory
 
 
-def proven_layers(model: nn.Module, size: Sequence[int]) -> Inventory:
+def proven_layers(model: nn.Module, size: Sequence[int], example: Any = None) -> Inventory:
     """The layers of ``model`` as far as they compute what they were taken to compute, to rounding.
 
     Args:
         size: (C, H, W) of the images that the model is run on.
+        example: what it is called with instead; see :func:`comcat.models.example.given_example`.
 
     Raises:
         ModelError: there is none, or the model does not run on images of this size.
     """
     found = find_layers(model)
-    layers, failed = prove(model, found.layers, size)
+    layers, failed = prove(model, found.layers, size, example)
     inventory = Inventory(layers, _dense(model, layers, {entry.name: entry.reason for entry in found.dense} | failed))
     if not layers:
         raise ModelError(_nothing(model, inventory))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.base import Finding, Layer
+from ..models.example import Example, example_for, given_example
 from ..models.modes import evaluating
 from ..models.running import explained, still
 
@@ -27,21 +28,25 @@ _IMAGES = 3
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def prove(model: nn.Module, layers: Sequence[Layer], size: Sequence[int]) -> tuple[list[Layer], dict[str, str]]:
+def prove(
+    model: nn.Module, layers: Sequence[Layer], size: Sequence[int], example: Any = None
+) -> tuple[list[Layer], dict[str, str]]:
     """The layers as far as they are proven, in their order, and by name why others stay dense.
 
     Args:
-        size: (C, H, W) of the images that the model is shown.
+        size: (C, H, W) of the images that the model is shown; example: what it is called with instead.
     """
     first: dict[Any, Layer] = {}
     for layer in layers:
         if layer.proof is not None:
             first.setdefault(_signature(layer), layer)
-    calls = _calls(model, list(first.values()), size) if first else {}
     findings = {}
-    with still(model):
-        for signature, layer in first.items():
-            findings[signature] = _find(layer, calls.get(layer.name))
+    if first:
+        shown = example_for(model, size, _IMAGES, seed=0) if example is None else given_example(example, model)
+        calls = _calls(model, list(first.values()), shown)
+        with still(model):
+            for signature, layer in first.items():
+                findings[signature] = _find(layer, calls.get(layer.name), shown.images)
     proven: list[Layer] = []
     reasons: dict[str, str] = {}
     for layer in layers:
@@ -62,7 +67,7 @@ def _signature(layer: Layer) -> Any:
     return layer.kind, classes, shapes, tuple(layer.linears)
 
 
-def _calls(model: nn.Module, layers: Sequence[Layer], size: Sequence[int]) -> dict[str, Call]:
+def _calls(model: nn.Module, layers: Sequence[Layer], example: Example) -> dict[str, Call]:
     """What each of these layers' modules is called with, the first time, in float64 on the host."""
     calls: dict[str, Call] = {}
 
@@ -73,13 +78,10 @@ def _calls(model: nn.Module, layers: Sequence[Layer], size: Sequence[int]) -> di
 
         return caught
 
-    parameter = next(model.parameters())
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(_IMAGES, *size, generator=generator).to(parameter.device, parameter.dtype)
     handles = [layer.module.register_forward_pre_hook(hook(layer.name), with_kwargs=True) for layer in layers]
     try:
-        with evaluating(model), torch.no_grad(), explained(images):
-            model(images)
+        with evaluating(model), torch.no_grad(), explained(example.pixels):
+            example.run(model)
     finally:
         for handle in handles:
             handle.remove()
@@ -97,11 +99,11 @@ def _precise(value: Any) -> Any:
     return value
 
 
-def _find(layer: Layer, call: Call | None) -> Finding:
+def _find(layer: Layer, call: Call | None, images: int) -> Finding:
     if call is None:
-        return Finding("no image passes it when the model is called with images alone")
+        return Finding("nothing passes it when the model is called with the example; give another (example=)")
     tensors = _tensors(call[0]) or _tensors(call[1])
-    if not tensors or tensors[0].shape[:1] == () or tensors[0].shape[0] % _IMAGES:
+    if not tensors or tensors[0].shape[:1] == () or tensors[0].shape[0] % images:
         return Finding("what it is given does not depend on the images")
     try:
         base = copy.deepcopy(layer.module).to("cpu", torch.float64)

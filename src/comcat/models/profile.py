@@ -14,6 +14,7 @@ from ..errors import ModelError
 from ..layers.base import Inventory
 from ..layers.cost import Shape
 from ..layers.recording import ShapeCounter, recording
+from .example import example_for, given_example
 from .modes import evaluating, frozen
 from .running import explained
 
@@ -80,12 +81,14 @@ def image_size(size: Any) -> tuple[int, int, int]:
     return (found[0], found[1], found[2])
 
 
-def profile(model: nn.Module, input_size: Sequence[int] | None = None) -> Profile:
+def profile(model: nn.Module, input_size: Sequence[int] | None = None, example: Any = None) -> Profile:
     """Count parameters and MACs with one forward pass of a single image.
 
     Args:
         model: any module that takes (B, C, H, W); its mode is kept.
         input_size: (C, H, W), default what the model was built for.
+        example: what the model is called with, where that is not images of this size alone
+            (:func:`comcat.models.example.given_example`); counts are then per image of it.
 
     Raises:
         ModelError: the model does not run on an input of this size.
@@ -96,11 +99,13 @@ def profile(model: nn.Module, input_size: Sequence[int] | None = None) -> Profil
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise ModelError(f"{type(model).__name__} has no parameters to count")
-    image = torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype)
+    shown = example_for(model, size) if example is None else given_example(example, model)
     counter = FlopCounterMode(display=False)
-    with explained(image), frozen(model), counter, torch.no_grad():  # the counter trips over leaves passed as inputs
-        model(image)
-    counts = {name.partition(".")[2]: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
+    # The counter trips over leaves passed as inputs.
+    with explained(shown.pixels), frozen(model), counter, torch.no_grad():
+        shown.run(model)
+    per = 2 * shown.images
+    counts = {name.partition(".")[2]: sum(ops.values()) // per for name, ops in counter.get_flop_counts().items()}
     modules = {
         name: ModuleCost(sum(p.numel() for p in module.parameters()), counts.get(name, 0))
         for name, module in model.named_modules()
@@ -108,21 +113,24 @@ def profile(model: nn.Module, input_size: Sequence[int] | None = None) -> Profil
     }
     return Profile(
         params=sum(p.numel() for p in model.parameters()),
-        macs=counter.get_total_flops() // 2,
+        macs=counter.get_total_flops() // per,
         input_size=size,
         modules=modules,
     )
 
 
-def layer_shapes(model: nn.Module, inventory: Inventory, input_size: Sequence[int]) -> dict[str, Shape]:
+def layer_shapes(
+    model: nn.Module, inventory: Inventory, input_size: Sequence[int], example: Any = None
+) -> dict[str, Shape]:
     """Tokens and sequence length that one image brings to every layer, from one forward pass.
 
     Raises:
         ModelError: a layer that the forward pass does not reach.
     """
-    parameter = next(model.parameters())
-    image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    shown = example_for(model, input_size) if example is None else given_example(example, model)
     counters = [ShapeCounter(layer) for layer in inventory.layers]
-    with recording(model, counters), explained(image), evaluating(model), torch.no_grad():
-        model(image)
+    for counter in counters:
+        counter.images = shown.images
+    with recording(model, counters), explained(shown.pixels), evaluating(model), torch.no_grad():
+        shown.run(model)
     return {counter.layer.name: counter.shape(ModelError) for counter in counters}
