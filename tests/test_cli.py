@@ -110,6 +110,26 @@ def test_what_stays_dense_is_named(place, tmp_path):
     assert "blocks.1.attn" in result.out
 
 
+def test_a_metric_of_ones_own(place, tmp_path, monkeypatch):
+    (tmp_path / "cli_scores.py").write_text(
+        "def spread(model, loader):\n    return max(float(model(x).std()) for x, _ in loader)\n"
+        "def broken(model, loader):\n    return None\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    result = compress(place, tmp_path / "small", "--keep", 0.5, "--metric", "cli_scores:spread")
+    assert result.code == 0, result.err
+    assert "spread" in result.out
+    report = json.loads((tmp_path / "small" / "report.json").read_text())
+    assert report["compressed"]["evaluation"]["metrics"]["spread"] > 0
+    again = Result(["evaluate", "small", "--data", place / "data", "--metric", "cli_scores:spread", "--json"])
+    assert json.loads(again.out)["metrics"] == pytest.approx(report["compressed"]["evaluation"]["metrics"], rel=1e-4)
+    assert "spread" in Result(["evaluate", "small", "--data", place / "data", "--metric", "cli_scores:spread"]).out
+    refused = Result(["evaluate", "small", "--data", place / "data", "--metric", "cli_scores:broken"])
+    assert refused.code == 1
+    assert "error: the metric 'broken' returned NoneType, which is no number" in refused.err
+
+
 def test_evaluate_table_and_reference(place, saved):
     small = place / "small"
     result = Result(["evaluate", small, "--data", place / "data", "--split", "train", "--reference", small])

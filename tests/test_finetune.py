@@ -120,6 +120,19 @@ def test_the_average_is_what_results(tmp_path):
     assert result.final.loss == comcat.evaluate(student, data).loss
 
 
+def test_a_metric_of_ones_own(tmp_path):
+    student, data = vit(), loader(vit())
+
+    def norm(model, batches):
+        return sum(float(model(x).norm()) for x, _ in batches)
+
+    config = FinetuneConfig(**{**PLAIN, "max_steps": 3})
+    result = comcat.finetune(student, None, data, data, config, out=tmp_path, evaluate=norm)
+    assert [list(entry.evaluation.metrics) for entry in result.history] == [["norm"]] * len(result.history)
+    again = comcat.evaluate(student, data, evaluate=norm)
+    assert result.final.metrics == pytest.approx(again.metrics, rel=1e-4)
+
+
 def test_distilled_students_learn_with_both_classifiers(tmp_path):
     args = {"img_size": 14, "patch_size": 7, "embed_dim": 15, "depth": 1, "num_heads": 3, "num_classes": 11}
     student, teacher = (make("deit_tiny_distilled_patch16_224", seed, **args) for seed in (1, 2))

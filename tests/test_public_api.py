@@ -28,6 +28,7 @@ PUBLIC = [
     "FinetuneResult",
     "LatencyTable",
     "LayerReport",
+    "MetricError",
     "ModelError",
     "Plan",
     "PlanError",
@@ -93,7 +94,7 @@ def test_every_module_imports_and_says_what_it_is(name: str) -> None:
 
 def test_errors_form_one_tree() -> None:
     found = [e for e in vars(errors).values() if isinstance(e, type)]
-    assert len(found) == 8
+    assert len(found) == 9
     assert all(issubclass(e, comcat.ComcatError) and e.__doc__ for e in found)
 
 

@@ -7,6 +7,7 @@
     ├── BudgetError         the budget is not a budget, or out of reach
     ├── PlanError           the plan does not fit the model
     ├── CheckpointError     a file or directory cannot be written or read back, or is not comcat's to replace
+    ├── MetricError         a metric of the user's raises, or returns no number
     └── TrainingError       training cannot start, go on or be resumed
 
 A message names the cause and the fix. The command line prints it without a traceback.
@@ -39,6 +40,10 @@ class PlanError(ComcatError):
 
 class CheckpointError(ComcatError):
     """A file or directory cannot be written or read back, or is not comcat's to replace."""
+
+
+class MetricError(ComcatError):
+    """A metric of the user's cannot be found, raises, or returns no finite number."""
 
 
 class TrainingError(ComcatError):

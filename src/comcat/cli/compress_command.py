@@ -163,6 +163,7 @@ def compress(
         str | None,
         opt.Option(help="Split to evaluate on; validation, val or test.", rich_help_panel=opt.DATA),
     ] = None,
+    metric: opt.MetricOption = None,
     eval_images: opt.EvalImages = None,
     data_root: opt.DataRoot = None,
     class_map: opt.ClassMap = None,
@@ -233,6 +234,7 @@ def compress(
             workers=workers,
             seed=seed,
             search=None,
+            metric=metric,
         )
         if method == "search":
             from .searching import Search, read_config, working_folder

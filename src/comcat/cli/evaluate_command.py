@@ -27,6 +27,7 @@ def evaluate(
         str | None,
         opt.Option(help="validation, val or test otherwise.", rich_help_panel=opt.DATA),
     ] = None,
+    metric: opt.MetricOption = None,
     eval_images: opt.EvalImages = None,
     data_root: opt.DataRoot = None,
     class_map: opt.ClassMap = None,
@@ -41,7 +42,7 @@ def evaluate(
     seed: opt.Seed = 0,
     json_output: opt.Json = False,
 ) -> None:
-    """Top-1, top-5, loss and images per second of MODEL on DATA.
+    """Top-1, top-5, loss and images per second of MODEL on DATA, or a metric of your own.
 
     [dim]comcat evaluate deit-half --data imagenet/[/dim]
     """
@@ -55,17 +56,19 @@ def evaluate(
         from ..data import loader
         from ..evaluation.measure import agreement
         from ..evaluation.measure import evaluate as measure
+        from ..evaluation.metric import load_metric
 
         check_input_file(checkpoint, "--checkpoint")
+        score = load_metric(metric) if metric else None
         torch.manual_seed(seed)
         target = parse_device(device)
         loaded = comcat.load_model(model, checkpoint=checkpoint, model_args=args).to(target)
         other = comcat.load_model(reference).to(target) if reference else None
         reading = Reading(data, data_root, class_map, skip_bad_images, mean, std, crop_pct, interpolation)
-        images = reading.open_labelled(split, reading.configure(loaded), loaded, screen)
+        images = reading.open_labelled(split, reading.configure(loaded), loaded, screen, metric is not None)
         cost = comcat.profile(loaded)
         batches = loader(images, batch_size, workers, eval_images)
-        result = measure(loaded, batches, progress=screen.progress)
+        result = measure(loaded, batches, progress=screen.progress, evaluate=score)
         same = agreement(loaded, other, batches, progress=screen.progress) if other is not None else None
     report_skipped(screen, batches.skipped)
 

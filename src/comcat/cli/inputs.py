@@ -141,13 +141,15 @@ class Reading:
         )
 
     def open_labelled(
-        self, split: str | None, config: dict[str, Any], model: nn.Module, screen: Screen
+        self, split: str | None, config: dict[str, Any], model: nn.Module, screen: Screen, metric: bool = False
     ) -> ImageData | StreamData:
-        """Data to evaluate on.
+        """Data to evaluate on; for a metric of the user's it need not have labels, nor the model classes.
 
         Raises:
             DataError: it has no labels; ModelError: the model has no classes.
         """
+        if metric:
+            return self.open(split, "evaluation", config, None)
         classes = count_classes(model)
         if classes == 0:
             raise ModelError("the model has no classifier to evaluate. Give one: --model-arg num_classes=N")

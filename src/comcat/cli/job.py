@@ -49,6 +49,7 @@ class Settings:
     seed: int
     search: Search | None
     outputs: str | None = None
+    metric: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,13 @@ class Job:
         import comcat
 
         from ..calibration.statistics import Calibration
+        from ..evaluation.metric import load_metric
         from ..evaluation.outputs import check_kind
         from ..layers.base import check_parts
 
         check_parts(self.settings.parts)
         check_kind(self.settings.outputs)
+        self.metric = load_metric(self.settings.metric) if self.settings.metric else None
         torch.manual_seed(self.settings.seed)
         model = comcat.load_model(self.settings.model, checkpoint=checkpoint, model_args=args)
         self.model: nn.Module = model.to(device).eval()
@@ -142,7 +145,7 @@ class Job:
                 calibration, s.calibration_images, s.batch_size, s.seed, s.workers
             )
         if s.evaluate:
-            evaluation = reading.open_labelled(s.eval_split, config, self.model, self.screen)
+            evaluation = reading.open_labelled(s.eval_split, config, self.model, self.screen, s.metric is not None)
             self.eval_batches = loader(evaluation, s.batch_size, s.workers, s.eval_images)
         if s.search is not None:
             self.search_batches = s.search.open(reading, self.model, evaluation, self.screen)
@@ -309,6 +312,7 @@ class Job:
                 self.eval_batches,
                 progress=self.screen.stage(f"evaluate {column.name}"),
                 outputs=self.settings.outputs,
+                evaluate=self.metric,
                 reference=models[0],  # the dense one, where there are no labels
             )
             measured.append(replace(column, evaluation=result))

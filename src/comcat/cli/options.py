@@ -95,6 +95,15 @@ EvalImages = Annotated[
     int | None,
     Option(min=1, metavar="N", help="Evaluate on the first N images only.", rich_help_panel=DATA),
 ]
+MetricOption = Annotated[
+    str | None,
+    Option(
+        "--metric",
+        metavar="MODULE:FUNCTION",
+        help="Score by function(model, loader) of a module in the working directory, instead of by the outputs' kind.",
+        rich_help_panel=RUN,
+    ),
+]
 BatchSize = Annotated[int, Option(min=1, help="Images in a batch.", rich_help_panel=RUN)]
 Workers = Annotated[
     int | None,

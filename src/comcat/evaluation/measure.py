@@ -17,6 +17,7 @@ from ..errors import DataError, ModelError
 from ..models.modes import evaluating, exclusive
 from ..models.running import double, explained, images_of, labels_of
 from ..progress import Progress
+from .metric import Counted, Metric, scores
 from .outputs import Outputs, divergence
 from .scores import SHOWN, Figure, Score, check_labels
 
@@ -24,6 +25,8 @@ from .scores import SHOWN, Figure, Score, check_labels
 @dataclass(frozen=True)
 class Evaluation:
     """What :func:`evaluate` measured.
+
+    With a metric of the caller's, ``metrics`` holds its scores, ``outputs`` is "metric", and all but ``images`` is NaN.
 
     Attributes:
         top1, top5: accuracy in percent, of images or, for maps, of pixels; ``top5`` counts the best five outputs, or
@@ -46,6 +49,8 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; of outputs that are no classes, their kind and their metrics instead of what they lack."""
+        if self.outputs == "metric":
+            return {"outputs": "metric", "metrics": self.metrics, "images": self.images}
         found: dict[str, Any] = {"loss": self.loss, "images": self.images, "images_per_second": self.images_per_second}
         if not math.isnan(self.top1):
             found = {"top1": self.top1, "top5": self.top5, **found}
@@ -53,6 +58,8 @@ class Evaluation:
 
     def figures(self) -> list[Figure]:
         """The scores of this kind by name, the one that counts most first; accuracies in percent."""
+        if self.outputs == "metric":
+            return [Figure(name, value, "") for name, value in self.metrics.items()]
         values = {"top1": self.top1, "top5": self.top5, "loss": self.loss, **self.metrics}
         kind = "values" if "r2" in self.metrics else self.outputs
         return [Figure(label, values[name], unit) for name, label, unit in SHOWN[kind] if name in values]
@@ -60,7 +67,8 @@ class Evaluation:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Evaluation:
         """The inverse of :meth:`to_dict`."""
-        return cls(**{"top1": float("nan"), "top5": float("nan"), **data})
+        nan = float("nan")
+        return cls(**{"top1": nan, "top5": nan, "loss": nan, "images_per_second": nan, **data})
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,7 @@ def evaluate(
     progress: Progress | None = None,
     outputs: str | None = None,
     reference: nn.Module | None = None,
+    evaluate: Metric | None = None,
 ) -> Evaluation:
     """Run every image of ``loader`` and compare with its label.
 
@@ -115,12 +124,24 @@ def evaluate(
             its labels have it: class numbers go with classes or maps, other labels with values.
         reference: for ``outputs="features"``, which have no labels: the model whose features are the truth. The loss is
             then the error relative to them, and the speed that of both models, images included.
+        evaluate: a metric of your own for everything else, called as ``evaluate(model, loader)`` with the model in
+            evaluation mode, on ``device`` and without gradients. It moves the batches itself and returns a number or a
+            dictionary of numbers.
 
     Raises:
+        MetricError: ``evaluate`` raises, or returns no finite number.
         ModelError: the outputs are not finite or of another kind, the model does not run on these images, or there is
             no such device.
         DataError: there are no images, an image has no label, or a label that the model has no output for.
     """
+    if evaluate is not None:
+        counted, nan = Counted(loader), float("nan")
+        with (
+            _inference(model, device) as (place, _),
+            torch.autocast(place.type, amp_dtype, enabled=amp_dtype is not None),
+        ):
+            found_scores = scores(evaluate, model, counted)
+        return Evaluation(nan, nan, nan, counted.images, nan, "metric", found_scores)
     if outputs == "features" and reference is not None:
         return _against(reference, model, loader, device, progress)
     found = tally(model, loader, device, amp_dtype, progress, outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -124,16 +125,13 @@ def evaluation(name: str, result: Evaluation, params: int, macs: int) -> Group:
     """One evaluated model."""
     table = _table()
     scores = [(figure.label, figure.shown()) for figure in result.figures()]
-    if result.outputs != "features":  # whose loss is their first score
+    if result.outputs not in ("features", "metric"):  # the loss of features is their first score
         scores.append(("loss", f"{result.loss:.4f}"))
-    for heading in ("parameters", "MACs", *(label for label, _ in scores), "images/s"):
+    if not math.isnan(result.images_per_second):
+        scores.append(("images/s", f"{result.images_per_second:,.0f}"))
+    for heading in ("parameters", "MACs", *(label for label, _ in scores)):
         table.add_column(heading, justify="right")
-    table.add_row(
-        fmt.count(params),
-        fmt.count(macs),
-        *(shown for _, shown in scores),
-        f"{result.images_per_second:,.0f}",
-    )
+    table.add_row(fmt.count(params), fmt.count(macs), *(shown for _, shown in scores))
     return _titled(f"{name}, {result.images:,} images", table, MAC_NOTE)
 
 

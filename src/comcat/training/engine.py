@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import TrainingError
-from ..evaluation.measure import Evaluation
+from ..evaluation.measure import Evaluation, evaluate
+from ..evaluation.metric import Metric
 from ..progress import Progress
 from . import state
 from .loaders import Batches
@@ -51,6 +52,7 @@ class Run:
         student: receives the weights of every evaluation; on the device of this process.
         fixed: what a resumed run must share with this one, as plain data.
         out: directory for checkpoints, or None.
+        metric: the user's own, in place of the scores of the outputs' kind.
 
     Attributes:
         step: finished steps.
@@ -67,9 +69,10 @@ class Run:
         out: Path | None,
         log: Log,
         progress: Progress | None,
+        metric: Metric | None = None,
     ) -> None:
         self.trainer, self.batches, self.student, self.eval_loader = trainer, batches, student, eval_loader
-        self.fixed, self.out, self.log = fixed, out, log
+        self.fixed, self.out, self.log, self.metric = fixed, out, log, metric
         self.progress = progress if trainer.accelerator.is_main_process else None
         self.step = 0
         self.history: list[Milestone] = []
@@ -163,6 +166,8 @@ class Run:
 
     def _measured(self, loader: Iterable[Any]) -> Evaluation:
         trainer = self.trainer
+        if self.metric is not None:  # every process has all of it
+            return evaluate(self.student, loader, progress=self.progress, evaluate=self.metric)
         kind, teacher = trainer.answers.kind, trainer.teacher
         return evaluate_together(self.student, loader, trainer.accelerator, self.progress, kind, teacher)
 

@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from ..evaluation.measure import Evaluation
+from ..evaluation.metric import Metric
 from ..models.modes import frozen, placed
 from ..models.wrappers import check_plain
 from ..progress import Progress
@@ -84,6 +85,7 @@ def finetune(
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
     cpu: bool = False,
+    evaluate: Metric | None = None,
 ) -> FinetuneResult:
     """Train ``student`` in place, with ``teacher`` as its guide.
 
@@ -103,6 +105,7 @@ def finetune(
         progress: called as ``progress("train", steps done, steps in all)``, and by evaluations.
         note: called with remarks when they arise; the result holds them too.
         cpu: do not use a GPU. Otherwise Accelerate chooses the device.
+        evaluate: a metric of your own for the evaluations, as of :func:`comcat.evaluate`; every process computes it.
 
     Raises:
         TrainingError: the settings contradict each other or the run to resume, the loss is not finite, or another
@@ -162,7 +165,7 @@ def finetune(
         writes = directory if accelerator.is_main_process else None
         log = Log(writes, saved.step if saved is not None else 0, remark)
         stack.callback(log.close)
-        run = Run(trainer, batches, student, eval_loader, fixed, directory, log, progress)
+        run = Run(trainer, batches, student, eval_loader, fixed, directory, log, progress, evaluate)
         if saved is not None:
             run.restore(saved)
         try:
