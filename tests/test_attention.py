@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from comcat.layers.heads import Heads, HeadWeights, Stream, flatten_heads, gram, is_identity
-from comcat.nn.attention import LowRankAttention, attend
+from comcat.nn.low_rank_attention import LowRankAttention, attend
 from conftest import randomize
 
 B, H, N, D, OUT = 2, 3, 7, 13, 11

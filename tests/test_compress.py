@@ -12,8 +12,8 @@ import comcat
 from comcat.errors import CalibrationError, ModelError, PlanError
 from comcat.hosts import find_layers
 from comcat.hosts.timm import LowRankWindowAttention
-from comcat.nn.attention import LowRankAttention
 from comcat.nn.linear import LowRankLinear
+from comcat.nn.low_rank_attention import LowRankAttention
 from conftest import VIT, assert_same_outputs, calibrated, images, make, swin, vit
 
 pytestmark = pytest.mark.usefixtures("no_source")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import comcat
 from comcat.errors import ModelError
 from comcat.hosts import find_layers
-from comcat.nn.attention import LowRankAttention
 from comcat.nn.linear import LowRankLinear
+from comcat.nn.low_rank_attention import LowRankAttention
 from conftest import SWIN, VIT, calibrated, images, make, randomize, swin, vit
 
 

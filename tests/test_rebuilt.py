@@ -15,7 +15,7 @@ from torch import nn
 import comcat
 from comcat.errors import CheckpointError, ComcatError, ModelError
 from comcat.models.opening import load_model
-from comcat.models.traits import carry, differences
+from comcat.models.traits import differences, restore_attributes
 from comcat.models.versions import LEAST
 from conftest import VIT, assert_same_outputs, images, make, swin, vit
 from test_compress import half_plan
@@ -158,7 +158,7 @@ def test_classes_of_one_name_are_told_apart() -> None:
 )
 def test_a_file_sets_plain_attributes_only(attributes: dict[str, dict[str, Any]]) -> None:
     with pytest.raises(CheckpointError, match=r"has no attribute .* that could be set"):
-        carry(vit(), attributes)
+        restore_attributes(vit(), attributes)
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 import comcat
 from comcat.errors import CheckpointError, ModelError
 from comcat.hosts import find_layers
-from comcat.nn.attention import LowRankAttention
+from comcat.nn.low_rank_attention import LowRankAttention
 from conftest import calibrated, images, vit
 
 WIDE = {"embed_dim": 48, "num_heads": 3, "depth": 3, "mlp_ratio": 2.0}

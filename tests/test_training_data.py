@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 from comcat import DataError
 from comcat.data import load_dataset
 from comcat.data.loading import BadImage, StreamData
-from comcat.data.training_set import Augmentation, Batch, PerSample, collate, training_loader
+from comcat.data.training_set import Augmentation, PerSample, TrainingBatch, collate, training_loader
 from test_data import CONFIG, make_folder, picture
 
 STRONG = Augmentation(auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5, color_jitter=0.3)
@@ -19,14 +19,14 @@ def folder(tmp_path):
     return make_folder(tmp_path / "data", per_class=5)
 
 
-def batches(data, epoch=0, order=None, **args) -> list[Batch]:
+def batches(data, epoch=0, order=None, **args) -> list[TrainingBatch]:
     loader = training_loader(data, 4, CONFIG, **args)
     loader.dataset.set_epoch(epoch)
     loader.sampler.generator = torch.Generator().manual_seed(7)
     return list(loader)
 
 
-def same(a: list[Batch], b: list[Batch]) -> bool:
+def same(a: list[TrainingBatch], b: list[TrainingBatch]) -> bool:
     return all(torch.equal(x.images, y.images) and torch.equal(x.labels, y.labels) for x, y in zip(a, b, strict=True))
 
 

@@ -39,7 +39,7 @@ from comcat.training.process import accelerated
 from . import digits
 from .digits_score import Classifier, Scores, generate, score
 
-Kind = Literal["base", "comcat", "lora", "full"]
+MethodKind = Literal["base", "comcat", "lora", "full"]
 PROMPT = "a photo of V*"
 TOKEN = "V*"
 _NAME = "concept"  # of the adapter; products or the token alone
@@ -52,7 +52,7 @@ class Method:
     """One way to teach a concept; LoRA and comcat at half the rate that was best, and close to failing, in a sweep."""
 
     name: str
-    kind: Kind
+    kind: MethodKind
     rank: int = 0
     lr: float = 0.0
 
@@ -71,7 +71,7 @@ METHODS = (
 
 
 @dataclass(frozen=True)
-class Outcome:
+class MethodOutcome:
     """What a method reached.
 
     Attributes:
@@ -134,7 +134,7 @@ class Contest:
             lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": text}))
         (folder / METADATA).write_text("\n".join(lines) + "\n")
 
-    def run(self, method: Method, save: Path | None = None, progress: Progress | None = None) -> Outcome:
+    def run(self, method: Method, save: Path | None = None, progress: Progress | None = None) -> MethodOutcome:
         """Train with one method, measure, and leave the pipeline as it was.
 
         Args:
@@ -142,7 +142,7 @@ class Contest:
         """
         if method.kind == "base":
             scores = self.score(None)
-            return Outcome(method, float("nan"), scores.retention, 0.0, 0, 0, 0, scores)
+            return MethodOutcome(method, float("nan"), scores.retention, 0.0, 0, 0, 0, scores)
         original = self.pipe.unet
         if method.kind == "full":
             self.pipe.unet = copy.deepcopy(original)  # the base stays for the others
@@ -169,7 +169,7 @@ class Contest:
                 write_adapter(handle, save)
             size = len(tensor_bytes(encode(tensors, "float16")))
             count = sum(t.numel() for t in tensors.values())
-            return Outcome(method, scores.concept, scores.retention, seconds, size, count, peak[0], scores)
+            return MethodOutcome(method, scores.concept, scores.retention, seconds, size, count, peak[0], scores)
         finally:
             if _NAME in adapters(self.pipe):
                 remove_adapter(self.pipe, _NAME)

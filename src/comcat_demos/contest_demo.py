@@ -17,7 +17,7 @@ from comcat.customize.pipelines import quiet_loading
 from comcat.storage.atomic import atomic_directory, claimed_output
 
 from . import digits, digits_cache
-from .contest import METHODS, PROMPT, Contest, Outcome
+from .contest import METHODS, PROMPT, Contest, MethodOutcome
 from .contest_figure import draw_contest
 from .contest_tables import outcomes_table, storages_table
 from .layouts import CONTEST_DEMO
@@ -108,7 +108,7 @@ class ContestDemo:
     """What was measured."""
 
     screen: Screen
-    outcomes: list[Outcome]
+    outcomes: list[MethodOutcome]
     document: dict[str, Any]
 
     def show(self) -> None:

@@ -10,14 +10,14 @@ from comcat.report import format as fmt
 from comcat.report.style import INK, MUTED, heading, new_figure, save, tidy
 
 if TYPE_CHECKING:
-    from .contest import Outcome
+    from .contest import MethodOutcome
 
 COLORS = {"comcat": "#3a6ea5", "lora": "#e08e45", "full": "#8d6a9f", "base": MUTED}
 LABELS = {"comcat": "comcat, rank 1, 2, 4", "lora": "LoRA, rank 2, 4, 8", "full": "full fine-tuning"}
 CONCEPT, OTHERS = 10, 9  # images shown of V*, and of the other prompts, one each
 
 
-def draw_contest(outcomes: Sequence[Outcome], photos: Sequence[Any], path: str | Path, digit: int) -> None:
+def draw_contest(outcomes: Sequence[MethodOutcome], photos: Sequence[Any], path: str | Path, digit: int) -> None:
     """Write a PNG: a row of images per method, and scores over stored bytes.
 
     Raises:
@@ -37,7 +37,7 @@ def draw_contest(outcomes: Sequence[Outcome], photos: Sequence[Any], path: str |
     save(figure, path)
 
 
-def _images(axes: Any, outcomes: Sequence[Outcome], photos: Sequence[Any]) -> None:
+def _images(axes: Any, outcomes: Sequence[MethodOutcome], photos: Sequence[Any]) -> None:
     import numpy as np
 
     axes.set_xlim(-5.2, CONCEPT + OTHERS + 0.7)
@@ -62,7 +62,7 @@ def _put(axes: Any, gray: Any, x: float, y: float) -> None:
     )
 
 
-def _scores(axes: Any, outcomes: Sequence[Outcome]) -> None:
+def _scores(axes: Any, outcomes: Sequence[MethodOutcome]) -> None:
     for kind, label in LABELS.items():
         points = [o for o in outcomes if o.method.kind == kind]
         sizes, style = [o.bytes for o in points], {"color": COLORS[kind], "markersize": 7, "linewidth": 1.2}

@@ -11,10 +11,10 @@ from rich.table import Table
 from comcat.report import format as fmt
 
 if TYPE_CHECKING:
-    from .contest import Outcome
+    from .contest import MethodOutcome
 
 
-def outcomes_table(outcomes: Sequence[Outcome], title: str) -> Table:
+def outcomes_table(outcomes: Sequence[MethodOutcome], title: str) -> Table:
     """The demo's methods side by side."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("method", no_wrap=True)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from comcat.storage.owned import MODEL, Kind, Layout
+from comcat.storage.owned import MODEL, DirectoryKind, DirectoryLayout
 
-_DIGITS: Layout = {split: {"[0-9]": {"[0-9]*.png": None}} for split in ("train", "test")}
-_PICTURES: Layout = {"[0-9]*.png": None, "metadata.jsonl": None}
-_PART: Layout = {"*.json": None, "*.safetensors": None, "*.txt": None}
-_PIPELINE: Layout = {"model_index.json": None, "[a-z]*": _PART}
+_DIGITS: DirectoryLayout = {split: {"[0-9]": {"[0-9]*.png": None}} for split in ("train", "test")}
+_PICTURES: DirectoryLayout = {"[0-9]*.png": None, "metadata.jsonl": None}
+_PART: DirectoryLayout = {"*.json": None, "*.safetensors": None, "*.txt": None}
+_PIPELINE: DirectoryLayout = {"model_index.json": None, "[a-z]*": _PART}
 
-VIT_DEMO = Kind(
+VIT_DEMO = DirectoryKind(
     "a comcat demo",
     MODEL.marker,
     MODEL.field,
     {**MODEL.layout, "dense.safetensors": None, "digits": _DIGITS, "finetuned": MODEL.layout},
 )
-CONTEST_DEMO = Kind(
+CONTEST_DEMO = DirectoryKind(
     "a comcat demo",
     "report.json",
     "base_seconds",
@@ -30,4 +30,4 @@ CONTEST_DEMO = Kind(
     },
     (int, float),
 )
-DIGITS_CACHE: Layout = {"digits.json": None, **_PIPELINE}
+DIGITS_CACHE: DirectoryLayout = {"digits.json": None, **_PIPELINE}

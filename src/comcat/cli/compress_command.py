@@ -204,7 +204,7 @@ def compress(
         from ..planning.plan import Plan
         from ..storage.atomic import check_free, claimed_output
         from ..training.process import process_index
-        from .job import Job, Settings
+        from .job import CompressJob, CompressSettings
 
         check_free(out, overwrite)
         if process_index() == 0:
@@ -212,7 +212,7 @@ def compress(
         check_input_file(plan_file, "--plan")
         check_input_file(checkpoint, "--checkpoint")
         check_input_file(search_config, "--search-config")
-        settings = Settings(
+        settings = CompressSettings(
             model=model,
             out=out,
             overwrite=overwrite,
@@ -254,7 +254,7 @@ def compress(
         if data is not None:
             reading = Reading(data, data_root, class_map, skip_bad_images, mean, std, crop_pct, interpolation)
         given = Plan.load(plan_file) if plan_file else None
-        job = Job(screen, settings, reading, budget, given)
+        job = CompressJob(screen, settings, reading, budget, given)
         job.load(checkpoint, args, parse_device(device))
         job.open_data()
         job.run()

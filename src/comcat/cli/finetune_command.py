@@ -182,12 +182,12 @@ def finetune(
     rank = process_index()
     screen = Screen(json_output or rank > 0)  # only the main process prints
     with screen, main_process_speaks(rank) as started:
-        from .finetune_job import Job, Options
+        from .finetune_job import FinetuneJob, FinetuneOptions
 
         settings, augmentation = merge(given, read_yaml(config) if config is not None else {})
-        job = Job(
+        job = FinetuneJob(
             screen,
-            Options(
+            FinetuneOptions(
                 model=model,
                 out=out,
                 resume=resume,

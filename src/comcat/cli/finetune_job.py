@@ -24,7 +24,7 @@ DOCUMENT = "finetune.json"
 
 
 @dataclass(frozen=True)
-class Options:
+class FinetuneOptions:
     """The options of the command that are no settings of the training itself."""
 
     model: Path
@@ -43,11 +43,11 @@ class Options:
     keep_checkpoints: bool
 
 
-class Job:
+class FinetuneJob:
     def __init__(
         self,
         screen: Screen,
-        options: Options,
+        options: FinetuneOptions,
         reading: Reading,
         config: FinetuneConfig,
         augmentation: Augmentation,
@@ -73,14 +73,14 @@ class Job:
         from ..storage.atomic import CONFIG_NAME, check_place
         from ..storage.checkpoint import TENSORS_NAME
         from ..storage.manifest import Manifest
-        from ..storage.owned import MODEL, check_kind
+        from ..storage.owned import MODEL, check_replaceable
 
         out = self.options.out
         check_place(out / TENSORS_NAME)
         manifest = Manifest(out)
         if self.options.resume and not manifest.exists:  # of a version without records
             try:
-                check_kind(out, MODEL)
+                check_replaceable(out, MODEL)
                 return
             except CheckpointError:
                 pass
@@ -90,11 +90,12 @@ class Job:
     def _open_data(self) -> None:
         from ..data import loader
         from ..data.training_set import training_loader
-        from .inputs import count_classes
+        from .inputs import declared_classes
 
         o, screen = self.options, self.screen
         config = self.reading.configure(self.student)
-        train = self.reading.open(o.train_split, "calibration", config, count_classes(self.student), self.config.seed)
+        classes = declared_classes(self.student)
+        train = self.reading.open(o.train_split, "calibration", config, classes, self.config.seed)
         self.train_batches = training_loader(
             train, o.batch_size, config, self.augmentation, seed=self.config.seed, workers=o.workers
         )

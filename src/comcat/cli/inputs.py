@@ -150,7 +150,7 @@ class Reading:
         """
         if metric:
             return self.open(split, "evaluation", config, None)
-        classes = count_classes(model)
+        classes = declared_classes(model)
         if classes == 0:
             raise ModelError("the model has no classifier to evaluate. Give one: --model-arg num_classes=N")
         data = self.open(split, "evaluation", config, classes)
@@ -164,7 +164,7 @@ class Reading:
         return data
 
 
-def count_classes(model: nn.Module) -> int | None:
+def declared_classes(model: nn.Module) -> int | None:
     """The number of the model's outputs, if it says."""
     classes = getattr(model, "num_classes", None)
     return int(classes) if isinstance(classes, int) else None

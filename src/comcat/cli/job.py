@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Settings:
+class CompressSettings:
     """The options of the command that steer the run."""
 
     model: str
@@ -53,7 +53,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CompressOutcome:
     """Everything that is shown and written."""
 
     plan: Plan
@@ -62,11 +62,11 @@ class Outcome:
     small: Measured
 
 
-class Job:
+class CompressJob:
     def __init__(
         self,
         screen: Screen,
-        settings: Settings,
+        settings: CompressSettings,
         reading: Reading | None,
         budget: Budget | None,
         plan: Plan | None,
@@ -264,7 +264,7 @@ class Job:
             cpu=search.cpu,
         )
 
-    def _compress(self, plan: Plan) -> Outcome:
+    def _compress(self, plan: Plan) -> CompressOutcome:
         """Compress, evaluate, write; the output directory appears complete or not at all."""
         import comcat
 
@@ -285,7 +285,7 @@ class Job:
         with atomic_directory(self.settings.out, self.settings.overwrite) as stage:
             comcat.save(small_model.cpu(), stage, overwrite=True)
             small = replace(small, bytes=(stage / TENSORS_NAME).stat().st_size)
-            outcome = Outcome(plan, report, dense, small)
+            outcome = CompressOutcome(plan, report, dense, small)
             plan.save(stage / "plan.json")
             (stage / "report.json").write_text(json.dumps(self._document(outcome), indent=1, default=str) + "\n")
             try:
@@ -324,7 +324,7 @@ class Job:
 
     # -- the outcome -----------------------------------------------------------------------------------------
 
-    def _titles(self, outcome: Outcome) -> tuple[str, str]:
+    def _titles(self, outcome: CompressOutcome) -> tuple[str, str]:
         from ..report.format import count
 
         dense, small = outcome.dense, outcome.small
@@ -335,7 +335,7 @@ class Job:
             subtitle += f" · {before.label} {before.shown().removesuffix(' %')} → {after.shown()}"
         return title, subtitle
 
-    def _latency(self, outcome: Outcome) -> dict[str, Any] | None:
+    def _latency(self, outcome: CompressOutcome) -> dict[str, Any] | None:
         if self.latency is None:
             return None
         return timings.describe(self.latency, outcome.plan, outcome.dense, outcome.small)
@@ -346,7 +346,7 @@ class Job:
         data = self.eval_batches.data
         return f"{data.name}, split {data.split}" if data.split else data.name
 
-    def _document(self, outcome: Outcome) -> dict[str, Any]:
+    def _document(self, outcome: CompressOutcome) -> dict[str, Any]:
         """The outcome for machines: the ``--json`` document and ``report.json``."""
         made = self.calibration
         return {

@@ -202,7 +202,7 @@ class _Stages:
     def compress(self) -> None:
         """Calibrate, choose ranks, write ``compressed/``."""
         from ..training import state
-        from .job import Job, Settings
+        from .job import CompressJob, CompressSettings
         from .searching import Search, read_config
 
         recipe, made = self.recipe, self.recipe.compress
@@ -220,7 +220,7 @@ class _Stages:
                 workers=self.workers,
                 cpu=target.type == "cpu",
             )
-        settings = Settings(
+        settings = CompressSettings(
             model=recipe.model,
             out=self.out / COMPRESSED,
             overwrite=False,
@@ -243,7 +243,7 @@ class _Stages:
             seed=self.seed,
             search=search,
         )
-        job = Job(self.screen, settings, self.reading, self.budget, None)
+        job = CompressJob(self.screen, settings, self.reading, self.budget, None)
         job.load(self.checkpoint, recipe.model_args, target)
         job.open_data()
         job.run()
@@ -253,11 +253,11 @@ class _Stages:
         """Train what is in ``compressed/``, write ``finetuned/``."""
         from ..training import state
         from .finetune_command import merge
-        from .finetune_job import Job, Options
+        from .finetune_job import FinetuneJob, FinetuneOptions
 
         config, augmentation = merge({"seed": self.seed}, self.recipe.finetune)
         target = self.out / FINETUNED
-        options = Options(
+        options = FinetuneOptions(
             model=self.out / COMPRESSED,
             out=target,
             resume=self.resume and bool(state.checkpoints(target)),
@@ -273,7 +273,7 @@ class _Stages:
             cpu=self.device == "cpu",
             keep_checkpoints=False,
         )
-        self.job = Job(self.screen, options, self.reading, config, augmentation)
+        self.job = FinetuneJob(self.screen, options, self.reading, config, augmentation)
         self.job.prepare()
         self.job.run()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 from .console import Screen
-from .inputs import Reading, count_classes
+from .inputs import Reading, declared_classes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,7 +49,7 @@ class Search:
         from ..rank_search.halves import refuse_evaluation_data
 
         data_config = reading.configure(model)
-        data = reading.open(self.split, "calibration", data_config, count_classes(model), self.config.seed)
+        data = reading.open(self.split, "calibration", data_config, declared_classes(model), self.config.seed)
         if evaluation is not None and data.split == evaluation.split:
             what = f"the split {data.split!r}" if data.split else f"{data.name}, which has no splits"
             raise DataError(

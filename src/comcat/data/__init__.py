@@ -18,7 +18,7 @@ import torch
 
 from ..errors import DataError
 from .loading import BadImage, ImageData, ImageLoader, OnError, StreamData
-from .sources import Source, choose_split, kind_of, list_splits, match_split, open_source
+from .sources import ImageSource, choose_split, kind_of, list_splits, match_split, open_source
 
 __all__ = [
     "BadImage",
@@ -163,7 +163,7 @@ def _transform(config: Mapping[str, Any]) -> Callable[[Any], torch.Tensor]:
     return create_transform(**config, is_training=False)
 
 
-def _all_have_size(source: Source, size: tuple[int, int], probes: int = 8) -> bool:
+def _all_have_size(source: ImageSource, size: tuple[int, int], probes: int = 8) -> bool:
     """Whether a few images, spread over the data set, all have exactly this (width, height)."""
     sizes = set()
     for index in np.linspace(0, len(source) - 1, num=min(probes, len(source))).astype(int):
@@ -174,7 +174,7 @@ def _all_have_size(source: Source, size: tuple[int, int], probes: int = 8) -> bo
     return sizes == {size}
 
 
-def _check_labels(source: Source, num_classes: int | None) -> bool:
+def _check_labels(source: ImageSource, num_classes: int | None) -> bool:
     """Whether there are labels; refuses those that the model has no output for."""
     labels = source.labels()
     if labels is None:  # not known before the images are read

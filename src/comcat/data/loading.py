@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..errors import DataError
-from .sources import Source
+from .sources import ImageSource
 
 OnError = Literal["raise", "skip"]
 Sample = tuple[torch.Tensor, int]
@@ -44,7 +44,7 @@ class ImageData(Dataset[Sample]):
     """
 
     name: str
-    source: Source
+    source: ImageSource
     transform: Callable[[Any], torch.Tensor]
     input_size: tuple[int, int, int]
     split: str | None = None

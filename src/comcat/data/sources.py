@@ -32,7 +32,7 @@ _SYNONYMS = (TRAIN_NAMES, EVAL_NAMES[:-1], EVAL_NAMES[-1:])
 _STREAMS = ("wds", "hfids", "tfds")
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """A random-access collection of labelled images."""
 
     name: str
@@ -75,7 +75,7 @@ def list_splits(data: str) -> list[str]:
         root = Path(data).expanduser()
         return [n for names in _SYNONYMS for n in names if _has_subfolders(root / n)]
     if kind in ("parquet", "hfds"):
-        from .hub import hub_splits
+        from .hub_tables import hub_splits
 
         return hub_splits(data)
     return ["train", "validation"] if kind == "torch" else []
@@ -109,7 +109,7 @@ def match_split(split: str, splits: Sequence[str], data: str) -> str:
 
 def open_source(
     data: str, split: str | None, *, root: str | None = None, class_map: str | None = None, mode: str = "RGB"
-) -> Source:
+) -> ImageSource:
     """Open one split of DATA for random access. Streams are opened by :mod:`comcat.data`.
 
     Args:
@@ -130,7 +130,7 @@ def open_source(
     if kind in ("folder", "tar"):
         return FileSource(data, split, class_map, mode)
     if kind in ("parquet", "hfds"):
-        from .hub import HubSource
+        from .hub_tables import HubSource
 
         return HubSource(data, split, root, mode)
     return TorchSource(data, split, root, mode)

@@ -27,7 +27,7 @@ from .loading import BadImage, ImageData, Sample, StreamData
 _REPLACEMENTS = 100
 
 
-class Batch(NamedTuple):
+class TrainingBatch(NamedTuple):
     """Images (B, C, H, W), labels (B,), and the images that had to be replaced by others."""
 
     images: Tensor
@@ -90,7 +90,7 @@ class _Replaced(NamedTuple):
     bad: BadImage
 
 
-def collate(samples: list[Any]) -> Batch | BadImage:
+def collate(samples: list[Any]) -> TrainingBatch | BadImage:
     """A batch, or the unreadable image that prevents it: exceptions do not travel well between processes."""
     skipped = tuple(s.bad for s in samples if isinstance(s, _Replaced))
     plain = [s.sample if isinstance(s, _Replaced) else s for s in samples]
@@ -98,7 +98,7 @@ def collate(samples: list[Any]) -> Batch | BadImage:
     if bad is not None:
         return bad
     images, labels = default_collate(plain)
-    return Batch(images, labels, skipped)
+    return TrainingBatch(images, labels, skipped)
 
 
 def training_loader(

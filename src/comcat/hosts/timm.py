@@ -17,8 +17,8 @@ from ..layers.base import Layer
 from ..layers.ffn import FFNLayer
 from ..layers.filling import fill_fused
 from ..layers.heads import Heads, Stream, is_identity
-from ..nn.attention import LowRankAttention
 from ..nn.linear import LowRankLinear
+from ..nn.low_rank_attention import LowRankAttention
 from .changed import changed, patched
 
 #: Everything that the two attention classes own; a layer with more was changed by somebody, in a way unknown here.

@@ -11,7 +11,7 @@ from .heads import HeadWeights, Input, as_parameter, flatten_heads
 
 
 def fill_fused(original: Any) -> Fill:
-    """For a :class:`~comcat.nn.attention.LowRankAttention` that replaces an ``original`` with ``qkv`` and ``proj``."""
+    """For a :class:`~comcat.nn.LowRankAttention` that replaces an ``original`` with ``qkv`` and ``proj``."""
 
     def fill(small: Any, heads: HeadWeights, places: Tensor | None) -> None:
         weight, bias = heads.rows(Input("qkv", ("query", "key", "value")))

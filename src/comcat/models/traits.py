@@ -68,7 +68,7 @@ def differences(model: nn.Module, built: nn.Module) -> list[Difference]:
     return found
 
 
-def carry(built: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
+def restore_attributes(built: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
     """Set plain attributes that a file holds.
 
     Raises:

@@ -1,7 +1,7 @@
 """The modules that a compressed or customized model holds, and how they get in and out."""
 
-from .attention import LowRankAttention
 from .linear import LowRankLinear
+from .low_rank_attention import LowRankAttention
 from .projections import HeadOutput, HeadProjection
 
 #: What a compressed model has in the place of larger layers.

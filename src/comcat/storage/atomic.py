@@ -21,7 +21,7 @@ from ..errors import CheckpointError
 from . import temporary
 from .exchange import exchange, onto_nothing
 from .owned import CONFIG_NAME as CONFIG_NAME
-from .owned import MODEL, Kind, check_kind
+from .owned import MODEL, DirectoryKind, check_replaceable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +84,7 @@ def atomic_file(path: str | Path, overwrite: bool = True) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_directory(path: str | Path, overwrite: bool = False, kind: Kind = MODEL) -> Iterator[Path]:
+def atomic_directory(path: str | Path, overwrite: bool = False, kind: DirectoryKind = MODEL) -> Iterator[Path]:
     """A directory that appears under ``path`` complete, or not at all; yields where to write meanwhile.
 
     Inside another one it is written in place: the outer one appears as a whole.
@@ -123,7 +123,7 @@ def claimed_output(path: str | Path) -> Iterator[None]:
         yield
 
 
-def _publish(new: Path, path: Path, overwrite: bool, kind: Kind) -> None:
+def _publish(new: Path, path: Path, overwrite: bool, kind: DirectoryKind) -> None:
     """Give ``new`` its name; what is replaced is left under the temporary one."""
     if not overwrite:
         _name(new, path)
@@ -224,7 +224,7 @@ def _beside(path: Path, what: str) -> Path:
     return path.with_name(f".{temporary.stem(path.name)}.comcat-{what}")
 
 
-def check_free(path: str | Path, overwrite: bool = False, kind: Kind = MODEL) -> None:
+def check_free(path: str | Path, overwrite: bool = False, kind: DirectoryKind = MODEL) -> None:
     """Raise CheckpointError if a directory cannot be written there, or would replace what is not to be replaced.
 
     ``overwrite`` allows a directory of this ``kind``, by default a model saved by comcat, that holds nothing else.
@@ -261,7 +261,7 @@ def _identity(path: str | Path) -> tuple[int, int, int] | None:
     return status.st_dev, status.st_ino, status.st_ctime_ns
 
 
-def _check(path: Path, overwrite: bool, kind: Kind) -> None:
+def _check(path: Path, overwrite: bool, kind: DirectoryKind) -> None:
     if not os.fspath(path).strip("."):
         path = path.resolve()
     try:
@@ -285,7 +285,7 @@ def _check(path: Path, overwrite: bool, kind: Kind) -> None:
         raise CheckpointError(f"output directory '{path}' cannot be read: {error.strerror}") from error
     if not overwrite:
         raise CheckpointError(f"output directory '{path}' already holds something; choose another or overwrite it")
-    check_kind(path, kind)
+    check_replaceable(path, kind)
 
 
 def check_place(path: Path) -> None:

@@ -23,7 +23,7 @@ from ..hosts import find_layers
 from ..layers.base import check_finite
 from ..models.libraries import NAMES, library
 from ..models.source import Source, describe
-from ..models.traits import buffers, carry
+from ..models.traits import buffers, restore_attributes
 from ..models.wrappers import check_plain
 from ..nn import SMALL
 from ..planning.plan import Plan
@@ -173,7 +173,7 @@ def _load(path: Path) -> nn.Module:
     config.check_digest(name)
     model = source.build()
     _shrink(model, plan, name)
-    carry(model, architecture.attributes)
+    restore_attributes(model, architecture.attributes)
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         there = buffers(model)

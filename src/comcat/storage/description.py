@@ -29,7 +29,7 @@ class Architecture(BaseModel):
     wide_buffers: list[str] = Field(default_factory=list)  # not saved, and float32 whatever the parameters are
 
 
-class Tensors(BaseModel):
+class TensorDigests(BaseModel):
     """Size and SHA-256 of the tensor file, and of the description itself (older files have none)."""
 
     bytes: NonNegativeInt
@@ -45,7 +45,7 @@ class Description(BaseModel):
     architecture: Architecture
     plan: Any
     report: Report | None
-    tensors: Tensors
+    tensors: TensorDigests
     found: str = ""  # the digest of what was read
 
     def check_digest(self, name: str) -> None:

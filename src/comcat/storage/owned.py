@@ -13,16 +13,16 @@ from ..wording import some
 from .reader import read_json
 
 #: Pattern of a name -> None for a file, or what the directory may hold.
-Layout = Mapping[str, Any]
+DirectoryLayout = Mapping[str, Any]
 
 #: The file that marks a directory as a model saved by comcat.
 CONFIG_NAME = "comcat.json"
 #: The file of a run that says which other files are its own, see :mod:`comcat.storage.manifest`.
 MANIFEST_NAME = ".comcat-run.json"
 
-CHECKPOINT: Layout = {"state.json": None, "*.safetensors": None}
-EVENTS: Layout = {"events.out.tfevents.*": None}
-_MODEL: Layout = {
+CHECKPOINT: DirectoryLayout = {"state.json": None, "*.safetensors": None}
+EVENTS: DirectoryLayout = {"events.out.tfevents.*": None}
+_MODEL: DirectoryLayout = {
     CONFIG_NAME: None,
     "model.safetensors": None,
     "plan.json": None,
@@ -39,7 +39,7 @@ _MODEL: Layout = {
 
 
 @dataclass(frozen=True)
-class Kind:
+class DirectoryKind:
     """A kind of directory.
 
     Attributes:
@@ -51,14 +51,14 @@ class Kind:
     name: str
     marker: str
     field: str
-    layout: Layout
+    layout: DirectoryLayout
     type: type | tuple[type, ...] = int
 
 
-MODEL = Kind("a comcat model", CONFIG_NAME, "comcat_format", _MODEL)
+MODEL = DirectoryKind("a comcat model", CONFIG_NAME, "comcat_format", _MODEL)
 
 
-def check_kind(path: Path, kind: Kind) -> None:
+def check_replaceable(path: Path, kind: DirectoryKind) -> None:
     """Raise CheckpointError unless ``path`` is of this kind and holds nothing else."""
     marker = path / kind.marker
     if not marker.is_file():
@@ -86,7 +86,7 @@ def check_kind(path: Path, kind: Kind) -> None:
         )
 
 
-def strangers(path: Path, layout: Layout) -> list[str]:
+def strangers(path: Path, layout: DirectoryLayout) -> list[str]:
     """Relative names of what is in ``path`` and not in ``layout``.
 
     Raises:

@@ -27,7 +27,7 @@ class HubSource:
         self.split = split
         self._mode = mode
         with quiet_datasets(data) as datasets:
-            place = Place(data)
+            place = TableLocation(data)
             table = place.open(datasets, split, cache)
             if not len(table):
                 raise DataError(f"split {split!r} of {data} holds no images. Choose another split")
@@ -79,7 +79,7 @@ class HubSource:
 def hub_splits(data: str) -> list[str]:
     """The splits of a table, without reading it."""
     with quiet_datasets(data) as datasets:
-        place = Place(data)
+        place = TableLocation(data)
         if place.folder is not None:
             return list(place.files)
         builder = datasets.load_dataset_builder(place.name)
@@ -87,7 +87,7 @@ def hub_splits(data: str) -> list[str]:
     return [str(name) for name in (files or builder.info.splits or ())]
 
 
-class Place:
+class TableLocation:
     """What DATA is for the package ``datasets``: a name on the Hub, or the parquet files of a folder, by split.
 
     The files are named one by one: left to itself, ``datasets`` follows whatever address or path a README.md names.
