@@ -95,7 +95,7 @@ def load_metric(text: str) -> Metric:
     metric = getattr(loaded, function, None)
     if not callable(metric):
         raise MetricError(f"'{module}' has no function '{function}'; it is called as {function}(model, loader)")
-    return metric  # type: ignore[no-any-return]
+    return metric
 
 
 def _number(metric: str, label: str, value: Any) -> float:
