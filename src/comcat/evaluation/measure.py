@@ -17,7 +17,7 @@ from ..errors import DataError, ModelError
 from ..models.modes import evaluating, exclusive
 from ..models.running import double, explained, images_of, labels_of
 from ..progress import Progress
-from .metric import Counted, Metric, scores
+from .metric import CountedBatches, Metric, scores
 from .outputs import Outputs, divergence
 from .scores import SHOWN, Figure, Score, check_labels
 
@@ -135,7 +135,7 @@ def evaluate(
         DataError: there are no images, an image has no label, or a label that the model has no output for.
     """
     if evaluate is not None:
-        counted, nan = Counted(loader), float("nan")
+        counted, nan = CountedBatches(loader), float("nan")
         with (
             _inference(model, device) as (place, _),
             torch.autocast(place.type, amp_dtype, enabled=amp_dtype is not None),

@@ -23,7 +23,7 @@ from ..errors import ComcatError, MetricError
 Metric = Callable[[nn.Module, Iterable[Any]], Any]
 
 
-class Counted:
+class CountedBatches:
     """A loader that counts the images which were read from it last."""
 
     def __init__(self, loader: Iterable[Any]) -> None:
