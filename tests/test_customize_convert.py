@@ -10,7 +10,7 @@ from torch import Tensor
 
 from comcat import CheckpointError, ModelError
 from comcat.customize import Adapter, adapters, add_adapter, export_lora, import_lora
-from comcat.customize.adapter.components import find_sites
+from comcat.customize.adapter.components import find_addable
 from comcat.customize.lora.denoiser_moments import InputMoments, record
 from comcat.customize.lora.denoiser_probe import denoiser_output, output_error
 from comcat.customize.lora.exporting import as_lora, embedding_path
@@ -45,11 +45,11 @@ def random_adapter(pipe: Any, size: float = 0.3, **options: Any) -> Adapter:
     return handle
 
 
-def site_parts(pipe: Any, handle: Adapter) -> Any:
-    """(component, name, site, layer) of all layers."""
+def parts_of(pipe: Any, handle: Adapter) -> Any:
+    """(component, name, attention, layer) of all layers."""
     models = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     for (component, name), layer in handle.layers.items():
-        yield component, name, find_sites(component, models[component])[0][name], layer
+        yield component, name, find_addable(component, models[component])[0][name], layer
 
 
 def heads(weight: Tensor) -> Tensor:
@@ -65,18 +65,18 @@ def with_bias(linear: Any, weight: Tensor) -> Tensor:
     return torch.cat([heads(weight), bias.detach().double().view(HEADS, 1, -1)], 1)
 
 
-def measured(site: Any, layer: Any, factors: dict, part: str) -> tuple[float, float]:
+def measured(attention: Any, layer: Any, factors: dict, part: str) -> tuple[float, float]:
     """(error over effect, effect) of a product, from whole matrices."""
-    (stream,) = site.streams
+    (stream,) = attention.streams
     product, scale = layer[stream.name], layer.strength.scale
     names = (stream.query, stream.key) if part == "qk" else (stream.value, stream.output)
 
     def changed(name: str) -> Tensor:
-        weight = site.linear(name).weight.detach().double()
-        path = f"{site.name}.{name}"
+        weight = attention.linear(name).weight.detach().double()
+        path = f"{attention.name}.{name}"
         return weight + factors[path].up.double() @ factors[path].down.double() if path in factors else weight
 
-    first, second = (site.linear(name) for name in names)
+    first, second = (attention.linear(name) for name in names)
     added = (product.query, product.key) if part == "qk" else (product.value, product.output)
     A = heads(added[0].weight) * scale
     if first.bias is not None:
@@ -96,9 +96,9 @@ def test_reported_errors_are_those_of_the_products(pipe, rank, size):
     handle = random_adapter(pipe, size, text_encoder_rank=1)
     factors, conversion = as_lora(handle, rank=rank)
     reported = {(e.component, e.layer, e.part): e for e in conversion.errors}
-    for component, name, site, layer in site_parts(pipe, handle):
+    for component, name, attention, layer in parts_of(pipe, handle):
         for part in ("qk", "vo"):
-            error, effect = measured(site, layer, factors[component], part)
+            error, effect = measured(attention, layer, factors[component], part)
             got = reported.pop((component, name, part))
             assert got.effect == pytest.approx(effect, rel=1e-9)
             assert got.relative == pytest.approx(error, rel=1e-4, abs=1e-6)
@@ -115,17 +115,17 @@ def test_an_adapter_in_the_span_of_the_layer_is_exact(pipe, side):
     """A B^T = L c B^T or A c^T R^T: a LoRA of one side alone."""
     handle = random_adapter(pipe)
     generator = torch.Generator().manual_seed(2)
-    for _, _, site, layer in site_parts(pipe, handle):
-        (stream,) = site.streams
+    for _, _, attention, layer in parts_of(pipe, handle):
+        (stream,) = attention.streams
         product = layer[stream.name]
         pairs = [(product.query, stream.query), (product.value, stream.value)]
         if side == "right":
             pairs = [(product.key, stream.key)]
-            out = site.linear(stream.output).weight.detach().unflatten(1, (HEADS, -1))  # (D, H, d)
+            out = attention.linear(stream.output).weight.detach().unflatten(1, (HEADS, -1))  # (D, H, d)
             mix = torch.randn(HEADS, out.shape[2], 2, generator=generator)
             product.output.weight.copy_(torch.einsum("nhd,hdr->nhr", out, mix).flatten(1))
         for linear, name in pairs:
-            weight = site.linear(name).weight.detach().unflatten(0, (HEADS, -1))  # (H, d, D)
+            weight = attention.linear(name).weight.detach().unflatten(0, (HEADS, -1))  # (H, d, D)
             mix = torch.randn(HEADS, 2, weight.shape[1], generator=generator)
             linear.weight.copy_((mix @ weight).flatten(0, 1))
     factors, conversion = as_lora(handle)
@@ -190,13 +190,13 @@ def write_lora(pipe: Any, path: Path, components: tuple[str, ...] = ("unet",), r
     generator = torch.Generator().manual_seed(3)
     factors: dict[str, dict] = {}
     for component in components:
-        for site in find_sites(component, getattr(pipe, component))[0].values():
-            (stream,) = site.streams
+        for attention in find_addable(component, getattr(pipe, component))[0].values():
+            (stream,) = attention.streams
             for name in (stream.query, stream.key, stream.value, stream.output):
-                linear = site.linear(name)
+                linear = attention.linear(name)
                 down = torch.randn(rank, linear.in_features, generator=generator)
                 up = torch.randn(linear.out_features, rank, generator=generator) * 0.1
-                factors.setdefault(component, {})[f"{site.name}.{name}"] = (down, up)
+                factors.setdefault(component, {})[f"{attention.name}.{name}"] = (down, up)
     save_file(to_diffusers(factors), path)
     return path
 
@@ -229,9 +229,9 @@ def test_an_imported_bias_is_counted_when_it_goes_back(pipe, tmp_path):
     assert any(name.endswith("bias") for name, _ in handle.named_parameters())
     factors, conversion = as_lora(handle)
     reported = {(e.layer, e.part): e.relative for e in conversion.errors}
-    for component, name, site, layer in site_parts(pipe, handle):
+    for component, name, attention, layer in parts_of(pipe, handle):
         for part in ("qk", "vo"):
-            error, _ = measured(site, layer, factors[component], part)
+            error, _ = measured(attention, layer, factors[component], part)
             assert reported[name, part] == pytest.approx(error, rel=1e-3, abs=1e-6)
 
 
@@ -278,14 +278,14 @@ def test_ranks_and_names_of_an_import(pipe, tmp_path):
 def test_roots_give_the_second_moments(pipe):
     handle = random_adapter(pipe, rank=1, targets="mid_block")
     moments, seen = InputMoments(handle), {}
-    sites = {name: site for _, name, site, _ in site_parts(pipe, handle)}
+    attentions = {name: attention for _, name, attention, _ in parts_of(pipe, handle)}
 
     def keep(key: tuple) -> Any:
         return lambda module, args: seen.setdefault(key, []).append(args[0].flatten(0, -2).double())
 
     hooks = [
-        site.linear(name).register_forward_pre_hook(keep((layer, name)))
-        for layer, site in sites.items()
+        attention.linear(name).register_forward_pre_hook(keep((layer, name)))
+        for layer, attention in attentions.items()
         for name in ("to_q", "to_k")
     ]
     with moments.recording():
@@ -294,9 +294,9 @@ def test_roots_give_the_second_moments(pipe):
     for hook in hooks:
         hook.remove()
     denoiser_output(family_of(pipe), PROMPT, 3)  # nothing is recorded any more
-    for layer, site in sites.items():
+    for layer, attention in attentions.items():
         for part, names in (("qk", ("to_q", "to_k")), ("vo", ("to_k", None))):
-            for root, name in zip(moments.roots("unet", site, part), names, strict=True):
+            for root, name in zip(moments.roots("unet", attention, part), names, strict=True):
                 if name is None:
                     assert root is None
                     continue
@@ -304,4 +304,4 @@ def test_roots_give_the_second_moments(pipe):
                 moment = x.T @ x / len(x)
                 ridge = 1e-4 * moment.diagonal().mean() * torch.eye(len(moment))
                 torch.testing.assert_close(root.T @ root, moment + ridge, rtol=1e-6, atol=1e-9)
-    assert moments._counts["unet", f"{layer}.to_q"] == len(torch.cat(seen[layer, "to_q"]))
+    assert moments._moments["unet", f"{layer}.to_q"].count == len(torch.cat(seen[layer, "to_q"]))

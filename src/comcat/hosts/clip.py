@@ -15,10 +15,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPTextEmbeddings, eager_attention_forward
 
 from ..errors import ModelError
-from ..nn.added import AddedLayer, add_output, narrow, widen
-from .seam import Carries, Refusal, Site, Stream, carry, drop, run_layers
+from ..layers.heads import Heads, Stream
+from ..nn.added import AddedLayer, add_output, narrow, run_layers, widen
+from ..nn.carries import Carries, carry, drop
+from .addable import AddableAttention
 
-STREAM = Stream("sample", "q_proj", "k_proj", "v_proj", "out_proj")
+STREAM = Stream.separate("sample", "q_proj", "k_proj", "v_proj", "out_proj")
 
 
 class AddedAttention(Carries):
@@ -54,17 +56,17 @@ def _run(
     return add_output(attn.out_proj(z), parts, layers, "sample"), weights
 
 
-def find_sites(model: nn.Module) -> Iterator[tuple[str, Site | Refusal]]:
-    """(name, Site) of every attention layer; names leave out ``text_model.``, which some versions have."""
+def addable_layers(model: nn.Module) -> Iterator[tuple[str, AddableAttention]]:
+    """(name, description) of every attention layer; names leave out ``text_model.``, which some versions have."""
     for name, module in model.named_modules():
         if isinstance(module, CLIPAttention):
             name = name.removeprefix("text_model.")
-            yield name, Site(name, module, "text", module.num_heads, module.head_dim, (STREAM,))
+            yield name, AddableAttention(name, module, "text", Heads.of(module.num_heads, module.head_dim), (STREAM,))
 
 
-def attach(site: Site, name: str, layer: AddedLayer) -> None:
+def attach(attention: AddableAttention, name: str, layer: AddedLayer) -> None:
     """Put the products of adapter ``name`` into an attention layer."""
-    carry(site.module, AddedAttention, name, layer)
+    carry(attention.module, AddedAttention, name, layer)
 
 
 def detach(module: nn.Module, name: str) -> None:

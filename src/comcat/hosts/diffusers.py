@@ -12,6 +12,7 @@ the added columns come after the norms and the rotary embedding and are free of 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,11 +28,13 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..nn.added import AddedLayer, add_output, narrow, widen
-from .seam import Carries, Kind, Refusal, Site, Stream, carry, drop, run_layers
+from ..layers.heads import Heads, Stream
+from ..nn.added import AddedLayer, add_output, narrow, run_layers, widen
+from ..nn.carries import Carries, carry, drop
+from .addable import AddableAttention, Kind, Refusal
 
-SAMPLE = Stream("sample", "to_q", "to_k", "to_v", "to_out.0")
-CONTEXT = Stream("context", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+SAMPLE = Stream.separate("sample", "to_q", "to_k", "to_v", "to_out.0")
+CONTEXT = Stream.separate("context", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
 class AddedProcessor:
@@ -328,14 +331,14 @@ def _set_attn_processor(model: Any, processor: Any, *args: Any, **kwargs: Any) -
     type(model).set_attn_processor(model, processor, *args, **kwargs)
 
 
-def find_sites(model: nn.Module) -> Iterator[tuple[str, Site | Refusal]]:
-    """(name, Site, or why none can be made of it) of every attention layer."""
+def addable_layers(model: nn.Module) -> Iterator[tuple[str, AddableAttention | Refusal]]:
+    """(name, description, or why nothing can be added) of every attention layer."""
     for name, module in model.named_modules():
         if isinstance(module, (ap.Attention, AttentionModuleMixin)) and hasattr(module, "processor"):
-            yield name, _site(name, module)
+            yield name, _described(name, module)
 
 
-def _site(name: str, attn: Any) -> Site | Refusal:
+def _described(name: str, attn: Any) -> AddableAttention | Refusal:
     processor = attn.processor
     family = type(processor) if isinstance(processor, AddedProcessor) else _family(attn, processor)
     kind: Kind = "cross" if getattr(attn, "is_cross_attention", False) else "self"
@@ -347,14 +350,14 @@ def _site(name: str, attn: Any) -> Site | Refusal:
         return Refusal(kind, f"{type(attn).__name__} with fewer key heads than query heads")
     streams = [SAMPLE]
     if family is FluxProcessor and attn.pre_only:
-        streams = [Stream("sample", "to_q", "to_k", "to_v", None, inner=True)]
+        streams = [dataclasses.replace(SAMPLE, output=None, inner=True)]
         kind = "joint"  # text and image tokens in one stream
     elif family is not ClassicProcessor and attn.added_kv_proj_dim is not None:
         used = attn.to_add_out is not None
-        streams = [SAMPLE, CONTEXT if used else Stream("context", CONTEXT.query, CONTEXT.key, CONTEXT.value, None)]
+        streams = [SAMPLE, CONTEXT if used else dataclasses.replace(CONTEXT, output=None)]
         kind = "joint"
-    head_dim = attn.to_q.out_features // heads
-    return Site(name, attn, kind, heads, head_dim, tuple(streams), attn.norm_q is not None)
+    described = Heads.of(heads, attn.to_q.out_features // heads, value_width=attn.to_v.out_features // heads)
+    return AddableAttention(name, attn, kind, described, tuple(streams), attn.norm_q is not None)
 
 
 def _family(attn: Any, processor: Any) -> type[AddedProcessor] | None:
@@ -365,13 +368,13 @@ def _family(attn: Any, processor: Any) -> type[AddedProcessor] | None:
     return None
 
 
-def attach(site: Site, name: str, layer: AddedLayer) -> None:
+def attach(attention: AddableAttention, name: str, layer: AddedLayer) -> None:
     """Put the products of adapter ``name`` into an attention layer."""
-    attn: Any = site.module
+    attn: Any = attention.module
     first = not isinstance(attn, KeepsProducts)
     carry(attn, KeepsProducts, name, layer)
     if first:
-        attn.place = site.name
+        attn.place = attention.name
         family = _family(attn, attn.processor)
         assert family is not None
         attn.processor = family(attn.processor, attn.extras)

@@ -127,29 +127,36 @@ class HeadWeights:
     query_bias: Tensor | None  # (H, d)
     key_bias: Tensor | None  # (G, d)
     value_bias: Tensor | None  # (G, d_v)
-    output: Tensor  # (H, d_v, D_out)
+    output: Tensor  # (H, d_v, D_out), D_out = 0 where nothing is put out
     output_bias: Tensor | None  # (D_out,)
 
     @classmethod
-    def of(cls, module: nn.Module, heads: Heads, stream: Stream) -> HeadWeights:
-        """Views on the weights of a module's linear layers."""
+    def of(cls, module: nn.Module, heads: Heads, stream: Stream, output: nn.Module | None = None) -> HeadWeights:
+        """Views on the weights of a module's linear layers, of the frozen ones where PEFT has wrapped them.
+
+        Args:
+            output: the output projection where the stream names none; the first H d_v of its inputs are the heads'.
+        """
         weights: dict[str, Tensor] = {}
         biases: dict[str, Tensor] = {}
         for one in stream.inputs:
-            linear: Any = module.get_submodule(one.path)
+            linear = frozen(module.get_submodule(one.path))
             rows = heads.split(linear.weight.detach().flatten(1).mT, one)  # (D, heads, width)
             weights |= {role: part.movedim(0, -1) for role, part in rows.items()}
             if linear.bias is not None:
                 biases |= heads.split(linear.bias.detach(), one)  # type: ignore[arg-type]
-        assert stream.output is not None
-        out: Any = module.get_submodule(stream.output)
+        if output is None and stream.output is not None:
+            output = module.get_submodule(stream.output)
+        out = None if output is None else frozen(output)
+        width = heads.num * heads.value_width
+        columns = weights["value"].new_empty(width, 0) if out is None else out.weight.detach().flatten(1).mT[:width]
         return cls(
             **weights,
             query_bias=biases.get("query"),
             key_bias=biases.get("key"),
             value_bias=biases.get("value"),
-            output=out.weight.detach().flatten(1).mT.unflatten(0, (heads.num, -1)),
-            output_bias=None if out.bias is None else out.bias.detach(),
+            output=columns.unflatten(0, (heads.num, -1)),
+            output_bias=None if out is None or out.bias is None else out.bias.detach(),
         )
 
     def rows(self, one: Input) -> tuple[Tensor, Tensor | None]:
@@ -166,6 +173,11 @@ class HeadWeights:
         With them, the factors are the truncated SVDs of ``W_q W_k^T`` and ``W_v W_o``.
         """
         return gram(self.query), gram(self.key), gram(self.value)
+
+
+def frozen(linear: nn.Module) -> Any:
+    """A linear layer itself, also where PEFT has wrapped it."""
+    return getattr(linear, "base_layer", linear)
 
 
 def joined_heads(parts: list[Tensor], by_head: bool) -> Tensor:

@@ -13,9 +13,9 @@ start at zero, so the model starts where it was. Source: COMCAT (arXiv 2305.1723
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -186,3 +186,25 @@ def add_output(out: Tensor, parts: Iterable[Tensor], layers: Iterable[AddedLayer
         if output is not None:
             out = out + call(output, part)
     return out
+
+
+Run = Callable[[Sequence[AddedLayer]], Any]
+
+
+def run_layers(layers: Sequence[AddedLayer], run: Run, plain: Callable[[], Any]) -> Any:
+    """The output of an attention layer with what its adapters add.
+
+    Args:
+        run: computes the layer with these products; plain: the host's own way, without any.
+    """
+    on = [layer for layer in layers if layer.strength.value != 0]
+    started = [layer for layer in on if not layer.is_identity()]
+    if len(started) == len(on) or not torch.is_grad_enabled():
+        return run(started) if started else plain()
+    # A new adapter is trained from exactly the base model: its values, the gradients of the widened attention.
+    with torch.no_grad():
+        values = run(started) if started else plain()
+    outputs = run(on)
+    if isinstance(outputs, Tensor):
+        return values + (outputs - outputs.detach())
+    return tuple(v + (o - o.detach()) for v, o in zip(values, outputs, strict=True))

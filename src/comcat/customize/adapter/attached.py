@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...errors import ModelError
 from ...hosts import diffusers as denoisers
 from ...nn.added import AddedLayer, Strength
-from .components import components, denoiser, find_sites, host, text_encoders
+from .components import components, denoiser, find_addable, host, text_encoders
 from .targets import Ranks, Targets, choose
 from .tokens import Token, install, new_token, uninstall
 
@@ -198,16 +198,16 @@ def add_adapter(
         parts.update({key: (module, text_encoder_rank, None) for key, module in encoders.items()})
     plans = {}
     for key, (module, ranks, patterns) in parts.items():
-        sites, refused = find_sites(key, module)
-        plans[key] = (sites, choose(key, sites, refused, patterns, ranks))
+        attentions, refused = find_addable(key, module)
+        plans[key] = (attentions, choose(key, attentions, refused, patterns, ranks))
     if token is not None:
         handle.token = new_token(pipe, token, token_vectors, token_init, generator, dtype)
-    for key, (sites, chosen) in plans.items():
-        for site_name, r in chosen.items():
-            layer = sites[site_name].new_layer(r, handle.strength, dtype=dtype)
+    for key, (attentions, chosen) in plans.items():
+        for layer_name, r in chosen.items():
+            layer = attentions[layer_name].new_layer(r, handle.strength, dtype=dtype)
             for stream in layer.streams.values():
                 stream.reset_parameters(generator)  # type: ignore[operator]
-            handle.layers[key, site_name] = layer
+            handle.layers[key, layer_name] = layer
     attach(handle)
     return handle
 
@@ -230,15 +230,15 @@ def attach(handle: Adapter) -> None:
         ModelError: a text encoder that is shared with another pipeline carries an adapter of this name.
     """
     parts = components(handle.pipe)
-    sites = {key: find_sites(key, parts[key])[0] for key in handle.ranks}
-    modules = {(key, name): sites[key][name].module for key, name in handle.layers}
+    attentions = {key: find_addable(key, parts[key])[0] for key in handle.ranks}
+    modules = {(key, name): attentions[key][name].module for key, name in handle.layers}
     taken = [key for (key, _), module in modules.items() if handle.name in getattr(module, "extras", {})]
     if taken:
         raise ModelError(
             f"the {taken[0]} carries an adapter {handle.name!r} of another pipeline that shares it; choose another name"
         )
     for (key, name), layer in handle.layers.items():
-        host(key).attach(sites[key][name], handle.name, layer)
+        host(key).attach(attentions[key][name], handle.name, layer)
     handle._modules = modules
     model = denoiser(handle.pipe)[1]
     setattr(model, _ATTRIBUTE, {**getattr(model, _ATTRIBUTE, {}), handle.name: handle})

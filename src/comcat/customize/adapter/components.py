@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import ModelError
-from ...hosts.seam import Refusal, Site
+from ...hosts.addable import AddableAttention, Refusal
 
 DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -52,19 +52,19 @@ def tokenizer_name(encoder: str) -> str:
     return encoder.replace("text_encoder", "tokenizer")
 
 
-def find_sites(component: str, module: nn.Module) -> tuple[dict[str, Site], dict[str, Refusal]]:
-    """(sites, name -> why an attention layer is none) of one component, in the order of the model."""
+def find_addable(component: str, module: nn.Module) -> tuple[dict[str, AddableAttention], dict[str, Refusal]]:
+    """(attention layers that take products, name -> why others do not) of one component, in the order of the model."""
     from ...hosts import clip, diffusers
 
-    finder = diffusers.find_sites if component in DENOISERS else clip.find_sites
-    sites: dict[str, Site] = {}
+    finder = diffusers.addable_layers if component in DENOISERS else clip.addable_layers
+    attentions: dict[str, AddableAttention] = {}
     refused: dict[str, Refusal] = {}
-    for name, site in finder(module):
-        if isinstance(site, Site):
-            sites[name] = site
+    for name, attention in finder(module):
+        if isinstance(attention, AddableAttention):
+            attentions[name] = attention
         else:
-            refused[name] = site
-    return sites, refused
+            refused[name] = attention
+    return attentions, refused
 
 
 def components(pipe: Any) -> dict[str, nn.Module]:
@@ -73,9 +73,9 @@ def components(pipe: Any) -> dict[str, nn.Module]:
     return {name: model, **text_encoders(pipe)}
 
 
-def fingerprint(sites: Mapping[str, Site]) -> str:
+def fingerprint(attentions: Mapping[str, AddableAttention]) -> str:
     """SHA-256 of the attention layers of a component: names, kinds, heads and widths."""
-    content = json.dumps([site.signature() for site in sites.values()], separators=(",", ":"))
+    content = json.dumps([attention.signature() for attention in attentions.values()], separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()
 
 

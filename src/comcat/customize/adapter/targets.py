@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import get_args
 
 from ...errors import ModelError
-from ...hosts.seam import Kind, Refusal, Site
+from ...hosts.addable import AddableAttention, Kind, Refusal
 
 Targets = str | Sequence[str] | None
 Ranks = int | Mapping[str, int]
@@ -27,7 +27,11 @@ def matches(pattern: str, name: str, kind: str) -> bool:
 
 
 def choose(
-    component: str, sites: Mapping[str, Site], refused: Mapping[str, Refusal], targets: Targets, ranks: Ranks
+    component: str,
+    attentions: Mapping[str, AddableAttention],
+    refused: Mapping[str, Refusal],
+    targets: Targets,
+    ranks: Ranks,
 ) -> dict[str, int]:
     """Layer name -> rank for what ``targets`` and ``ranks`` name together.
 
@@ -57,27 +61,27 @@ def choose(
             f"{len(bad)} attention layers of the {component} cannot take products: {listed}. Choose others with "
             "targets, or set the model's own attention processor again"
         )
-    wanted_ranks = {name: rank_of(name, site.kind) for name, site in sites.items()}
+    wanted_ranks = {name: rank_of(name, attention.kind) for name, attention in attentions.items()}
     chosen = {name: rank for name, rank in wanted_ranks.items() if rank is not None}
     if not chosen:
-        known = ", ".join(list(sites)[:3]) or "none"
+        known = ", ".join(list(attentions)[:3]) or "none"
         wanted = f"{targets}, ranks for {', '.join(table)}" if isinstance(ranks, Mapping) else targets
         raise ModelError(
             f"no attention layer of the {component} is named by {wanted!r}; layers are {known}, ...; kinds are "
-            f"{', '.join(dict.fromkeys(s.kind for s in sites.values()))}"
+            f"{', '.join(dict.fromkeys(s.kind for s in attentions.values()))}"
         )
     for name, rank in chosen.items():
-        width = sites[name].head_dim
+        width = attentions[name].heads.width
         if rank > width:
             raise ModelError(f"rank {rank} is above the head width {width} of '{name}'; use at most {width}")
-    unused = [p for p in (patterns or []) if not any(matches(p, n, s.kind) for n, s in sites.items())]
-    unused += [p for p in table if p != "*" and not any(matches(p, n, s.kind) for n, s in sites.items())]
+    unused = [p for p in (patterns or []) if not any(matches(p, n, s.kind) for n, s in attentions.items())]
+    unused += [p for p in table if p != "*" and not any(matches(p, n, s.kind) for n, s in attentions.items())]
     if unused:
         raise ModelError(
-            f"no attention layer of the {component} is named by {unused[0]!r}; layers are {known_names(sites)}"
+            f"no attention layer of the {component} is named by {unused[0]!r}; layers are {known_names(attentions)}"
         )
     return chosen
 
 
-def known_names(sites: Mapping[str, Site], count: int = 3) -> str:
-    return ", ".join(list(sites)[:count]) + (", ..." if len(sites) > count else "")
+def known_names(attentions: Mapping[str, AddableAttention], count: int = 3) -> str:
+    return ", ".join(list(attentions)[:count]) + (", ..." if len(attentions) > count else "")

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from ...errors import ModelError
-from ...hosts import clip, seam
+from ...hosts import clip, placement
+from ...nn.carries import carry, drop
 from .components import text_encoders, tokenizer_name
 from .words import learn, learned, unlearn
 
@@ -67,7 +68,7 @@ def new_token(
     for name, encoder in encoders.items():
         tokenizer = getattr(pipe, tokenizer_name(name))
         embedding = embedding_of(encoder)
-        table = seam.values(encoder, embedding, "weight").detach()
+        table = placement.values(encoder, embedding, "weight").detach()
         if init is None:
             spread, mean = table.float().std(0), table.float().mean(0)
             rows = mean.cpu() + spread.cpu() * torch.randn(count, table.shape[1], generator=generator)
@@ -81,7 +82,7 @@ def new_token(
             if max(ids) >= len(table):
                 raise ModelError(f"{init!r} is a learned token itself; start {text!r} from words of the tokenizer")
             rows = table[[ids[min(i, len(ids) - 1)] for i in range(count)]].float()
-        vectors[name] = nn.Parameter(rows.to(seam.place(embedding), dtype or seam.precision(embedding)))
+        vectors[name] = nn.Parameter(rows.to(placement.place(embedding), dtype or placement.precision(embedding)))
     return Token(text, vectors)
 
 
@@ -132,7 +133,7 @@ def install(pipe: Any, token: Token) -> None:
         tokenizer = getattr(pipe, tokenizer_name(name))
         learn(tokenizer, token.words, token.ids)
         rows = clip.NewRows(token.ids, token.vectors[name])
-        seam.carry(clip.embeddings(encoder), clip.ExtraRows, str(token.ids[0]), rows)
+        carry(clip.embeddings(encoder), clip.ExtraRows, str(token.ids[0]), rows)
         token.homes.append((tokenizer, encoder))
         _set_pooling(encoder, tokenizer.eos_token_id)
 
@@ -142,7 +143,7 @@ def uninstall(token: Token) -> None:
     for tokenizer, encoder in token.homes:
         unlearn(tokenizer, token.words)
         rows = clip.embeddings(encoder)
-        seam.drop(rows, clip.ExtraRows, str(token.ids[0]))
+        drop(rows, clip.ExtraRows, str(token.ids[0]))
         if not isinstance(rows, clip.ExtraRows):
             _set_pooling(encoder, None)
     token.homes.clear()

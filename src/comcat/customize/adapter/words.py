@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from transformers import AddedToken
 
-from ...hosts.seam import derived, original_class
+from ...nn.derived import derived, original_class
 
 _WORDS = "_comcat_words"  # word -> id
 _READER = "_comcat_reader"  # (what it was made from, the copy)

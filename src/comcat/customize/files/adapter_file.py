@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError, ModelError
-from ...hosts.seam import Site, place, precision
+from ...hosts.addable import AddableAttention
+from ...hosts.placement import place, precision
 from ...nn.added import AddedLayer
 from ...storage.atomic import atomic_file
 from ...storage.reader import read_tensors
 from ...wording import some
 from ..adapter import attached as adapters_
 from ..adapter.attached import Adapter
-from ..adapter.components import DENOISERS, components, denoiser, find_sites, fingerprint, text_encoders
+from ..adapter.components import DENOISERS, components, denoiser, find_addable, fingerprint, text_encoders
 from ..adapter.tokens import Token, check_new
 from .contents import check_checksum, not_finite, pack
 from .header import KEY, STORAGES, Entry, Header, Part, Storage
@@ -83,12 +84,12 @@ def header(handle: Adapter, storage: Storage = "float32") -> Header:
     models = components(pipe)
     parts = {}
     for component, layers in handle.ranks.items():
-        sites, _ = find_sites(component, models[component])
+        attentions, _ = find_addable(component, models[component])
         entries = {
-            name: Entry(rank, _signature(sites[name]), _biases(handle.layers[component, name]))
+            name: Entry(rank, _signature(attentions[name]), _biases(handle.layers[component, name]))
             for name, rank in layers.items()
         }
-        parts[component] = Part(type(models[component]).__name__, fingerprint(sites), entries)
+        parts[component] = Part(type(models[component]).__name__, fingerprint(attentions), entries)
     token = handle.token
     name = getattr(pipe, "name_or_path", None) or getattr(models[denoiser(pipe)[0]], "name_or_path", None)
     base = str(handle.info.get("base") or name or "")
@@ -248,29 +249,29 @@ def _add_layers(handle: Adapter, component: str, part: Part, path: Path, dtype: 
             f"'{path}' is for another kind of model: it has products for the {kind} '{component}' ({part.model}), and "
             f"this one has {', '.join(models)}"
         )
-    sites, refused = find_sites(component, models[component])
-    missing = [layer for layer in part.layers if layer not in sites]
+    attentions, refused = find_addable(component, models[component])
+    missing = [layer for layer in part.layers if layer not in attentions]
     if missing:
         reasons = [f"{layer} (it is {refused[layer].what})" if layer in refused else layer for layer in missing]
         raise CheckpointError(
             f"'{path}' does not fit this {component}: {len(missing)} of its {len(part.layers)} layers are not there "
             f"({some(reasons)}). It was made for {part.model} of '{_base(handle)}'"
         )
-    other = [name for name, entry in part.layers.items() if _signature(sites[name]) != entry.signature]
+    other = [name for name, entry in part.layers.items() if _signature(attentions[name]) != entry.signature]
     if other:
         raise CheckpointError(
             f"'{path}' does not fit this {component}: {len(other)} of its {len(part.layers)} layers have other heads "
             f"or widths ({some(other)}). It was made for {part.model} of '{_base(handle)}'"
         )
     for layer, entry in part.layers.items():
-        width = sites[layer].head_dim
+        width = attentions[layer].heads.width
         if not 1 <= entry.rank <= width:
             raise CheckpointError(f"'{path}' has rank {entry.rank!r} for '{layer}'; it must be 1 to {width}")
-        handle.layers[component, layer] = sites[layer].new_layer(entry.rank, handle.strength, entry.biases, dtype)
+        handle.layers[component, layer] = attentions[layer].new_layer(entry.rank, handle.strength, entry.biases, dtype)
 
 
-def _signature(site: Site) -> str:
-    return fingerprint({site.name: site})[:16]
+def _signature(attention: AddableAttention) -> str:
+    return fingerprint({attention.name: attention})[:16]
 
 
 def _base(handle: Adapter) -> str:

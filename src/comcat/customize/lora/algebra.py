@@ -34,6 +34,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...errors import CheckpointError
+from ...linalg.products import core, norm, svd_of_product
+from ...models.running import double
 
 #: Relative rounding of the stored factors (float32). A candidate pays for the rounding that its size causes.
 ROUNDING = 2.0**-24
@@ -61,7 +63,7 @@ class LoraPair:
 
 
 @dataclass(frozen=True)
-class AddedProduct:
+class NearestProduct:
     """The best rank-r product in place of a LoRA, balanced and in float64."""
 
     left_added: Tensor  # (H, D_l, r)
@@ -111,16 +113,16 @@ def product_to_lora(
     L, A, R, B = (_finite(t) for t in (left, left_added, right, right_added))
     d, unweighted = L.shape[-1], (R, B)
     if left_root is not None:
-        L, A = (_core(_finite(left_root)) @ side for side in (L, A))
+        L, A = (core(_finite(left_root)) @ side for side in (L, A))
     if right_root is not None:
-        R, B = (_core(_finite(right_root)) @ side for side in (R, B))
+        R, B = (core(_finite(right_root)) @ side for side in (R, B))
     # A t and B / t are the same product; equal shares of both sides make one set of floors fit all models.
     t = _balance(A, B, L, R)
-    Q = _core(torch.cat([L, A * t], -1))  # (H, q, d + r)
-    K = _core(torch.cat([R, B / t], -1))  # (H, k, d + r)
-    effect = _norm(Q[..., d:] @ K[..., d:].mT)
+    Q = core(torch.cat([L, A * t], -1))  # (H, q, d + r)
+    K = core(torch.cat([R, B / t], -1))  # (H, k, d + r)
+    effect = norm(Q[..., d:] @ K[..., d:].mT)
     X0 = A.new_zeros(A.shape[0], A.shape[-1], d)
-    best = _Candidate(effect + rounding * _norm(L) * _norm(R), effect, X0, X0)  # no update at all
+    best = _Candidate(effect + rounding * norm(L) * norm(R), effect, X0, X0)  # no update at all
     starts = [X0, (torch.linalg.pinv(K[..., :d], rtol=1e-10) @ K[..., d:]).mT]  # A nearly in L, B nearly in R
     b = _dropped(Q, K, A.shape[-1])
     U, S, Vh = torch.linalg.svd(b[..., d:, :])
@@ -157,8 +159,8 @@ def _candidates(Q: Tensor, K: Tensor, X: Tensor, rounding: float) -> list[_Candi
     for cut in CUTS:
         kept = S.gt(cut * S[..., :1])
         Z = (Vh.mT @ (torch.where(kept, 1 / torch.where(kept, S, 1.0), 0.0)[..., None] * coordinates)).mT
-        error = _norm((Q[..., d:] - P @ Z.mT) @ Y.mT)
-        found.append(_Candidate(error + rounding * _norm(P) * _norm(K[..., :d] + Y @ Z), error, X, Z))
+        error = norm((Q[..., d:] - P @ Z.mT) @ Y.mT)
+        found.append(_Candidate(error + rounding * norm(P) * norm(K[..., :d] + Y @ Z), error, X, Z))
         if kept.all():
             break
     return found
@@ -207,10 +209,9 @@ def truncate_lora(down: Tensor, up: Tensor, rank: int) -> tuple[LoraWeights, flo
     Raises:
         CheckpointError: NaN or infinite values.
     """
-    left, right, S = _svd_of_product(_finite(up), _finite(down).mT)
-    kept = S[:rank].sqrt()
-    lora = LoraWeights((right[:, :rank] * kept).mT.contiguous(), left[:, :rank] * kept)
-    return lora, float(_relative_tail(S, rank))
+    svd = svd_of_product(_finite(up), _finite(down).mT)
+    left, right = svd.truncated(rank)
+    return LoraWeights(right.mT.contiguous(), left), float(svd.error(rank))
 
 
 def update_of_columns(lora: LoraWeights, num_heads: int) -> HeadUpdate:
@@ -225,7 +226,7 @@ def update_of_rows(lora: LoraWeights, num_heads: int) -> HeadUpdate:
 
 def lora_to_product(
     left: Tensor, left_update: HeadUpdate | None, right: Tensor, right_update: HeadUpdate | None, rank: int
-) -> AddedProduct:
+) -> NearestProduct:
     """The best rank-``rank`` added product per head in place of an ordinary LoRA.
 
     Args:
@@ -249,10 +250,9 @@ def lora_to_product(
         basis, mix = _padded(left_update, L)
         lefts.append(basis)
         rights.append(moved @ mix.mT)
-    U, V, S = _svd_of_product(torch.cat(lefts, -1), torch.cat(rights, -1))
-    kept = S[..., :rank].sqrt()[..., None, :]
-    left_added, right_added = (pad(side[..., :rank] * kept, (0, max(0, rank - S.shape[-1]))) for side in (U, V))
-    return AddedProduct(left_added, right_added, _relative_tail(S, rank), S)
+    svd = svd_of_product(torch.cat(lefts, -1), torch.cat(rights, -1))
+    left_added, right_added = (pad(side, (0, rank - side.shape[-1])) for side in svd.truncated(rank))
+    return NearestProduct(left_added, right_added, svd.error(rank), svd.S)
 
 
 def _padded(update: HeadUpdate, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,36 +265,15 @@ def _padded(update: HeadUpdate, matrix: Tensor) -> tuple[Tensor, Tensor]:
     return pad(basis, (0, 0, 0, matrix.shape[-2] - basis.shape[-2])), mix
 
 
-def _svd_of_product(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``U`` (..., D_l, k), ``V`` (..., D_r, k) and ``S`` (..., k) of ``left @ right^T``, both (..., D, m)."""
-    Q_l, R_l = torch.linalg.qr(left)
-    Q_r, R_r = torch.linalg.qr(right)
-    U, S, Vh = torch.linalg.svd(R_l @ R_r.mT, full_matrices=False)
-    return Q_l @ U, Q_r @ Vh.mT, S
-
-
-def _relative_tail(S: Tensor, rank: int) -> Tensor:
-    total = torch.linalg.vector_norm(S, dim=-1)
-    return torch.linalg.vector_norm(S[..., rank:], dim=-1) / torch.where(total > 0, total, 1.0)
-
-
 def _balance(A: Tensor, B: Tensor, L: Tensor, R: Tensor) -> Tensor:
     """``t`` (H, 1, 1) such that ``|A t| / |L| = |B / t| / |R|``; 1 where one of them is zero."""
-    top, bottom = _norm(B) * _norm(L), _norm(A) * _norm(R)
+    top, bottom = norm(B) * norm(L), norm(A) * norm(R)
     usable = (top > 0) & (bottom > 0)
     return torch.where(usable, top / torch.where(usable, bottom, 1.0), 1.0).sqrt()
 
 
-def _core(matrix: Tensor) -> Tensor:
-    return torch.linalg.qr(matrix, mode="r").R
-
-
-def _norm(matrix: Tensor) -> Tensor:
-    return torch.linalg.matrix_norm(matrix, keepdim=True)
-
-
 def _finite(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().double()
+    tensor = double(tensor.detach())
     if not torch.isfinite(tensor).all():
         raise CheckpointError("attention weights or adapter factors hold NaN or infinite values; nothing to convert")
     return tensor

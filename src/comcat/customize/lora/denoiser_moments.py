@@ -9,18 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...hosts.seam import Site
+from ...hosts.addable import AddableAttention
+from ...layers.heads import frozen
+from ...layers.recording import Moment
+from ...linalg.factorize import whitening
+from ...models.running import double
 from ...progress import Progress
 from ..adapter.attached import Adapter
-from ..adapter.components import denoiser, find_sites, text_encoders
+from ..adapter.components import components, find_addable
 from ..generation import generate
-from .forms import Part, base
+from .forms import ProductName
 
-#: (component, site, part) -> roots of the moments of its left and right inputs, E[x^T x] = root^T root, or None.
+#: (component, attention, part) -> roots of the moments of its left and right inputs, E[x^T x] = root^T root, or None.
 Roots = Callable[..., tuple[Tensor | None, Tensor | None]]
 
+#: Of the mean eigenvalue, which keeps directions that these few images did not show from being given away.
+SHARE = 1e-4
 
-def no_roots(component: str, site: Site, part: Part, key_bias: bool = False) -> tuple[Tensor | None, Tensor | None]:
+
+def no_roots(
+    component: str, attention: AddableAttention, part: ProductName, key_bias: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
     """All directions of the inputs count alike."""
     return None, None
 
@@ -32,62 +41,51 @@ class InputMoments:
     """
 
     def __init__(self, handle: Adapter) -> None:
-        self._sums: dict[tuple[str, str], Tensor] = {}
-        self._counts: dict[tuple[str, str], int] = {}
+        self._moments: dict[tuple[str, str], Moment] = {}
         self._handle = handle
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Gather while the context lasts."""
-        pipe, hooks = self._handle.pipe, []
-        models = {denoiser(pipe)[0]: denoiser(pipe)[1], **text_encoders(pipe)}
-        for component, name in self._handle.layers:
-            site = find_sites(component, models[component])[0][name]
-            for stream in site.streams:
-                for projection in dict.fromkeys((stream.query, stream.key)):
-                    key = (component, f"{name}.{projection}")
-                    hooks.append(site.linear(projection).register_forward_pre_hook(self._hook(key)))
-        try:
+        models = components(self._handle.pipe)
+        found = {component: find_addable(component, models[component])[0] for component in self._handle.ranks}
+        with contextlib.ExitStack() as stack:
+            for component, name in self._handle.layers:
+                attention = found[component][name]
+                for projection in {path for stream in attention.streams for path in (stream.query, stream.key)}:
+                    moment = self._moments.setdefault((component, f"{name}.{projection}"), Moment())
+                    hook = attention.linear(projection).register_forward_pre_hook(_adds_to(moment))
+                    stack.callback(hook.remove)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _hook(self, key: tuple[str, str]) -> Any:
-        def add(_: Any, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().flatten(0, -2).double()
-            x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-            self._sums[key] = self._sums.get(key, 0) + x.T @ x
-            self._counts[key] = self._counts.get(key, 0) + len(x)
-
-        return add
 
     def roots(
-        self, component: str, site: Site, part: Part, key_bias: bool = False
+        self, component: str, attention: AddableAttention, part: ProductName, key_bias: bool = False
     ) -> tuple[Tensor | None, Tensor | None]:
         """For :func:`comcat.customize.lora.exporting.as_lora`."""
-        names = [s.query if part == "qk" else s.key for s in site.streams]
-        biases = [s.query if part == "qk" else s.value for s in site.streams]
-        left = [
-            self._root(component, site, n, base(site.linear(b)).bias is not None)
-            for n, b in zip(names, biases, strict=True)
-        ]
-        right = [
-            self._root(component, site, s.key, key_bias and base(site.linear(s.key)).bias is not None)
-            for s in site.streams
-            if part == "qk"
-        ]
-        return torch.block_diag(*left), torch.block_diag(*right) if right else None
 
-    def _root(self, component: str, site: Site, projection: str, bias: bool) -> Tensor:
-        key = (component, f"{site.name}.{projection}")
-        moment = self._sums[key] / self._counts[key]
-        if not bias:
-            moment = moment[:-1, :-1]
-        values, vectors = torch.linalg.eigh(moment)
-        # A share of the mean keeps directions that these few images did not show from being given away.
-        values = values.clamp(min=0) + 1e-4 * values.clamp(min=0).mean()
-        return values.sqrt().unsqueeze(-1) * vectors.T
+        def root(path: str, bias_of: str, with_bias: bool = True) -> Tensor:
+            moment = self._moments[component, f"{attention.name}.{path}"]
+            biased = with_bias and frozen(attention.linear(bias_of)).bias is not None
+            return whitening(_with_ones(moment) if biased else moment.second, SHARE)
+
+        if part == "vo":
+            return torch.block_diag(*[root(s.key, s.value) for s in attention.streams]), None
+        left = [root(s.query, s.query) for s in attention.streams]
+        right = [root(s.key, s.key, key_bias) for s in attention.streams]
+        return torch.block_diag(*left), torch.block_diag(*right)
+
+
+def _adds_to(moment: Moment) -> Any:
+    def add(_: Any, args: tuple[Tensor, ...]) -> None:
+        moment.add(double(args[0].detach().flatten(0, -2)))
+
+    return add
+
+
+def _with_ones(moment: Moment) -> Tensor:
+    """The second moment (n + 1, n + 1) of [x, 1]."""
+    mean = moment.mean.unsqueeze(0)
+    return torch.cat([torch.cat([moment.second, mean.mT], 1), torch.cat([mean, mean.new_ones(1, 1)], 1)])
 
 
 def record(

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ...hosts.seam import Site
+from ...hosts.addable import AddableAttention
+from ...linalg.products import norm_of_product
 from ...progress import Progress
 from ...storage.atomic import atomic_file, tensor_bytes
 from ..adapter.attached import Adapter
-from ..adapter.components import components, find_sites, text_encoders
+from ..adapter.components import components, find_addable, text_encoders
 from ..files.adapter_file import the_adapter
 from .algebra import LoraWeights, product_to_lora, truncate_lora
 from .denoiser_moments import Roots, no_roots
-from .forms import PARTS, Form, Part, added_to, form_of, has_key_biases, lora_of, update_of
+from .forms import PRODUCTS, Form, ProductName, added_to, form_of, has_key_biases, lora_of, update_of
 from .keys import to_diffusers, to_kohya
 
 Layout = Literal["diffusers", "kohya"]
@@ -42,7 +43,7 @@ class LayerError:
 
     component: str
     layer: str
-    part: Part
+    part: ProductName
     relative: float
     effect: float
     kept: bool = True
@@ -88,18 +89,18 @@ def as_lora(
     errors: list[LayerError] = []
     dropped: list[str] = []
     models = components(handle.pipe)
-    sites = {component: find_sites(component, models[component])[0] for component in handle.ranks}
+    attentions = {component: find_addable(component, models[component])[0] for component in handle.ranks}
     for done, ((component, name), layer) in enumerate(handle.layers.items(), 1):
-        site = sites[component][name]
-        for part in PARTS:
-            form = form_of(site, models[component], part)
-            left, right = added_to(site, models[component], layer, part)
-            if part == "qk" and site.normalized:
-                effect = float((torch.linalg.qr(left).R @ torch.linalg.qr(right).R.mT).norm())
+        attention = attentions[component][name]
+        for part in PRODUCTS:
+            form = form_of(attention, models[component], part)
+            left, right = added_to(attention, models[component], layer, part)
+            if part == "qk" and attention.normalized:
+                effect = float(norm_of_product(left, right).norm())
                 errors.append(LayerError(component, name, part, 1.0, effect, kept=False))
                 dropped.append(f"{component}.{name}: queries and keys, which are normalized before their product")
                 continue
-            pair = product_to_lora(form.left, left, form.right, right, 2.0**-24, *roots(component, site, part))
+            pair = product_to_lora(form.left, left, form.right, right, 2.0**-24, *roots(component, attention, part))
             effect, error = float(pair.effect.norm()), float(pair.error.norm())
             errors.append(LayerError(component, name, part, error / effect if effect else 0.0, effect))
             found = {b.path: lora_of(b, left[:, : form.left.shape[1]], pair.X) for b in form.left_blocks}
@@ -112,8 +113,8 @@ def as_lora(
             progress("convert layers", done, len(handle.layers))
     # The closed form knows its error, but not of a smaller rank, nor of biases, which a LoRA cannot move.
     errors = [
-        _measured(e, sites[e.component][e.layer], models, handle, factors, roots)
-        if e.kept and (rank is not None or _touches_biases(e, sites[e.component][e.layer], handle))
+        _measured(e, attentions[e.component][e.layer], models, handle, factors, roots)
+        if e.kept and (rank is not None or _touches_biases(e, attentions[e.component][e.layer], handle))
         else e
         for e in errors
     ]
@@ -122,23 +123,25 @@ def as_lora(
     return factors, Conversion(errors, dropped)
 
 
-def _touches_biases(error: LayerError, site: Site, handle: Adapter) -> bool:
+def _touches_biases(error: LayerError, attention: AddableAttention, handle: Adapter) -> bool:
     own = [name for name, _ in handle.layers[error.component, error.layer].named_parameters() if name.endswith("bias")]
-    return bool(own) or (error.part == "qk" and has_key_biases(site))
+    return bool(own) or (error.part == "qk" and has_key_biases(attention))
 
 
-def _measured(error: LayerError, site: Site, models: Any, handle: Adapter, factors: Any, roots: Roots) -> LayerError:
+def _measured(
+    error: LayerError, attention: AddableAttention, models: Any, handle: Adapter, factors: Any, roots: Roots
+) -> LayerError:
     """The error of a LoRA whose rank was cut: (L + dL)(R + dR)^T against L R^T + A B^T, through small QR cores."""
     component, layer = error.component, handle.layers[error.component, error.layer]
-    biased = error.part == "qk" and has_key_biases(site)
-    form = form_of(site, models[component], error.part, key_bias=biased)
-    A, B = added_to(site, models[component], layer, error.part, key_bias=biased)
+    biased = error.part == "qk" and has_key_biases(attention)
+    form = form_of(attention, models[component], error.part, key_bias=biased)
+    A, B = added_to(attention, models[component], layer, error.part, key_bias=biased)
     L, R = changed(form, factors[component])
-    left_root, right_root = roots(component, site, error.part, key_bias=biased)
+    left_root, right_root = roots(component, attention, error.part, key_bias=biased)
     left, right = torch.cat([L, -form.left, -A], -1), torch.cat([R, form.right, B], -1)
     left = left if left_root is None else left_root @ left
     right = right if right_root is None else right_root @ right
-    off = float((torch.linalg.qr(left).R @ torch.linalg.qr(right).R.mT).norm())
+    off = float(norm_of_product(left, right).norm())
     return LayerError(component, error.layer, error.part, off / error.effect if error.effect else 0.0, error.effect)
 
 

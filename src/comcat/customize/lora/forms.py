@@ -11,17 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ...hosts.seam import Site, Stream
-from ...nn.added import AddedLayer
+from ...hosts.addable import AddableAttention
+from ...layers.heads import Heads, HeadWeights, Stream, frozen
+from ...models.running import double
+from ...nn.added import AddedLayer, AddedProduct
 from .algebra import HeadUpdate, LoraWeights, lora_of_columns, lora_of_rows, update_of_columns, update_of_rows
 
-Part = Literal["qk", "vo"]
-PARTS: tuple[Part, ...] = ("qk", "vo")
+ProductName = Literal["qk", "vo"]
+PRODUCTS: tuple[ProductName, ...] = ("qk", "vo")
 
 
 @dataclass(frozen=True)
@@ -51,106 +53,89 @@ class Form:
     right_blocks: tuple[Block, ...]
 
 
-def form_of(site: Site, model: nn.Module, part: Part, key_bias: bool = False) -> Form:
+def form_of(attention: AddableAttention, model: nn.Module, part: ProductName, key_bias: bool = False) -> Form:
     """The base weights of a layer.
 
     Args:
         key_bias: with the biases of the keys. Softmax ignores one that all keys share, but not two of two streams.
     """
     lefts, rights = _Stack(), _Stack()
-    for stream in site.streams:
-        first = stream.query if part == "qk" else stream.value
-        lefts.add(f"{site.name}.{first}", *_columns(site, site.linear(first), True))
+    for stream in attention.streams:
+        weights = attention.weights(stream, model)
+        output = attention.output(stream, model)
         if part == "qk":
-            rights.add(f"{site.name}.{stream.key}", *_columns(site, site.linear(stream.key), key_bias))
-        elif has_output(stream):
-            path, linear = output_projection(site, model, stream)
-            rights.add(path, _rows(site, linear), columns=base(linear).in_features)
-    return Form(torch.cat(lefts.matrices, 1), torch.cat(rights.matrices, 1), tuple(lefts.blocks), tuple(rights.blocks))
+            lefts.add(f"{attention.name}.{stream.query}", weights.query, weights.query_bias)
+            rights.add(f"{attention.name}.{stream.key}", weights.key, weights.key_bias if key_bias else None)
+            continue
+        lefts.add(f"{attention.name}.{stream.value}", weights.value, weights.value_bias)
+        if output is not None:
+            path, linear = output
+            rights.add(path, weights.output, columns=frozen(linear).in_features)
+    return Form(lefts.matrix, rights.matrix, tuple(lefts.blocks), tuple(rights.blocks))
 
 
 class _Stack:
     """Matrices of several projections, one below the other."""
 
     def __init__(self) -> None:
-        self.matrices: list[Tensor] = []
+        self._matrices: list[Tensor] = []
         self.blocks: list[Block] = []
 
-    def add(self, path: str, matrix: Tensor, bias: bool = False, columns: int = 0) -> None:
-        start = sum(m.shape[1] for m in self.matrices)
-        self.blocks.append(Block(path, start, matrix.shape[1] - bias, bias, columns))
-        self.matrices.append(matrix)
+    def add(self, path: str, weight: Tensor, bias: Tensor | None = None, columns: int = 0) -> None:
+        """``weight`` (H, d, D), ``bias`` (H, d)."""
+        start = sum(m.shape[1] for m in self._matrices)
+        self.blocks.append(Block(path, start, weight.shape[2], bias is not None, columns))
+        self._matrices.append(_with_bias(weight, bias))
+
+    @property
+    def matrix(self) -> Tensor:
+        return torch.cat(self._matrices, 1)
 
 
-def has_output(stream: Stream) -> bool:
-    """Whether what the heads of a stream put out is used."""
-    return stream.output is not None or stream.inner
+def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(H, d, D) and (H, d) to (H, D (+ 1), d) in float64."""
+    matrix = double(weight).mT
+    return matrix if bias is None else torch.cat([matrix, double(bias).unsqueeze(1)], 1)
 
 
-def output_projection(site: Site, model: nn.Module, stream: Stream) -> tuple[str, Any]:
-    """(path, module) of what the heads' outputs go through; in FLUX's single blocks that of the block."""
-    if stream.output is not None:
-        return f"{site.name}.{stream.output}", site.linear(stream.output)
-    path = f"{site.name.rpartition('.')[0]}.proj_out"
-    return path, model.get_submodule(path)
-
-
-def has_key_biases(site: Site) -> bool:
+def has_key_biases(attention: AddableAttention) -> bool:
     """Whether keys of different streams have different biases."""
-    return len(site.streams) > 1 and any(base(site.linear(s.key)).bias is not None for s in site.streams)
-
-
-def base(linear: Any) -> nn.Linear:
-    """The frozen layer, also where PEFT has wrapped it."""
-    found = getattr(linear, "base_layer", linear)
-    assert isinstance(found, nn.Linear)
-    return found
-
-
-def _columns(site: Site, linear: Any, with_bias: bool) -> tuple[Tensor, bool]:
-    """(H, D (+ 1), d), and whether the last row is a bias."""
-    plain = base(linear)
-    weight = plain.weight.detach().double().unflatten(0, (site.num_heads, -1)).mT
-    if not with_bias or plain.bias is None:
-        return weight, False
-    bias = plain.bias.detach().double().view(site.num_heads, 1, -1)
-    return torch.cat([weight, bias], 1), True
-
-
-def _rows(site: Site, linear: Any) -> Tensor:
-    """(H, D_out, d) of an output projection; columns beyond the heads are not theirs."""
-    weight = base(linear).weight.detach().double()[:, : site.num_heads * site.head_dim]
-    return weight.unflatten(1, (site.num_heads, -1)).transpose(0, 1)
+    linears = [frozen(attention.linear(stream.key)) for stream in attention.streams]
+    return len(linears) > 1 and any(linear.bias is not None for linear in linears)
 
 
 def added_to(
-    site: Site, model: nn.Module, layer: AddedLayer, part: Part, key_bias: bool = False
+    attention: AddableAttention, model: nn.Module, layer: AddedLayer, part: ProductName, key_bias: bool = False
 ) -> tuple[Tensor, Tensor]:
     """What an adapter adds to :func:`form_of`: left (H, D_l, r), times its strength, and right (H, D_r, r)."""
     lefts, rights = [], []
-    for stream in site.streams:
-        product = layer[stream.name]
+    for stream in attention.streams:
+        base, added = attention.weights(stream, model), _added_weights(layer[stream.name])
         if part == "qk":
-            lefts.append(_added_columns(site, stream.query, product.query, True))
-            rights.append(_added_columns(site, stream.key, product.key, key_bias))
+            lefts.append(_with_bias(added.query, _bias_row(base.query_bias, added.query, added.query_bias)))
+            own = _bias_row(base.key_bias, added.key, added.key_bias) if key_bias else None
+            rights.append(_with_bias(added.key, own))
             continue
-        lefts.append(_added_columns(site, stream.value, product.value, True))
-        if product.output is not None:
-            weight = product.output.weight.detach().double()  # (D_out, H r)
-            if stream.inner:
-                projection = base(output_projection(site, model, stream)[1]).weight.detach().double()
-                weight = projection[:, : weight.shape[0]] @ weight
-            rights.append(weight.unflatten(1, (site.num_heads, -1)).transpose(0, 1))
+        lefts.append(_with_bias(added.value, _bias_row(base.value_bias, added.value, added.value_bias)))
+        output = double(added.output)  # (H, r, D_out)
+        if stream.inner:  # what is added to the heads goes through their projection
+            output = output @ double(base.output).flatten(0, 1)
+        rights.append(output.mT)
     return torch.cat(lefts, 1) * layer.strength.scale, torch.cat(rights, 1)
 
 
-def _added_columns(site: Site, name: str, linear: nn.Linear, with_bias: bool) -> Tensor:
-    """(H, D (+ 1), r), with a row for the bias where the base's projection ``name`` has one."""
-    weight = linear.weight.detach().double().unflatten(0, (site.num_heads, -1)).mT
-    if not with_bias or base(site.linear(name)).bias is None:
-        return weight
-    bias = weight.new_zeros(weight.shape[0] * weight.shape[2]) if linear.bias is None else linear.bias.detach().double()
-    return torch.cat([weight, bias.view(site.num_heads, 1, -1)], 1)
+def _added_weights(product: AddedProduct) -> HeadWeights:
+    """What is added, per head, as if it were an attention layer of its own."""
+    heads = Heads.of(product.num_heads, product.query.out_features // product.num_heads)
+    output = None if product.output is None else "output"
+    return HeadWeights.of(product, heads, Stream.separate("added", "query", "key", "value", output))
+
+
+def _bias_row(base: Tensor | None, added: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The constants (H, r) beside what is added (H, r, D) where the base has a bias: zeros where there are none."""
+    if base is None:
+        return None
+    return added.new_zeros(added.shape[:2]) if bias is None else bias
 
 
 def lora_of(block: Block, basis: Tensor, mix: Tensor) -> LoraWeights:
@@ -170,7 +155,7 @@ def update_of(blocks: tuple[Block, ...], found: Mapping[str, LoraWeights], matri
     for block in blocks:
         if block.path not in found:
             continue
-        down, up = (t.double() for t in found[block.path])
+        down, up = (double(t) for t in found[block.path])
         if block.columns:
             update = update_of_rows(LoraWeights(down[:, : heads * head_dim], up), heads)
         else:

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError, ModelError
-from ...hosts.seam import Site
+from ...hosts.addable import AddableAttention
+from ...layers.heads import flatten_heads
+from ...models.running import double
 from ...storage.reader import FLOAT8, PLAIN, read_tensors
 from ...wording import some
 from ..adapter.attached import Adapter, attach, new_adapter
-from ..adapter.components import components, find_sites
+from ..adapter.components import components, find_addable
 from .algebra import LoraWeights, lora_to_product
 from .exporting import Conversion, LayerError
-from .forms import PARTS, Form, Part, base, form_of, has_key_biases, has_output, output_projection, update_of
+from .forms import PRODUCTS, Form, ProductName, form_of, has_key_biases, update_of
 from .keys import is_pefts_own, read_lora
 from .lora_config import config_beside
 
@@ -67,8 +69,8 @@ def import_lora(
             for key, pair in found.items()
         }
         used: set[str] = set()
-        for site in find_sites(component, model)[0].values():
-            used |= _import_layer(handle, component, site, model, found, rank, errors, left_out)
+        for attention in find_addable(component, model)[0].values():
+            used |= _import_layer(handle, component, attention, model, found, rank, errors, left_out)
         left_out += [f"{component}.{key}" for key in found if key not in used]
     if left_out and not partial:
         raise CheckpointError(
@@ -102,7 +104,7 @@ def _fitting(name: str, module: Any, down: Tensor, up: Tensor) -> LoraWeights:
 def _import_layer(
     handle: Adapter,
     component: str,
-    site: Site,
+    attention: AddableAttention,
     model: nn.Module,
     found: Mapping[str, LoraWeights],
     rank: int,
@@ -110,15 +112,17 @@ def _import_layer(
     left_out: list[str],
 ) -> set[str]:
     """Add a layer's products if the LoRA touches it; the paths that this used."""
-    results: dict[Part, tuple[Form, Tensor, Tensor]] = {}
+    results: dict[ProductName, tuple[Form, Tensor, Tensor]] = {}
     used: set[str] = set()
-    for part in PARTS:
-        form = form_of(site, model, part, key_bias=part == "qk" and has_key_biases(site))
+    for part in PRODUCTS:
+        form = form_of(attention, model, part, key_bias=part == "qk" and has_key_biases(attention))
         paths = {b.path for b in form.left_blocks + form.right_blocks} & set(found)
         if not paths:
             continue
-        if part == "qk" and site.normalized:
-            left_out.append(f"{component}.{site.name}: queries and keys, which are normalized before their product")
+        if part == "qk" and attention.normalized:
+            left_out.append(
+                f"{component}.{attention.name}: queries and keys, which are normalized before their product"
+            )
             used |= paths
             continue
         left = update_of(form.left_blocks, found, form.left)
@@ -127,47 +131,53 @@ def _import_layer(
         used |= paths
         effect = float(product.singular_values.norm())
         error = float((product.error * product.singular_values.norm(dim=-1)).norm())
-        errors.append(LayerError(component, site.name, part, error / effect if effect else 0.0, effect))
+        errors.append(LayerError(component, attention.name, part, error / effect if effect else 0.0, effect))
         results[part] = (form, product.left_added, product.right_added)
     if results:
-        if rank > site.head_dim:
-            raise ModelError(
-                f"rank {rank} is above the head width {site.head_dim} of '{site.name}'; use at most {site.head_dim}"
-            )
+        if rank > (width := attention.heads.width):
+            raise ModelError(f"rank {rank} is above the head width {width} of '{attention.name}'; use at most {width}")
         biased = {b.path for form, _, _ in results.values() for b in form.left_blocks + form.right_blocks if b.bias}
-        kinds = [(s, kind) for s in site.streams for kind in ("query", "key", "value")]
-        biases = [f"{s.name}.{kind}" for s, kind in kinds if f"{site.name}.{getattr(s, kind)}" in biased]
-        layer = site.new_layer(rank, handle.strength, biases)
+        kinds = [(s, kind) for s in attention.streams for kind in ("query", "key", "value")]
+        biases = [f"{s.name}.{kind}" for s, kind in kinds if f"{attention.name}.{getattr(s, kind)}" in biased]
+        layer = attention.new_layer(rank, handle.strength, biases)
         for stream in layer.streams.values():
             for parameter in stream.parameters():
                 nn.init.zeros_(parameter)
         for part, (form, left_added, right_added) in results.items():
-            _fill(site, model, layer, part, form, left_added, right_added)
-        handle.layers[component, site.name] = layer
+            _fill(attention, model, layer, part, form, left_added, right_added)
+        handle.layers[component, attention.name] = layer
     return used
 
 
 @torch.no_grad()
-def _fill(site: Site, model: nn.Module, layer: Any, part: Part, form: Form, left: Tensor, right: Tensor) -> None:
+def _fill(
+    attention: AddableAttention,
+    model: nn.Module,
+    layer: Any,
+    part: ProductName,
+    form: Form,
+    left: Tensor,
+    right: Tensor,
+) -> None:
     """Copy per-head factors (H, D, r) into the linear layers of the products."""
     names = ("query", "key") if part == "qk" else ("value", "output")
-    lefts = dict(zip([s.name for s in site.streams], form.left_blocks, strict=True))
-    owners = [s for s in site.streams if part == "qk" or has_output(s)]
+    lefts = dict(zip([s.name for s in attention.streams], form.left_blocks, strict=True))
+    owners = [s for s in attention.streams if part == "qk" or attention.output(s, model)]
     for stream, block in lefts.items():
         linear = getattr(layer[stream], names[0])
-        linear.weight.copy_(left[:, block.start : block.start + block.rows].mT.flatten(0, 1))
+        linear.weight.copy_(flatten_heads(left[:, block.start : block.start + block.rows].mT))
         if block.bias:
             linear.bias.copy_(left[:, block.start + block.rows].flatten())
     for owner, block in zip(owners, form.right_blocks, strict=True):
         rows = right[:, block.start : block.start + block.rows]  # (H, D, r)
         linear = getattr(layer[owner.name], names[1])
         if part == "qk":
-            linear.weight.copy_(rows.mT.flatten(0, 1))
+            linear.weight.copy_(flatten_heads(rows.mT))
             if block.bias:
                 linear.bias.copy_(right[:, block.start + block.rows].flatten())
             continue
         weight = rows.movedim(0, 1).flatten(1)  # (D_out, H r)
         if owner.inner:  # it goes through the block's projection: undo that
-            projection = base(output_projection(site, model, owner)[1]).weight.double()
-            weight = torch.linalg.lstsq(projection[:, : linear.weight.shape[0]], weight).solution
+            projection = double(attention.weights(owner, model).output).flatten(0, 1)  # (H d, D_out)
+            weight = torch.linalg.lstsq(projection.mT, weight).solution
         linear.weight.copy_(weight)

@@ -23,7 +23,7 @@ from ...training.fresh_or_resumed import alone
 from ...training.log import Log
 from ...training.process import accelerated, on_main
 from ..adapter.attached import Adapter, add_adapter, remove_adapter
-from ..adapter.components import denoiser, find_sites, fingerprint
+from ..adapter.components import denoiser, find_addable, fingerprint
 from ..generation import check_words, generate
 from ..pictures import as_png, grid
 from .customize_config import CustomizeConfig
@@ -332,10 +332,10 @@ def finish(folder: Path) -> None:
 def _base_identity(pipe: Any) -> str:
     """Architecture and a sample of the weights: another base model is noticed without reading all of it."""
     component, model = denoiser(pipe)
-    sites, _ = find_sites(component, model)
-    sha = hashlib.sha256(fingerprint(sites).encode())
-    ordered = list(sites.values())
-    for site in (ordered[0], ordered[-1]):
-        weight = site.linear(site.streams[0].query).weight
+    attentions, _ = find_addable(component, model)
+    sha = hashlib.sha256(fingerprint(attentions).encode())
+    ordered = list(attentions.values())
+    for attention in (ordered[0], ordered[-1]):
+        weight = attention.linear(attention.streams[0].query).weight
         sha.update(weight.detach().float().cpu().numpy().tobytes())
     return sha.hexdigest()[:16]
