@@ -110,6 +110,27 @@ def test_what_stays_dense_is_named(place, tmp_path):
     assert "blocks.1.attn" in result.out
 
 
+def test_a_model_without_a_classifier(place, tmp_path):
+    args = {**ARGS, "num_classes": 0}
+    model = randomize(load_model(NAME, model_args=args, pretrained=False))
+    save_file(model.state_dict(), tmp_path / "dense.safetensors")
+    options = ["--checkpoint", tmp_path / "dense.safetensors", "--data", place / "data"]
+    options += [x for k, v in args.items() for x in ("--model-arg", f"{k}={v}")]
+    result = Result(["compress", NAME, *options, "--keep", 0.6, "--out", tmp_path / "small"])
+    assert result.code == 0, result.err
+    assert "same neighbour" in result.out
+    report = json.loads((tmp_path / "small" / "report.json").read_text())
+    assert report["calibration"]["fisher"]  # of a squared error on the features
+    assert report["dense"]["evaluation"]["metrics"]["neighbours"] == 100
+    comcat.save(comcat.compress(model, comcat.full_rank_plan(model)), tmp_path / "same")
+    result = Result(["evaluate", tmp_path / "small", "--data", place / "data", "--reference", tmp_path / "same"])
+    assert result.code == 0, result.err
+    assert "features against" in result.out
+    refused = Result(["evaluate", tmp_path / "small", "--data", place / "data"])
+    assert "no classifier to evaluate" in refused.err
+    assert "--reference MODEL" in refused.err
+
+
 def test_a_metric_of_ones_own(place, tmp_path, monkeypatch):
     (tmp_path / "cli_scores.py").write_text(
         "def spread(model, loader):\n    return max(float(model(x).std()) for x, _ in loader)\n"

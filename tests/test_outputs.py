@@ -222,7 +222,7 @@ def test_agreement_of_features() -> None:
     model = vit(num_classes=0)
     found = comcat.agreement(model, model, [{"pixel_values": images(model)}])
     assert (found.outputs, found.kl, found.cosine) == ("features", 0, pytest.approx(1))
-    assert set(found.to_dict()) == {"relative_error", "cosine", "images", "outputs"}
+    assert set(found.to_dict()) == {"relative_error", "cosine", "neighbours", "images", "outputs"}
 
 
 @pytest.mark.parametrize(

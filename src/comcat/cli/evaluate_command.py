@@ -6,7 +6,7 @@ from typing import Annotated
 
 from . import options as opt
 from .console import Screen, command
-from .inputs import Reading, check_input_file, parse_device, parse_model_args, report_skipped
+from .inputs import Reading, check_input_file, count_classes, parse_device, parse_model_args, report_skipped
 
 
 @command
@@ -64,11 +64,13 @@ def evaluate(
         target = parse_device(device)
         loaded = comcat.load_model(model, checkpoint=checkpoint, model_args=args).to(target)
         other = comcat.load_model(reference).to(target) if reference else None
+        features = "features" if other is not None and count_classes(loaded) == 0 else None
+        free = metric is not None or features is not None
         reading = Reading(data, data_root, class_map, skip_bad_images, mean, std, crop_pct, interpolation)
-        images = reading.open_labelled(split, reading.configure(loaded), loaded, screen, metric is not None)
+        images = reading.open_labelled(split, reading.configure(loaded), loaded, screen, free)
         cost = comcat.profile(loaded)
         batches = loader(images, batch_size, workers, eval_images)
-        result = measure(loaded, batches, progress=screen.progress, evaluate=score)
+        result = measure(loaded, batches, progress=screen.progress, evaluate=score, outputs=features, reference=other)
         same = agreement(loaded, other, batches, progress=screen.progress) if other is not None else None
     report_skipped(screen, batches.skipped)
 
@@ -76,7 +78,11 @@ def evaluate(
 
     place = f"{model} on {data}" + (f", split {images.split}" if images.split else "")
     screen.out.print(tables.evaluation(place, result, cost.params, cost.macs))
-    if same is not None:
+    if same is not None and same.outputs == "features":
+        near = same.scores.get("neighbours")
+        nearest = "" if near is None else f", same nearest neighbour of {near:.2f} % of images"
+        screen.say(f"features against {reference}: cosine {same.cosine:.4f}, relative error {same.kl:.4f}{nearest}")
+    elif same is not None:
         screen.say(f"same answer as {reference}: {same.same:.2f} % of images, KL {same.kl:.4f} nats")
     screen.result(
         {

@@ -141,18 +141,21 @@ class Reading:
         )
 
     def open_labelled(
-        self, split: str | None, config: dict[str, Any], model: nn.Module, screen: Screen, metric: bool = False
+        self, split: str | None, config: dict[str, Any], model: nn.Module, screen: Screen, free: bool = False
     ) -> ImageData | StreamData:
-        """Data to evaluate on; for a metric of the user's it need not have labels, nor the model classes.
+        """Data to evaluate on; ``free`` for a metric of the user's, or for features: no labels are needed, nor classes.
 
         Raises:
             DataError: it has no labels; ModelError: the model has no classes.
         """
-        if metric:
+        if free:
             return self.open(split, "evaluation", config, None)
         classes = declared_classes(model)
         if classes == 0:
-            raise ModelError("the model has no classifier to evaluate. Give one: --model-arg num_classes=N")
+            raise ModelError(
+                "the model has no classifier to evaluate. Give one: --model-arg num_classes=N; or compare "
+                "its features with those of another: --reference MODEL"
+            )
         data = self.open(split, "evaluation", config, classes)
         if not data.labelled:
             raise DataError(f"{_place(data)} has no labels to evaluate against. Choose another --split")

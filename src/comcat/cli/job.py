@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import timings
 from .console import Screen
-from .inputs import Reading, report_skipped
+from .inputs import Reading, count_classes, report_skipped
 
 if TYPE_CHECKING:
     import torch
@@ -145,11 +145,16 @@ class CompressJob:
                 calibration, s.calibration_images, s.batch_size, s.seed, s.workers
             )
         if s.evaluate:
-            evaluation = reading.open_labelled(s.eval_split, config, self.model, self.screen, s.metric is not None)
+            free = s.metric is not None or self._kind() == "features"
+            evaluation = reading.open_labelled(s.eval_split, config, self.model, self.screen, free)
             self.eval_batches = loader(evaluation, s.batch_size, s.workers, s.eval_images)
         if s.search is not None:
             self.search_batches = s.search.open(reading, self.model, evaluation, self.screen)
         self._explain(calibration, evaluation)
+
+    def _kind(self) -> str | None:
+        """Of the outputs, where it is known before a model has run."""
+        return self.settings.outputs or ("features" if count_classes(self.model) == 0 else None)
 
     def _explain(self, calibration: ImageData | StreamData | None, evaluation: ImageData | StreamData | None) -> None:
         """Say what was chosen where the user did not choose."""
@@ -311,7 +316,7 @@ class CompressJob:
                 model,
                 self.eval_batches,
                 progress=self.screen.stage(f"evaluate {column.name}"),
-                outputs=self.settings.outputs,
+                outputs=self._kind(),
                 evaluate=self.metric,
                 reference=models[0],  # the dense one, where there are no labels
             )

@@ -18,6 +18,7 @@ from ..models.modes import evaluating, exclusive
 from ..models.running import double, explained, images_of, labels_of
 from ..progress import Progress
 from .metric import CountedBatches, Metric, scores
+from .neighbours import Neighbours
 from .outputs import Outputs, divergence
 from .scores import SHOWN, Figure, Score, check_labels
 
@@ -83,6 +84,8 @@ class Agreement:
         images: number of images.
         outputs: the kind of the outputs.
         cosine: mean cosine of both outputs, of features.
+        scores: of (B, D) features those of :class:`comcat.evaluation.neighbours.Neighbours`; of maps and values those
+            of :class:`comcat.evaluation.scores.Score` with the reference's answers for the truth.
     """
 
     same: float
@@ -90,15 +93,16 @@ class Agreement:
     images: int
     outputs: str = "classes"
     cosine: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; of outputs that are no classes, their kind and the error instead of the divergence."""
         if self.outputs == "classes":
             return {"same": self.same, "kl": self.kl, "images": self.images}
-        if self.outputs in ("labels", "maps"):
-            return {"same": self.same, "kl": self.kl, "images": self.images, "outputs": self.outputs}
+        if self.outputs in ("labels", "maps") and not math.isnan(self.same):
+            return {"same": self.same, "kl": self.kl, **self.scores, "images": self.images, "outputs": self.outputs}
         cosine = {"cosine": self.cosine} if self.outputs == "features" else {}
-        return {"relative_error": self.kl, **cosine, "images": self.images, "outputs": self.outputs}
+        return {"relative_error": self.kl, **cosine, **self.scores, "images": self.images, "outputs": self.outputs}
 
 
 def evaluate(
@@ -164,7 +168,9 @@ def _against(
     begin = time.perf_counter()
     found = agreement(model, reference, loader, device=device, progress=progress, outputs="features")
     speed, nan = found.images / max(time.perf_counter() - begin, 1e-9), float("nan")
-    return Evaluation(nan, nan, found.kl, found.images, speed, "features", {"cosine": found.cosine or 0.0})
+    return Evaluation(
+        nan, nan, found.kl, found.images, speed, "features", {"cosine": found.cosine or 0.0, **found.scores}
+    )
 
 
 @dataclass
@@ -248,7 +254,9 @@ def agreement(
     progress: Progress | None = None,
     outputs: str | None = None,
 ) -> Agreement:
-    """Compare the predictions of two models on the images of ``loader``; labels are not used.
+    """Compare the predictions of two models on the images of ``loader``.
+
+    Labels are used for the neighbours of features only, where batches have class numbers.
 
     Args:
         outputs: the kind of both models' outputs; by default that of the reference.
@@ -260,6 +268,7 @@ def agreement(
     same = kl = cosine = 0.0
     images = 0
     total = _length(loader)
+    neighbours, score = Neighbours(), None
     with (
         exclusive(model, reference),
         _inference(model, device) as (device, dtype),
@@ -286,6 +295,11 @@ def agreement(
                 rows = zip(ours, theirs, strict=True)
                 cosines = [torch.cosine_similarity(o.flatten(1), t.flatten(1)).mean() for o, t in rows]
                 cosine += count * float(torch.stack(cosines).mean())
+                if len(ours) == 1 and ours[0].ndim == 2:
+                    neighbours.add(ours[0], theirs[0], _class_numbers(batch))
+            if kind in ("maps", "values"):
+                score = score or Score(kind)
+                score.add(ours[0], theirs[0].argmax(1) if read.per_class and theirs[0].shape[1] > 1 else theirs[0])
             images += count
             if progress:
                 progress("compare", done, total)
@@ -297,7 +311,16 @@ def agreement(
         images=images,
         outputs=kind,
         cosine=cosine / images if kind == "features" else None,
+        scores=(score.result() if score is not None else neighbours.result()),
     )
+
+
+def _class_numbers(batch: Any) -> torch.Tensor | None:
+    try:
+        labels = labels_of(batch)
+    except DataError:
+        return None
+    return None if labels.ndim != 1 or labels.is_floating_point() or bool((labels < 0).any()) else labels
 
 
 def throughput(models: Sequence[nn.Module], images: torch.Tensor, seconds: float = 2.0) -> list[float]:

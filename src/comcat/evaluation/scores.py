@@ -86,8 +86,19 @@ class Figure(NamedTuple):
 SHOWN = {
     "classes": (("top1", "top-1", "%"), ("top5", "top-5", "%")),
     "labels": (("mean_average_precision", "mean AP", "%"), ("accuracy", "accuracy", "%")),
-    "values": (("r2", "R²", ""), ("mae", "mean error", "")),
-    "features": (("loss", "rel. error", ""), ("cosine", "cosine", "")),
+    "values": (
+        ("r2", "R²", ""),
+        ("mae", "mean error", ""),
+        ("rmse", "RMSE", ""),
+        ("abs_rel", "AbsRel", ""),
+        ("delta1", "delta < 1.25", "%"),
+    ),
+    "features": (
+        ("loss", "rel. error", ""),
+        ("cosine", "cosine", ""),
+        ("neighbours", "same neighbour", "%"),
+        ("knn_top1", "k-NN top-1", "%"),
+    ),
     "maps": (("mean_iou", "mean IoU", "%"), ("top1", "pixels", "%")),
 }
 
@@ -96,7 +107,10 @@ class Score:
     """Sums over batches; :meth:`result` gives loss and metrics, accuracies in percent.
 
     classes: ``top1``, ``top5``. maps: the same per pixel, and ``mean_iou`` over the classes that occur.
-    labels: ``accuracy`` of single labels and ``mean_average_precision``. values: ``r2`` (over all outputs) and ``mae``.
+    labels: ``accuracy`` of single labels and ``mean_average_precision``. values: ``r2`` (over all outputs) and ``mae``;
+    of maps of one positive value (depth; zeros are unknown) also ``rmse``, ``abs_rel`` = mean |error| / truth and
+    ``delta1``, the share of pixels where the larger of both is below 1.25 times the smaller, as is usual for depth
+    (Eigen, Puhrsch and Fergus, 2014).
     """
 
     def __init__(self, kind: str) -> None:
@@ -122,6 +136,8 @@ class Score:
             self._sum("absolute", (output - labels).abs().sum(axes))
             self._sum("first", labels.sum(axes))
             self._sum("second", labels.square().sum(axes))
+            if output.ndim == 4 and output.shape[1] == 1:
+                self._depth(output, labels)
             self._sum("numbers", torch.tensor(float(labels.numel() // labels.shape[1])))
 
     def join(self, other: Score) -> None:
@@ -145,6 +161,14 @@ class Score:
             C = output.shape[1]
             self._sum("confusion", double(torch.bincount(labels * C + best[:, 0], minlength=C * C).view(C, C)))
 
+    def _depth(self, output: Tensor, truth: Tensor) -> None:
+        self._sum("negative", (truth < 0).sum())
+        output, truth = output[truth > 0], truth[truth > 0]
+        self._sum("known", double(torch.tensor(truth.numel())))
+        self._sum("known_square", (output - truth).square().sum())
+        self._sum("relative", ((output - truth).abs() / truth).sum())
+        self._sum("near", ((output < 1.25 * truth) & (truth < 1.25 * output)).sum())
+
     def _sum(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + (value.cpu() if value.ndim else float(value))
 
@@ -162,7 +186,18 @@ class Score:
             numbers, square = float(sums["numbers"]), torch.as_tensor(sums["square"])
             first, second = torch.as_tensor(sums["first"]), torch.as_tensor(sums["second"])
             total = (second - first.square() / numbers).sum()
+            known = 0.0 if float(sums.get("negative", 1)) else float(sums["known"])
+            depth = (
+                {
+                    "rmse": (float(sums["known_square"]) / known) ** 0.5,
+                    "abs_rel": float(sums["relative"]) / known,
+                    "delta1": 100 * float(sums["near"]) / known,
+                }
+                if known
+                else {}
+            )
             return {
+                **depth,
                 "loss": float(square.mean()) / numbers,
                 "r2": 1 - float(square.sum() / total.clamp_min(1e-300)),
                 "mae": float(torch.as_tensor(sums["absolute"]).mean()) / numbers,
