@@ -6,7 +6,7 @@ from typing import Annotated
 
 from . import options as opt
 from .console import Screen, command
-from .inputs import Reading, check_input_file, count_classes, parse_device, parse_model_args, report_skipped
+from .inputs import Reading, check_input_file, declared_classes, parse_device, parse_model_args, report_skipped
 
 
 @command
@@ -64,7 +64,7 @@ def evaluate(
         target = parse_device(device)
         loaded = comcat.load_model(model, checkpoint=checkpoint, model_args=args).to(target)
         other = comcat.load_model(reference).to(target) if reference else None
-        features = "features" if other is not None and count_classes(loaded) == 0 else None
+        features = "features" if other is not None and declared_classes(loaded) == 0 else None
         free = metric is not None or features is not None
         reading = Reading(data, data_root, class_map, skip_bad_images, mean, std, crop_pct, interpolation)
         images = reading.open_labelled(split, reading.configure(loaded), loaded, screen, free)

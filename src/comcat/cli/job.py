@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import timings
 from .console import Screen
-from .inputs import Reading, count_classes, report_skipped
+from .inputs import Reading, declared_classes, report_skipped
 
 if TYPE_CHECKING:
     import torch
@@ -154,7 +154,7 @@ class CompressJob:
 
     def _kind(self) -> str | None:
         """Of the outputs, where it is known before a model has run."""
-        return self.settings.outputs or ("features" if count_classes(self.model) == 0 else None)
+        return self.settings.outputs or ("features" if declared_classes(self.model) == 0 else None)
 
     def _explain(self, calibration: ImageData | StreamData | None, evaluation: ImageData | StreamData | None) -> None:
         """Say what was chosen where the user did not choose."""
