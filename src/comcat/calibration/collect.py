@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
-from ..evaluation.outputs import Draw, Outputs
+from ..evaluation.outputs import Draw, Forward, Outputs
 from ..layers.recording import Recorder, recording
 from ..models.modes import exclusive, frozen
 from ..models.running import exact, explained, images_of
@@ -82,6 +82,7 @@ def calibrate(
     progress: Progress | None = None,
     outputs: str | None = None,
     held_out: int | None = None,
+    forward: Forward | None = None,
 ) -> Calibration:
     """Collect the statistics from which any number of plans and compressed models can be made.
 
@@ -99,6 +100,8 @@ def calibrate(
             which cannot tell ``labels`` (several of which may apply) or several ``values`` from ``classes``.
         held_out: how many images at most to keep from the statistics, of those after the first 256 every fourth;
             plans are compared on them (method ``auto``). Default half of ``probe_images``.
+        forward: called as ``forward(model, images)`` where ``model(images)`` is not what is wanted, such as
+            ``lambda model, images: model.encode_image(images)``. Planning by measurement wants the same one.
 
     Raises:
         CalibrationError: no images, images of differing sizes, or non-finite images or activations.
@@ -107,7 +110,7 @@ def calibrate(
     ready = prepared(model)
     with exclusive(ready.model), torch.inference_mode(False):
         held = HeldOut(probe_images // 2 if held_out is None else held_out)
-        return _calibrate(ready, batches, fisher, Reservoir(probe_images, seed), held, seed, progress, outputs)
+        return _calibrate(ready, batches, fisher, Reservoir(probe_images, seed), held, seed, progress, outputs, forward)
 
 
 def _calibrate(
@@ -119,11 +122,12 @@ def _calibrate(
     seed: int,
     progress: Progress | None,
     kind: str | None,
+    forward: Forward | None,
 ) -> Calibration:
     model = ready.model
     recorders = [Recorder(layer, fisher) for layer in ready.inventory.layers]
     parameter = next(model.parameters())
-    outputs = Outputs(model, kind)
+    outputs = Outputs(model, kind, forward=forward)
     draw = Draw(outputs, torch.Generator(device=parameter.device).manual_seed(seed))
     total = len(batches) if isinstance(batches, Sized) else None
     size: tuple[int, ...] | None = None
@@ -140,7 +144,7 @@ def _calibrate(
             images = images.to(parameter.device, parameter.dtype)
             with explained(images, CalibrationError):
                 images.requires_grad_(fisher)
-                found = outputs(model(images), len(images))
+                found = outputs.run(images)
                 if fisher:  # the gradients reach the hooks, nothing is stored
                     torch.autograd.grad(draw.loss(found), images)
             if progress:

@@ -18,8 +18,8 @@ from ..models.modes import evaluating, exclusive
 from ..models.running import double, explained, images_of, labels_of
 from ..progress import Progress
 from .metric import CountedBatches, Metric, scores
-from .neighbours import Neighbours
-from .outputs import Outputs, divergence
+from .neighbours import Neighbours, class_numbers
+from .outputs import Forward, Outputs, divergence
 from .scores import SHOWN, Figure, Score, check_labels
 
 
@@ -115,6 +115,7 @@ def evaluate(
     outputs: str | None = None,
     reference: nn.Module | None = None,
     evaluate: Metric | None = None,
+    forward: Forward | None = None,
 ) -> Evaluation:
     """Run every image of ``loader`` and compare with its label.
 
@@ -131,6 +132,7 @@ def evaluate(
         evaluate: a metric of your own for everything else, called as ``evaluate(model, loader)`` with the model in
             evaluation mode, on ``device`` and without gradients. It moves the batches itself and returns a number or a
             dictionary of numbers.
+        forward: called as ``forward(model, images)`` where ``model(images)`` is not what is wanted.
 
     Raises:
         MetricError: ``evaluate`` raises, or returns no finite number.
@@ -147,8 +149,8 @@ def evaluate(
             found_scores = scores(evaluate, model, counted)
         return Evaluation(nan, nan, nan, counted.images, nan, "metric", found_scores)
     if outputs == "features" and reference is not None:
-        return _against(reference, model, loader, device, progress)
-    found = tally(model, loader, device, amp_dtype, progress, outputs)
+        return _against(reference, model, loader, device, progress, forward)
+    found = tally(model, loader, device, amp_dtype, progress, outputs, forward)
     if found is None:
         raise NoImagesError("there are no images to evaluate on. Check the loader")
     return found.result()
@@ -164,9 +166,10 @@ def _against(
     loader: Iterable[Any],
     device: torch.device | str | None,
     progress: Progress | None,
+    forward: Forward | None,
 ) -> Evaluation:
     begin = time.perf_counter()
-    found = agreement(model, reference, loader, device=device, progress=progress, outputs="features")
+    found = agreement(model, reference, loader, device=device, progress=progress, outputs="features", forward=forward)
     speed, nan = found.images / max(time.perf_counter() - begin, 1e-9), float("nan")
     return Evaluation(
         nan, nan, found.kl, found.images, speed, "features", {"cosine": found.cosine or 0.0, **found.scores}
@@ -204,6 +207,7 @@ def tally(
     amp_dtype: torch.dtype | None = None,
     progress: Progress | None = None,
     outputs: str | None = None,
+    forward: Forward | None = None,
 ) -> Tally | None:
     """The work of :func:`evaluate`; None without images."""
     images = timed = 0
@@ -211,7 +215,7 @@ def tally(
     total = _length(loader)
     score: Score | None = None
     with _inference(model, device) as (device, dtype):
-        read = Outputs(model, outputs)
+        read = Outputs(model, outputs, forward=forward)
         for done, batch in enumerate(loader, start=1):
             inputs, labels = images_of(batch, f"batch {done - 1}"), labels_of(batch)
             inputs, labels = inputs.to(device, dtype), labels.to(device)
@@ -253,6 +257,7 @@ def agreement(
     device: torch.device | str | None = None,
     progress: Progress | None = None,
     outputs: str | None = None,
+    forward: Forward | None = None,
 ) -> Agreement:
     """Compare the predictions of two models on the images of ``loader``.
 
@@ -260,6 +265,7 @@ def agreement(
 
     Args:
         outputs: the kind of both models' outputs; by default that of the reference.
+        forward: called as ``forward(model, images)`` in place of both models.
 
     Raises:
         ModelError: the outputs of a model are not finite, or the models have different outputs.
@@ -274,11 +280,11 @@ def agreement(
         _inference(model, device) as (device, dtype),
         _inference(reference, device) as (_, ref_dtype),
     ):
-        read = Outputs(reference, outputs, unknown="classes")
+        read = Outputs(reference, outputs, "classes", forward)
         for done, batch in enumerate(loader, start=1):
             inputs = images_of(batch, f"batch {done - 1}").to(device)
             theirs = _forward(reference, inputs.to(ref_dtype), None, read)
-            ours = _forward(model, inputs.to(dtype), None, Outputs(model, read.kind))
+            ours = _forward(model, inputs.to(dtype), None, Outputs(model, read.kind, forward=forward))
             if [t.shape for t in ours] != [t.shape for t in theirs]:
                 raise ModelError(
                     f"the models have {ours[0].shape[1:].numel()} and {theirs[0].shape[1:].numel()} outputs. Compare "
@@ -296,7 +302,7 @@ def agreement(
                 cosines = [torch.cosine_similarity(o.flatten(1), t.flatten(1)).mean() for o, t in rows]
                 cosine += count * float(torch.stack(cosines).mean())
                 if len(ours) == 1 and ours[0].ndim == 2:
-                    neighbours.add(ours[0], theirs[0], _class_numbers(batch))
+                    neighbours.add(ours[0], theirs[0], class_numbers(batch))
             if kind in ("maps", "values"):
                 score = score or Score(kind)
                 score.add(ours[0], theirs[0].argmax(1) if read.per_class and theirs[0].shape[1] > 1 else theirs[0])
@@ -313,14 +319,6 @@ def agreement(
         cosine=cosine / images if kind == "features" else None,
         scores=(score.result() if score is not None else neighbours.result()),
     )
-
-
-def _class_numbers(batch: Any) -> torch.Tensor | None:
-    try:
-        labels = labels_of(batch)
-    except DataError:
-        return None
-    return None if labels.ndim != 1 or labels.is_floating_point() or bool((labels < 0).any()) else labels
 
 
 def throughput(models: Sequence[nn.Module], images: torch.Tensor, seconds: float = 2.0) -> list[float]:
@@ -374,7 +372,7 @@ def _forward(
 ) -> tuple[torch.Tensor, ...]:
     """Outputs in at least float32, checked for kind and NaN."""
     with explained(inputs), torch.autocast(inputs.device.type, amp_dtype, enabled=amp_dtype is not None):
-        found = read(model(inputs), len(inputs))
+        found = read.run(inputs)
     if not all(torch.isfinite(tensor).all() for tensor in found):
         raise ModelError(
             "the outputs hold NaN or infinite values. Check the weights and the normalization of the images"

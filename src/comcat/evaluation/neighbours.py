@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..errors import DataError
+from ..models.running import labels_of
 
 #: Images that are compared with each other at most; the first ones.
 MOST = 20_000
@@ -51,3 +56,12 @@ class Neighbours:
             for name, near in (("knn_top1", ours), ("knn_top1_reference", theirs)):
                 found[name] = 100 * float((truth[near] == truth).float().mean())
         return found
+
+
+def class_numbers(batch: Any) -> Tensor | None:
+    """The (B,) class numbers of a batch, if it has some."""
+    try:
+        labels = labels_of(batch)
+    except DataError:
+        return None
+    return None if labels.ndim != 1 or labels.is_floating_point() or bool((labels < 0).any()) else labels

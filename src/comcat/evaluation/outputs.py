@@ -13,7 +13,7 @@ the dense output whose variance is that of the output itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 
+#: How a model is called where that is not ``model(images)``: a function of both that returns its outputs.
+Forward = Callable[[nn.Module, Tensor], Any]
 KINDS = ("classes", "labels", "values", "features", "maps")
 #: Entries of dictionaries that are the answer, whatever else is there.
 _ANSWERS = ("logits", "out")
@@ -49,14 +51,22 @@ class Outputs:
             one number an image or a pixel -> values; (B, C) -> classes and (B, C, H, W) -> maps where the model says
             that it has C classes or names the output its logits; everything else -> features.
         unknown: what (B, C) outputs are of which the model says nothing.
+        forward: called as ``forward(model, images)`` by :meth:`run`; ``model(images)`` by default.
 
     Attributes:
         kind: None until the first output has been seen.
     """
 
-    def __init__(self, model: nn.Module, kind: str | None = None, unknown: str = "features") -> None:
-        self.model, self.unknown = model, unknown
+    def __init__(
+        self, model: nn.Module, kind: str | None = None, unknown: str = "features", forward: Forward | None = None
+    ) -> None:
+        self.model, self.unknown, self.forward = model, unknown, forward
         self.kind = check_kind(kind)
+
+    def run(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Call the model with (B, C, H, W) images; the tensors of its outputs, errors as below."""
+        raw = self.model(images) if self.forward is None else self.forward(self.model, images)
+        return self(raw, len(images))
 
     def __call__(self, raw: Any, count: int) -> tuple[Tensor, ...]:
         """The tensors of one batch of ``count`` images.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..calibration.statistics import SAME, Calibration
 from ..errors import PlanError
+from ..evaluation.outputs import Forward
 from ..layers.base import USUAL_PARTS, Choice, Inventory, Layer, check_parts
 from ..models.modes import evaluating, exclusive
 from ..models.running import exact, still
@@ -54,6 +55,7 @@ def plan(
     progress: Progress | None = None,
     latency: LatencyTable | None = None,
     ffn: str = "auto",
+    forward: Forward | None = None,
 ) -> Plan:
     """Choose the widths of every layer so that the model meets the budget from below.
 
@@ -74,6 +76,7 @@ def plan(
             names the latency wherever they are given.
         ffn: ``low-rank`` or ``neurons`` for all FFNs that have this form; default the better one for each (for
             ``uniform``: neurons where there is a calibration to refit them on).
+        forward: how the model is called where it is measured, as in :func:`comcat.calibrate`.
 
     Raises:
         BudgetError: out of reach (the smallest reachable figure is named), already met by the dense model, or of
@@ -97,7 +100,7 @@ def plan(
     dense = ready.model
 
     def planner(method: str) -> Planner:
-        return Planner(ready, budget, calibration, method, parts, multiple, input_size, progress, latency, ffn)
+        return Planner(ready, budget, calibration, method, parts, multiple, input_size, progress, latency, ffn, forward)
 
     with exclusive(dense), exact(next(dense.parameters()).device), still(dense):
         if method == "auto" and held_out is not None:
@@ -163,6 +166,7 @@ class Planner:
         progress: Progress | None,
         latency: LatencyTable | None = None,
         ffn: str = "auto",
+        forward: Forward | None = None,
     ) -> None:
         if ffn not in FFN_FORMS:
             raise PlanError(f"ffn is {ffn!r}; choose one of {', '.join(FFN_FORMS)}")
@@ -172,7 +176,7 @@ class Planner:
         self.unit = unit_of(self.units, budget.unit)
         self.model, self.budget, self.calibration = ready.model, budget, calibration
         self.method, self.multiple, self.progress = method, multiple, progress
-        self.ffn = ffn
+        self.ffn, self.forward = ffn, forward
         if method == "uniform" and ffn == "auto":
             self.ffn = "low-rank" if calibration is None else "neurons"
         parts = check_parts(parts)
@@ -302,7 +306,8 @@ class Planner:
 
     def prober(self, images: Tensor) -> Prober:
         """Of the dense model; outputs as in the calibration."""
-        return Prober(self.model, images, self.calibration.outputs if self.calibration is not None else None)
+        kind = self.calibration.outputs if self.calibration is not None else None
+        return Prober(self.model, images, kind, forward=self.forward)
 
     def _work(self) -> list[tuple[Layer, str, int]]:
         """What probing measures: layers, their parts, and widths."""

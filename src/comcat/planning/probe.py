@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..calibration.statistics import Calibration
 from ..errors import ModelError
-from ..evaluation.outputs import Outputs, divergence
+from ..evaluation.outputs import Forward, Outputs, divergence
 from ..layers.base import Choice, Inventory, Layer
 from ..layers.factors import Factors
 from ..models.running import explained
@@ -48,15 +48,23 @@ class Prober:
         model: the model to change; it is used in evaluation mode and left as it was.
         images: (n, C, H, W) sample; batch_size: how many at a time.
         kind: of the outputs, which says how they are compared (see :mod:`comcat.evaluation.outputs`); None infers it.
+        forward: how the model is called, see :class:`~comcat.evaluation.outputs.Outputs`.
 
     Attributes:
         reference: the dense outputs, tensors (n, ...).
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, kind: str | None = None, batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        kind: str | None = None,
+        batch_size: int = 64,
+        forward: Forward | None = None,
+    ) -> None:
         parameter = next(model.parameters())
         self.model = model
-        self.outputs = Outputs(model, kind)
+        self.outputs = Outputs(model, kind, forward=forward)
         self.batches = images.to(parameter.device, parameter.dtype).split(batch_size)
         self.blocks: list[str] = []
         self.recorded: dict[str, list[Tensor]] = {}
@@ -69,7 +77,7 @@ class Prober:
             if replay is not None and recorded is not None:
                 replay.output = recorded[i]
             with explained(batch):
-                outputs.append(self.outputs(self.model(batch), len(batch)))
+                outputs.append(self.outputs.run(batch))
         return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
     def divergence(self, outputs: tuple[Tensor, ...]) -> float:
