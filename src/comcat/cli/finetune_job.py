@@ -62,7 +62,7 @@ class FinetuneJob:
 
         o = self.options
         self._check_out()
-        self.student: nn.Module = comcat.load(o.model)
+        self.student: nn.Module = comcat.load_model(str(o.model))
         self.cost = comcat.profile(self.student)
         self._open_data()
         self.teacher = self._load_teacher() if self.config.needs_teacher else None
@@ -127,20 +127,22 @@ class FinetuneJob:
         """
         import comcat
 
+        from ..models.opening import open_source
+        from ..models.source import recorded_source
+
         o = self.options
         if o.teacher is not None:
             self._check_classes(o.teacher)
             return comcat.load_model(o.teacher, o.teacher_checkpoint, o.teacher_args)
-        made: Any = self.student.comcat
-        if o.teacher_checkpoint is None:
+        made = recorded_source(self.student)
+        if made is None or o.teacher_checkpoint is None:
+            name = made.name if made is not None else type(self.student).__name__
             raise ModelError(
                 "the teacher is not named. Give the dense model's weights: --teacher-checkpoint FILE.safetensors; or a "
                 "saved model: --teacher DIR; or a model with timm's pretrained weights, from the network: --teacher "
-                f"NAME (the student was made from {made.source.name}); or train without: --distillation none"
+                f"NAME (the student was made from {name}); or train without: --distillation none"
             )
-        from ..models.opening import open_source
-
-        return open_source(made.source, o.teacher_checkpoint, o.teacher_args)
+        return open_source(made, o.teacher_checkpoint, o.teacher_args)
 
     def _check_classes(self, name: str) -> None:
         """Raise ModelError if the classifier of timm's weights would not be used, so that the teacher's is random."""

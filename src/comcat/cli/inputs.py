@@ -94,10 +94,12 @@ class Reading:
     interpolation: str | None = None
 
     def configure(self, model: nn.Module) -> dict[str, Any]:
-        """The model's preprocessing with the options' values, which become its own and are saved with it."""
-        from timm.data import resolve_model_data_config
+        """The model's preprocessing with the options' values, which become its own and are saved with it.
 
-        from ..models.profile import default_input_size
+        Raises:
+            DataError: a value that cannot be, or a model that does not say how its images are normalized.
+        """
+        from ..models.preprocessing import configure
 
         if self.interpolation is not None:
             from timm.data.transforms import str_to_interp_mode
@@ -115,12 +117,7 @@ class Reading:
             for key in ("mean", "std", "crop_pct", "interpolation")
             if (value := getattr(self, key)) is not None
         }
-        size = default_input_size(model)
-        own = getattr(model, "pretrained_cfg", None)
-        if isinstance(own, dict):
-            model.pretrained_cfg = {**own, **given, "input_size": size}  # type: ignore[assignment]
-        config = resolve_model_data_config(model)
-        return {**config, **given, "input_size": size}
+        return configure(model, given)
 
     def open(
         self, split: str | None, purpose: Any, config: dict[str, Any], num_classes: int | None, seed: int = 0
@@ -168,9 +165,10 @@ class Reading:
 
 
 def declared_classes(model: nn.Module) -> int | None:
-    """The number of the model's outputs, if it says."""
-    classes = getattr(model, "num_classes", None)
-    return int(classes) if isinstance(classes, int) else None
+    """The number of the model's classes, if it says; 0 where it has no classifier."""
+    from ..models.libraries import said_classes
+
+    return said_classes(model)
 
 
 def report_skipped(screen: Screen, skipped: dict[str, str], show: int = 5) -> None:

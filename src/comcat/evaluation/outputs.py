@@ -21,17 +21,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..models.libraries import said_classes
 
 #: How a model is called where that is not ``model(images)``: a function of both that returns its outputs.
 Forward = Callable[[nn.Module, Tensor], Any]
 KINDS = ("classes", "labels", "values", "features", "maps")
 #: Entries of dictionaries that are the answer, whatever else is there.
-_ANSWERS = ("logits", "out")
+_ANSWERS = ("logits", "out", "predicted_depth")
 #: Entries of Transformers' outputs that are not the answer.
 _EXTRAS = (
     "loss", "hidden_states", "attentions", "reshaped_hidden_states", "past_key_values", "cross_attentions",
     "encoder_hidden_states", "encoder_attentions",
 )  # fmt: skip
+#: Numbers of the model, not of an image, that dual encoders return beside their answer; open_clip gives them no name.
+_SCALARS = ("", "logit_scale", "logit_bias")
 _PROBLEMS = {"regression": "values", "single_label_classification": "classes", "multi_label_classification": "labels"}
 
 
@@ -75,6 +78,7 @@ class Outputs:
             ModelError: the output holds no tensors of ``count`` images, or none of this kind.
         """
         found = list(_leaves(raw))
+        found = [(n, t) for n, t in found if t.ndim or n not in _SCALARS or len(found) == 1]
         for name, tensor in found:
             if not tensor.is_floating_point() or tensor.ndim < 1 or len(tensor) != count:
                 raise ModelError(
@@ -97,7 +101,8 @@ class Outputs:
             self.kind = self.kind or "features"
         else:
             answer = _wide(answer)
-            tensors = [answer[:, None] if answer.ndim == 1 else answer]
+            depth = answer.ndim == 3 and any(name == "predicted_depth" for name, _ in found)
+            tensors = [answer[:, None] if answer.ndim == 1 or depth else answer]
             self.kind = self.kind or self._infer(tensors[0], named)
         self._check(tensors[0])
         return tuple(tensors)
@@ -113,7 +118,7 @@ class Outputs:
             return problem
         if named or output.shape[1] in _class_counts(self.model):
             return "classes" if output.ndim == 2 else "maps"
-        return self.unknown if output.ndim == 2 and getattr(self.model, "num_classes", None) != 0 else "features"
+        return self.unknown if output.ndim == 2 and said_classes(self.model) != 0 else "features"
 
     def _check(self, output: Tensor) -> None:
         shape = tuple(output.shape)

@@ -16,9 +16,10 @@ from .library import Library
 #: Name in files and on the command line -> the file here whose ``LIBRARY`` it is, and the package that it needs.
 _LIBRARIES = {
     "timm": ("timm_models", "timm"),
+    "transformers": ("transformers_models", "transformers"),
 }
 #: The extra of comcat that installs a package which is not always there.
-_EXTRAS: dict[str, str] = {}
+_EXTRAS = {"transformers": "transformers", "open_clip": "openclip"}
 NAMES = tuple(_LIBRARIES)
 
 
@@ -47,6 +48,13 @@ def installed() -> Iterator[Library]:
     for name, (_, package) in _LIBRARIES.items():
         if package in sys.modules or find_spec(package) is not None:
             yield _library(name)
+
+
+def said_classes(model: nn.Module) -> int | None:
+    """The number of the model's classes, if it says; 0 where it has no classifier."""
+    home = library_of(model)
+    found = getattr(model, "num_classes", None) if home is None else home.num_classes(model)
+    return found if isinstance(found, int) else None
 
 
 def library_of(model: nn.Module) -> Library | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from .profile import default_input_size
+from .weights import fill
 
 if TYPE_CHECKING:
     from .source import Source
@@ -76,6 +77,16 @@ class Library(ABC):
         """Arguments as the library takes them, from what JSON holds."""
         return args
 
+    def filled(self, source: Source, tensors: dict[str, Tensor], place: Path) -> nn.Module:
+        """The dense architecture with weights that were read from ``place``.
+
+        Raises:
+            ModelError: they are not its own.
+        """
+        model = source.build()
+        fill(model, tensors, place, "give the weights of the dense model that this one was made from")
+        return model
+
     # -- a model at hand -----------------------------------------------------------------------------------------
 
     def num_classes(self, model: nn.Module) -> int | None:
@@ -85,10 +96,6 @@ class Library(ABC):
 
     def data_config(self, model: nn.Module) -> dict[str, Any]:
         """What the model at hand says of its images, in the words of timm: ``mean``, ``std``, ``crop_pct``, ..."""
-        return {}
-
-    def arguments(self, model: nn.Module, images: Tensor) -> dict[str, Any]:
-        """What ``forward`` needs besides ``images``, or in their place; empty where it takes them alone."""
         return {}
 
     # -- opening -------------------------------------------------------------------------------------------------

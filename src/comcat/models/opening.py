@@ -9,6 +9,7 @@ ORG/NAME[@REVISION]      a Hub repository, of whatever library its configuration
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from .libraries import NAMES, installed, library, prefixed
 from .library import Library, Wanted
 from .source import Source
 from .versions import check_versions
-from .weights import fill, read_checkpoint
+from .weights import read_checkpoint
 
 #: Files by which the libraries tell their directories.
 CONFIGS = ("config.json", "open_clip_config.json")
@@ -78,11 +79,10 @@ def open_source(source: Source, checkpoint: Path, args: dict[str, Any]) -> nn.Mo
     """
     if source.library == "timm":
         return load_model(source.name, checkpoint, {**source.args, **args})
-    made = Source(source.name, {**source.args, **args}, source.config, source.library)
-    tensors, model = read_checkpoint(checkpoint), made.build()
-    fill(model, tensors, checkpoint, "give the weights of the dense model that this one was made from")
+    made = replace(source, args={**source.args, **args})
+    model = library(source.library, ModelError).filled(made, read_checkpoint(checkpoint), checkpoint)
     model.comcat_source = made  # type: ignore[assignment]
-    return model
+    return model.eval()
 
 
 def _open_directory(folder: Path, wanted: Wanted) -> nn.Module:

@@ -45,9 +45,13 @@ class Profile:
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     """(C, H, W) that the model was built for.
 
-    The size of its patch embedding, else ``config.image_size`` (Transformers), else that of ``pretrained_cfg`` (timm),
-    each of the outermost module that has one; (3, 224, 224) where none does.
+    What was recorded with a model of another library than timm; else the size of its patch embedding, else
+    ``config.image_size`` (transformers) or ``image_size`` (torchvision, open_clip), else that of ``pretrained_cfg``
+    (timm), each of the outermost module that has one; (3, 224, 224) where none does.
     """
+    made: Any = getattr(getattr(model, "comcat", None), "source", None) or getattr(model, "comcat_source", None)
+    if made is not None and made.library != "timm" and len(size := _sizes(made.config.get("input_size"))) == 3:
+        return (size[0], size[1], size[2])
     modules = list(model.modules())
     channels = 3
     for embed in [getattr(module, "patch_embed", None) for module in modules]:
@@ -57,6 +61,10 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     for config in [getattr(module, "config", None) for module in modules]:
         if len(size := _sizes(getattr(config, "image_size", None))) in (1, 2):
             return (getattr(config, "num_channels", channels), size[0], size[-1])
+    for module in modules:
+        if len(size := _sizes(getattr(module, "image_size", None))) in (1, 2):
+            first = next((inner for inner in modules if isinstance(inner, nn.Conv2d)), None)
+            return (channels if first is None else first.in_channels, size[0], size[-1])
     for config in [getattr(module, "pretrained_cfg", None) for module in modules]:
         if isinstance(config, dict) and len(size := _sizes(config.get("input_size"))) == 3:
             return (channels if channels != 3 else size[0], size[1], size[2])

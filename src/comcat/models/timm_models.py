@@ -87,7 +87,8 @@ class TimmModels(Library):
     # -- opening -------------------------------------------------------------------------------------------------
 
     def reads(self, files: Mapping[str, Any]) -> bool:
-        return "architecture" in files.get("config.json", {})
+        config = files.get("config.json", {})
+        return "architecture" in config and "model_type" not in config
 
     def open_directory(self, folder: Path, wanted: Wanted) -> nn.Module:
         return self.open(replace(wanted, name=f"local-dir:{folder}"))

@@ -61,7 +61,8 @@ def differences(model: nn.Module, built: nn.Module) -> list[Difference]:
         for attribute in vars(a):
             if attribute in vars(b) and not attribute.startswith("_") and attribute not in _OWN:
                 mine, other = vars(a)[attribute], vars(b)[attribute]
-                x, y = _comparable(mine), _comparable(other)
+                configs = _is_config(mine) and _is_config(other)
+                x, y = map(_comparable, _settings(mine, other) if configs else (mine, other))
                 if x is not _MISSING and y is not _MISSING and (type(x), x) != (type(y), y):
                     plain = is_plain(mine) and is_plain(other)
                     found.append(Difference(name, attribute, shown(mine), shown(other), mine if plain else None, plain))
@@ -127,13 +128,25 @@ def _comparable(value: Any) -> Any:
         return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, enum.Enum) or is_plain(value):
         return value
-    if hasattr(type(value), "to_dict") and not isinstance(value, nn.Module):  # a configuration
-        return _comparable(_settings(value.to_dict()))
     return _MISSING
 
 
-def _settings(config: Any) -> Any:
-    """What a configuration says of the architecture, whatever JSON made of it."""
-    if isinstance(config, dict):
-        return {str(key): _settings(value) for key, value in sorted(config.items(), key=str) if key not in _OWN_CONFIG}
-    return tuple(map(_settings, config)) if isinstance(config, (list, tuple)) else config
+def _is_config(value: Any) -> bool:
+    return hasattr(type(value), "to_dict") and not isinstance(value, nn.Module)
+
+
+def _settings(mine: Any, other: Any) -> tuple[Any, Any]:
+    """What two configurations say of the architecture, whatever JSON made of them; entries of only one are left out."""
+    if _is_config(mine) and _is_config(other):
+        eager = [getattr(config, "_attn_implementation", None) == "eager" for config in (mine, other)]
+        mine, other = _settings(mine.to_dict(), other.to_dict())
+        return (mine, eager[0]), (other, eager[1])
+    if isinstance(mine, dict) and isinstance(other, dict):
+        mine, other = ({str(key): value for key, value in config.items()} for config in (mine, other))
+        both = [key for key in mine if key in other and key not in _OWN_CONFIG]
+        pairs = [_settings(mine[key], other[key]) for key in both]
+        return dict(zip(both, (a for a, _ in pairs), strict=True)), dict(zip(both, (b for _, b in pairs), strict=True))
+    if isinstance(mine, (list, tuple)) and isinstance(other, (list, tuple)) and len(mine) == len(other):
+        pairs = [_settings(*pair) for pair in zip(mine, other, strict=True)]
+        return tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
+    return mine, other

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..models.libraries import library_of
+from ..models.example import example_for
 from ..models.modes import evaluating
 from ..models.profile import default_input_size
 from ..models.running import still
@@ -61,15 +61,12 @@ def check_same(model: nn.Module, again: nn.Module, advice: str) -> None:
         raise CheckpointError(f"the rebuilt model computes something else: {found}; {advice}")
     parameter = next(model.parameters())
     again = again.to(parameter.device)
-    image = torch.rand(1, *default_input_size(model), generator=torch.Generator().manual_seed(0), device="cpu")
-    image = image.to(parameter.device, parameter.dtype)
-    home = library_of(model)
-    more = {} if home is None else home.arguments(model, image)
+    example = example_for(model, default_input_size(model), seed=0)
     outputs = []
     for each in (model, again):
         with torch.no_grad(), evaluating(each), still(each):
             torch.manual_seed(0)  # for those that draw in evaluation too, such as masked autoencoders
-            outputs.append(each(**more) if more else each(image))
+            outputs.append(example.run(each))
     if not _close(*outputs):
         raise CheckpointError(f"the rebuilt model computes something else; {advice}")
 
