@@ -5,6 +5,7 @@
 | ``Attention``, ``AttnProcessor(2_0)``, sliced, xFormers | SD 1.x, SD 2.x, SDXL, PixArt | sample |
 | ``Attention``, ``JointAttnProcessor2_0`` | SD3 | sample, context |
 | ``FluxAttention``, ``FluxAttnProcessor`` | FLUX.1, Chroma | sample, context; sample alone in single blocks |
+| the same under other names | Bria, FIBO, Ovis-Image, LongCat-Image; double blocks of FLUX.2 | as FLUX.1 |
 
 Everything between the projections and the product (norms, rotary embedding, masks, slicing) is the host's own;
 the added columns come after the norms and the rotary embedding and are free of both.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -24,7 +26,6 @@ from diffusers.models import attention_processor as ap
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import Tensor, nn
 
 from ..errors import ModelError
@@ -198,10 +199,30 @@ class JointProcessor(AddedProcessor):
         return out, rest
 
 
+def _same_as_flux(suffix: str) -> tuple[type, ...]:
+    """Classes of other models that are FLUX's attention, or its processor, line by line; those that are installed."""
+    found = []
+    for file, name in (
+        ("flux", "Flux"),
+        ("flux2", "Flux2"),
+        ("bria", "Bria"),
+        ("bria_fibo", "BriaFibo"),
+        ("ovis_image", "OvisImage"),
+        ("longcat_image", "LongCatImage"),
+    ):
+        path = f"diffusers.models.transformers.transformer_{file}"
+        if importlib.util.find_spec(path) is not None:
+            found.append(getattr(importlib.import_module(path), name + suffix))
+    return tuple(found)
+
+
+FLUX = _same_as_flux("Attention")
+
+
 class FluxProcessor(AddedProcessor):
     """For ``FluxAttention``: text tokens first, query-key norms and a rotary embedding before the product."""
 
-    bases = (FluxAttnProcessor,)
+    bases = _same_as_flux("AttnProcessor")
 
     def __call__(
         self,
@@ -349,7 +370,7 @@ def _described(name: str, attn: Any) -> AddableAttention | Refusal:
     if attn.to_k is None or attn.to_q.out_features != attn.to_k.out_features:
         return Refusal(kind, f"{type(attn).__name__} with fewer key heads than query heads")
     streams = [SAMPLE]
-    if family is FluxProcessor and attn.pre_only:
+    if family is FluxProcessor and getattr(attn, "pre_only", False):
         streams = [dataclasses.replace(SAMPLE, output=None, inner=True)]
         kind = "joint"  # text and image tokens in one stream
     elif family is not ClassicProcessor and attn.added_kv_proj_dim is not None:
@@ -361,7 +382,7 @@ def _described(name: str, attn: Any) -> AddableAttention | Refusal:
 
 
 def _family(attn: Any, processor: Any) -> type[AddedProcessor] | None:
-    own = FluxProcessor if isinstance(attn, FluxAttention) else None
+    own = FluxProcessor if isinstance(attn, FLUX) else None
     for family in FAMILIES:
         if type(processor) in family.bases and (own is None) == (family is not FluxProcessor):
             return family
