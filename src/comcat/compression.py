@@ -170,7 +170,7 @@ def _compress(
             layers.append(_replace(model, inventory[name], choice, shapes[name], factors[name], places))
             if progress:
                 progress("compress", done + 1, len(plan.layers))
-        after = profile(model, size)
+        after = profile(model, size, ready.example)
         notes = _compared(layers, before, after, plan, size)
         report = Report(layers, inventory.dense, before.params, after.params, before.macs, after.macs, size, notes)
         kept = Undo(places, earlier) if keep_original else None

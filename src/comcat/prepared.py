@@ -19,6 +19,7 @@ from .hosts import find_layers, proven_layers
 from .layers.base import Inventory, check_finite
 from .layers.cost import Shape
 from .layers.factors import Factors
+from .models.example import given_example
 from .models.profile import Profile, default_input_size, image_size, layer_shapes, profile
 from .models.wrappers import check_plain
 
@@ -34,7 +35,7 @@ class Prepared:
             Models of transformers and open_clip are called with images, and with tokens of text where they want them.
 
     Attributes:
-        model: the dense model.
+        model: the dense model; example: the one given, or None.
 
     Raises:
         ModelError: a wrapped or quantized model, nothing to compress, or non-finite weights.
@@ -42,7 +43,7 @@ class Prepared:
 
     def __init__(self, model: nn.Module, example: Any = None) -> None:
         check_plain(model)
-        self.model, self._example = model, example
+        self.model, self.example = model, example
         self.forget()
 
     def forget(self) -> None:
@@ -58,12 +59,12 @@ class Prepared:
         """The layers, and what stays dense."""
         if self._inventory is None:
             check_finite(self.model)
-            self._inventory = proven_layers(self.model, self.size(), self._example)
+            self._inventory = proven_layers(self.model, self.size(), self.example)
         return self._inventory
 
     def of_copy(self, model: nn.Module) -> Prepared:
         """What is known of this model, for a copy of it: nothing is proven, measured or factored again."""
-        other = Prepared(model, self._example)
+        other = Prepared(model, self.example)
         found = {layer.name: layer for layer in find_layers(model).layers}
         layers = []
         for layer in self.inventory.layers:
@@ -81,13 +82,20 @@ class Prepared:
         return other
 
     def size(self, *wanted: Sequence[int] | None) -> tuple[int, int, int]:
-        """The first size that is given, else that of the model, as (C, H, W)."""
-        return image_size(next((size for size in wanted if size), None) or default_input_size(self.model))
+        """The first size that is given, else that of the example or of the model, as (C, H, W)."""
+        return image_size(next((size for size in wanted if size), None) or self._own_size())
+
+    def _own_size(self) -> Sequence[int]:
+        if self.example is not None:
+            pixels = given_example(self.example, self.model).pixels
+            if pixels.dim() == 4:
+                return pixels.shape[1:]
+        return default_input_size(self.model)
 
     def profile(self, size: tuple[int, ...]) -> Profile:
         """What the dense model costs at an image size (C, H, W)."""
         if size not in self._profiles:
-            self._profiles[size] = profile(self.model, size, self._example)
+            self._profiles[size] = profile(self.model, size, self.example)
         return self._profiles[size]
 
     def shapes(self, size: tuple[int, ...], calibration: Calibration | None = None) -> dict[str, Shape]:
@@ -95,7 +103,7 @@ class Prepared:
         if calibration is not None and size == tuple(calibration.input_size):
             return calibration.shapes
         if size not in self._shapes:
-            self._shapes[size] = layer_shapes(self.model, self.inventory, size, self._example)
+            self._shapes[size] = layer_shapes(self.model, self.inventory, size, self.example)
         return self._shapes[size]
 
     def check(self, calibration: Calibration | None) -> None:

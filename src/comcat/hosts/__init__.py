@@ -54,7 +54,8 @@ def find_layers(model: nn.Module) -> Inventory:
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     layers: list[Layer] = []
     for name, layer in sorted([*found.items(), *more.items()], key=lambda item: order[item[0]]):
-        reason = shared.reason(layer.module, list(layer.originals().values()))
+        own = [] if layer.running is layer.module else [layer.module]
+        reason = shared.reason(layer.module, [*own, *layer.originals().values()])
         if reason:
             reasons[name] = reason
         else:

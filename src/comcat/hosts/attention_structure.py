@@ -18,6 +18,7 @@ from ..layers.heads import ROLES, Heads, Input, Stream
 from ..nn.copies import copy_with
 from .changed import changed, patched_forward
 from .kept_forward import KeptForward
+from .lifted import lifted
 
 #: Names of the linear layers of query, key and value, one beside the other.
 _SEPARATE = [
@@ -57,18 +58,22 @@ _BIASES = {"query": "q_bias", "key": "k_bias", "value": "v_bias"}
 
 def attention_of(name: str, module: nn.Module) -> AttentionLayer | str | None:
     """An attention layer, unproven; why a module that looks like one is none; or None where it does not."""
-    stream, holder = _stream(module)
+    form = lifted(module)
+    if isinstance(form, str):
+        return form
+    called = module if form is None else form
+    stream, holder = _stream(called)
     if stream is None or holder is None:
         return None
     reason = patched_forward(module)
-    linears: dict[str, Any] = {str(path): module.get_submodule(str(path)) for path in _paths(stream)}
+    linears: dict[str, Any] = {str(path): called.get_submodule(str(path)) for path in _paths(stream)}
     reason = reason or next((why for path, one in linears.items() if (why := changed(one, path))), None)
     if reason:
         return reason
-    heads = _heads(module, holder, stream, linears)
+    heads = _heads(called, holder, stream, linears)
     if heads is None:
         return "how many heads it has, and how wide they are, cannot be told from its attributes"
-    running = _with_biases(module, stream, heads)
+    running = _with_biases(called, stream, heads)
     if isinstance(running, str):
         return running
     return layer_of(name, module, heads, stream, running)

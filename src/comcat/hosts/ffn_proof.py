@@ -21,6 +21,8 @@ def prove_ffn(found: Layer, trial: Trial) -> Finding:
     """Whether its low-rank form is exact, and its neurons can be left out."""
     assert isinstance(found, FFNLayer)
     layer, base = FFNLayer(found.name, trial.base, found.paths), trial.base
+    if "gate" in layer.paths and not _beside(trial, layer):
+        return Finding("its linear layers follow on each other, or are given different inputs: no gate beside units")
     low = {path: _two(layer.linears[role]) for role, path in layer.paths.items()}
     if not trial.holds(copy_with(base, low)):
         return Finding(f"it reads its weights in a way of its own ({trial.said()})")
@@ -41,6 +43,21 @@ def prove_ffn(found: Layer, trial: Trial) -> Finding:
             return Finding("its 1x1 convolutions have more between them than an activation")
         why = f"hidden units depend on each other: a norm or another operation acts over them ({trial.said()})"
     return Finding(conclude=lambda one: FFNLayer(one.name, one.module, found.paths, why))
+
+
+def _beside(trial: Trial, layer: FFNLayer) -> bool:
+    """Whether gate and units have the same input."""
+    seen: list[Tensor] = []
+    hooks = [
+        linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
+        for linear in layer.firsts.values()
+    ]
+    try:
+        trial.run(trial.base)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return len(seen) == 2 and seen[0].shape == seen[1].shape and bool((seen[0] == seen[1]).all())
 
 
 def _two(linear: Any) -> LowRankLinear:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..layers.base import Finding, Layer
 from ..models.example import Example, example_for, given_example
-from ..models.modes import evaluating
+from ..models.modes import evaluating, layers_called
 from ..models.running import explained, still
 
 #: Largest difference, relative to the largest output, that counts as rounding in float64.
@@ -103,7 +103,7 @@ def _find(layer: Layer, call: Call | None, images: int) -> Finding:
     if call is None:
         return Finding("nothing passes it when the model is called with the example; give another (example=)")
     tensors = _tensors(call[0]) or _tensors(call[1])
-    if not tensors or tensors[0].shape[:1] == () or tensors[0].shape[0] % images:
+    if not tensors or not _of_images(tensors[0], images):
         return Finding("what it is given does not depend on the images")
     try:
         base = copy.deepcopy(layer.module).to("cpu", torch.float64)
@@ -117,6 +117,12 @@ def _find(layer: Layer, call: Call | None, images: int) -> Finding:
         return Finding(f"it does not run by itself in float64 ({trial.error})")
     assert layer.proof is not None
     return layer.proof(layer, trial)
+
+
+def _of_images(x: Tensor, images: int) -> bool:
+    """Whether there is something of every image in it: in the first axis, or in the second of (1, tokens, D)."""
+    shape = x.shape[1:] if x.dim() == 3 and x.shape[0] == 1 else x.shape
+    return len(shape) > 0 and shape[0] % images == 0
 
 
 def _disturb(module: nn.Module) -> None:
@@ -140,7 +146,7 @@ class Trial:
     def run(self, module: nn.Module) -> list[Tensor] | None:
         args, kwargs = _precise(self.call[0]), _precise(self.call[1])  # some hosts write into what they are given
         try:
-            with torch.no_grad():
+            with torch.no_grad(), layers_called():
                 found = _tensors(module(*args, **kwargs))
         except Exception as error:  # whatever a host raises where a width is not what it expects
             self.error = error

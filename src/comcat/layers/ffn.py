@@ -108,6 +108,8 @@ class FFNLayer(Layer):
             inner, outer = self._narrowed(role, choice.get("neurons"))
             if role in choice:
                 made: nn.Module = LowRankLinear(inner, outer, choice[role], **like(linear))
+                if isinstance(self.module, nn.TransformerEncoderLayer):
+                    made.register_forward_pre_hook(_called)
             elif "neurons" in choice:
                 # The second bias takes up the mean of the dropped neurons.
                 made = plain_linear(inner, outer, role == "fc2" or linear.bias is not None, **like(linear))
@@ -170,6 +172,10 @@ class FFNLayer(Layer):
         if part == "neurons" or not isinstance(neurons, int):
             return full
         return min(full, *self._narrowed(part, neurons))
+
+
+def _called(module: nn.Module, args: Any) -> None:
+    """Nothing; but hooks inside an ``nn.TransformerEncoderLayer`` turn off its fast path, which reads weights."""
 
 
 class FFNFactors(Factors[FFNLayer]):

@@ -107,7 +107,8 @@ def example_for(model: Any, size: Sequence[int], images: int = 1, seed: int | No
     if hasattr(config, "model_type") and hasattr(model, "main_input_name"):
         return _transformers(config, names, size, images, pixels, tokens)
     if {"image", "text"} <= set(names) and hasattr(model, "encode_text"):  # open_clip
-        text = _text(images, getattr(model, "context_length", 77), getattr(model, "vocab_size", 0), *tokens)
+        shape = images, getattr(model, "context_length", 77)
+        text = torch.randint(1, max(2, getattr(model, "vocab_size", 0)), shape, generator=generator).to(tokens[1])
         return Example((pixels(images, *size), text), {}, images)
     return Example((pixels(images, *size),), {}, images)
 

@@ -42,9 +42,20 @@ def exclusive(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def layers_called() -> Iterator[None]:
+    """PyTorch's fast paths of attention, which read weights in place of calling layers, are off inside."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, in this thread alone; every module's own mode comes back afterwards."""
-    with exclusive(model):
+    with exclusive(model), layers_called():
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:

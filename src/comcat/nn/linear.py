@@ -33,6 +33,11 @@ class LowRankLinear(nn.Module):
         self.down = plain_linear(in_features, rank, False, pointwise, device, dtype)
         self.up = plain_linear(rank, out_features, bias, pointwise, device, dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """Nothing (0,), of the dtype and on the device that hosts ask a linear layer's weight for."""
+        return self.down.weight.detach().new_empty(0)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
         return self.up(self.down(x))

@@ -56,6 +56,12 @@ class HeadProjection(nn.Module):
             self.register_buffer("places", zeros)
 
     @property
+    def weight(self) -> Tensor:
+        """Nothing (0,), of the dtype and on the device that hosts ask a linear layer's weight for."""
+        empty: Tensor = self.linear.weight.detach().new_empty(0)
+        return empty
+
+    @property
     def in_features(self) -> int:
         """Input width, as the host may ask."""
         return self.linear.weight.shape[1]
@@ -112,6 +118,12 @@ class HeadOutput(nn.Module):
         super().__init__()
         self.linear = linear
         self.heads, self.narrow, self.wide = heads, narrow, wide
+
+    @property
+    def weight(self) -> Tensor:
+        """Nothing (0,), of the dtype and on the device that hosts ask a linear layer's weight for."""
+        empty: Tensor = self.linear.weight.detach().new_empty(0)
+        return empty
 
     @property
     def in_features(self) -> int:
