@@ -85,8 +85,12 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
                 made = timm.create_model(name, num_classes=11, **arguments)
                 break
     assert made is not None
-    size = arguments.get("img_size") or made.pretrained_cfg["input_size"][-1]
-    images = torch.randn(2, 3, size, size)
+    sizes = [int(arguments["img_size"])] if "img_size" in arguments else [64, 96, 128]
+    for size in [*sizes, made.pretrained_cfg["input_size"][-1]]:
+        images = torch.randn(2, 3, size, size)
+        with contextlib.suppress(Exception), torch.no_grad():
+            made.eval()(images)
+            break
     made.pretrained_cfg["input_size"] = (3, size, size)
     return shortened(made, images), images
 
