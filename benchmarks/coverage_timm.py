@@ -17,12 +17,13 @@ from coverage import Case
 #: Classes that are called attention and have no softmax over scores of queries and keys.
 NOT_SOFTMAX: dict[str, str] = {}
 
-#: Arguments that make a model small, tried in turn; the first that leaves its classes as they are is taken.
+#: Arguments that make a model small, tried in turn; the first that leaves its classes as they are and runs is taken.
 _SMALL: list[dict[str, Any]] = [
-    {"depth": 2, "embed_dim": 96, "num_heads": 3, "img_size": 64},
+    *({"depth": 2, "embed_dim": 96, "num_heads": 3, "img_size": size} for size in (64, 56)),
     {"depth": 2, "embed_dim": 96, "num_heads": 3},
-    {"depth": 2, "img_size": 64},
+    *({"depth": 2, "img_size": size} for size in (64, 56)),
     {"depth": 2},
+    {},
 ]
 
 #: The modules of timm that define models with attention; the others were built once to see that they have none.
@@ -75,24 +76,30 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
     """As small as its arguments allow, and with no more than two equal blocks one after the other."""
     with torch.device("meta"):
         classes = _classes(timm.create_model(name))
-    made = None
-    for arguments in [*_SMALL, {}]:
-        with contextlib.suppress(Exception), warnings.catch_warnings():
+    for arguments in _SMALL:
+        with contextlib.suppress(Exception), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             with torch.device("meta"):
-                fits = _classes(timm.create_model(name, **arguments)) == classes
-            if fits:
-                made = timm.create_model(name, num_classes=11, **arguments)
+                model = timm.create_model(name, num_classes=11, **arguments)
+            size = next(n for n in _sizes(model, arguments) if runs(model, torch.empty(2, 3, n, n, device="meta")))
+            if _classes(model) == classes:
                 break
-    assert made is not None
-    sizes = [int(arguments["img_size"])] if "img_size" in arguments else [64, 96, 128]
-    for size in [*sizes, made.pretrained_cfg["input_size"][-1]]:
-        images = torch.randn(2, 3, size, size)
-        with contextlib.suppress(Exception), torch.no_grad():
-            made.eval()(images)
-            break
+    made = timm.create_model(name, num_classes=11, **arguments)
     made.pretrained_cfg["input_size"] = (3, size, size)
+    images = torch.randn(2, 3, size, size)
     return shortened(made, images), images
+
+
+def _sizes(model: Any, arguments: dict[str, Any]) -> list[int]:
+    return [arguments["img_size"]] if "img_size" in arguments else [64, 96, 128, model.pretrained_cfg["input_size"][-1]]
+
+
+def runs(model: nn.Module, images: Tensor) -> bool:
+    """Whether images of this size pass."""
+    with contextlib.suppress(Exception), torch.no_grad():
+        model.eval()(images)
+        return True
+    return False
 
 
 def shortened(model: nn.Module, images: Tensor) -> nn.Module:
@@ -106,10 +113,7 @@ def shortened(model: nn.Module, images: Tensor) -> nn.Module:
                 seen[kind] = seen.get(kind, 0) + bool(kind)
                 if seen[kind] > 2:
                     del module._modules[key]
-    try:
-        with torch.no_grad():
-            model.eval()(images)
-    except Exception:
+    if not runs(model, images):
         for name, module in model.named_modules():
             module._modules.update(before.get(name, {}))
     return model

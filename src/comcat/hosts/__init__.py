@@ -19,6 +19,7 @@ from ..wording import some
 from . import timm
 from .changed import ALREADY, Sharing, changed
 from .classifiers import classifiers
+from .ffn_proof import CONVOLUTIONS
 from .proof import prove
 from .structure import structures
 
@@ -107,6 +108,9 @@ def _dense(model: nn.Module, layers: Sequence[Layer], reasons: dict[str, str]) -
             while owner not in reasons and "." in owner and _is_part(model.get_submodule(owner)):
                 owner = owner.rpartition(".")[0]
             owners[owner] = model.get_submodule(owner)
+    for name, reason in reasons.items():  # of layers that hold convolutions alone
+        if reason != CONVOLUTIONS:
+            owners.setdefault(name, model.get_submodule(name))
     rest = [
         LeftDense(name, type(module).__name__, reasons.get(name) or _reason(module)) for name, module in owners.items()
     ]

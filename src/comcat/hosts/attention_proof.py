@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..layers.attention import AttentionLayer
 from ..layers.base import Finding, Layer
-from ..layers.heads import HeadWeights, spread
+from ..layers.heads import HeadWeights, joined_output, spread
 from ..linalg.rotary import LAYOUTS, pair_places
 from ..nn.copies import copy_with
 from .attention_structure import attention_of, layer_of, variants
@@ -30,6 +30,7 @@ class _Form:
 
     dense: Mapping[str, str]
     by_head: bool
+    by_component: bool = False
     rotary: str | None = None
     narrow: str = ""
     implicit: bool = False
@@ -38,7 +39,8 @@ class _Form:
         """The layer as it was found to be."""
         assert isinstance(layer, AttentionLayer)
         inputs = tuple(replace(one, by_head=self.by_head and len(one.roles) > 1) for one in layer.stream.inputs)
-        made = layer_of(layer.name, layer.module, layer.heads, replace(layer.stream, inputs=inputs), layer.running)
+        stream = replace(layer.stream, inputs=inputs, by_component=self.by_component)
+        made = layer_of(layer.name, layer.module, layer.heads, stream, layer.running)
         assert made.kept is not None
         made.kept.narrow, made.kept.implicit = self.narrow, self.implicit
         made.proof, made.dense_parts, made.rotary, made.fixed = None, dict(self.dense), self.rotary, made.kept.fixed
@@ -56,6 +58,8 @@ def prove_attention(found: Layer, trial: Trial) -> Finding:
         form = _products(trial, layer)
         if best is None or len(form.dense) < len(best[1].dense):
             best = layer, form
+        if not form.dense:
+            break
     assert best is not None
     layer, form = best
     if len(form.dense) == 2:
@@ -71,7 +75,9 @@ def prove_attention(found: Layer, trial: Trial) -> Finding:
 def _products(trial: Trial, layer: AttentionLayer) -> _Form:
     """Which of the two products exist."""
     rotary, dense = None, {}
-    if not trial.holds(_turned(layer, "qk")):
+    if not any("query" in one.roles for one in layer.stream.inputs):
+        dense["qk"] = "its scores do not come from queries and keys of its own"
+    elif not trial.holds(_turned(layer, "qk")):
         said = trial.said()
         layouts = LAYOUTS if layer.heads.width % 2 == 0 else ()
         rotary = next((one for one in layouts if trial.holds(_turned(layer, "qk", one))), None)
@@ -85,7 +91,7 @@ def _products(trial: Trial, layer: AttentionLayer) -> _Form:
             "the output does not follow from the product of values and output weights alone: a norm, a gate or another "
             f"operation acts between them ({trial.said()})"
         )
-    return _Form(dense, any(one.by_head for one in layer.stream.inputs), rotary)
+    return _Form(dense, any(one.by_head for one in layer.stream.inputs), layer.stream.by_component, rotary)
 
 
 def _turned(layer: AttentionLayer, part: str, layout: str | None = None) -> nn.Module:
@@ -143,7 +149,7 @@ def with_weights(layer: AttentionLayer, weights: HeadWeights) -> nn.Module:
     for one in layer.stream.inputs:
         children[one.path] = _linear_with(layer.running.get_submodule(one.path), *weights.rows(one))
     out = str(layer.stream.output)
-    weight = weights.output.flatten(0, 1).mT
+    weight = joined_output(weights.output, layer.stream.by_component)
     children[out] = _linear_with(layer.running.get_submodule(out), weight, weights.output_bias)
     return copy_with(layer.running, children)
 

@@ -16,7 +16,8 @@ from ..layers.attention import AttentionLayer
 from ..layers.base import size
 from ..layers.heads import ROLES, Heads, Input, Stream
 from ..nn.copies import copy_with
-from .changed import changed, patched_forward
+from .changed import changed, hooked, patched_forward
+from .folding import folds, parts
 from .kept_forward import KeptForward
 from .lifted import lifted
 
@@ -27,15 +28,26 @@ _SEPARATE = [
     ("query_proj", "key_proj", "value_proj"),
     ("projection_query", "projection_key", "projection_value"),
     ("q_proj.proj", "k_proj.proj", "v_proj.proj"), ("linear_q", "linear_k", "linear_v"),
+    ("query.proj", "key.proj", "value.proj"), ("q.proj", "k.proj", "v.proj"), ("q.proj", "k", "v"),
     ("to_query", "to_key", "to_value"),
 ]  # fmt: skip
 #: Of query, and of keys and values in one.
-_HALF = [("q", "kv"), ("q_proj", "kv_proj"), ("to_q", "to_kv"), ("wq", "wkv"), ("query", "key_value")]
+_HALF = [
+    ("q", "kv"), ("q_proj", "kv_proj"), ("to_q", "to_kv"), ("wq", "wkv"), ("query", "key_value"), ("q.ln", "kv"),
+    ("q.proj", "kv"),
+]  # fmt: skip
+#: Of query and key in one, and of value.
+_SCORES = [("qk", "v"), ("qk_proj", "v_proj"), ("to_qk", "to_v")]
 #: Of all three in one.
-_FUSED = ["qkv", "qkv_proj", "in_proj", "to_qkv", "Wqkv", "query_key_value", "qkv_linear", "proj_qkv", "in_proj_qkv"]
+_FUSED = [
+    "qkv", "qkv_proj", "in_proj", "to_qkv", "Wqkv", "query_key_value", "qkv_linear", "proj_qkv", "in_proj_qkv", "pwise",
+]  # fmt: skip
+#: Of values alone, where the scores come from elsewhere.
+_VALUES = ["v"]
 _OUTPUTS = [
     "o_proj", "out_proj", "proj", "output_proj", "projection", "projection_layer", "to_out", "to_out.0", "wo", "o",
     "out", "out_lin", "linear", "merge", "final", "dense", "output", "output.dense", "proj.0", "proj.1", "proj.proj",
+    "output.proj", "proj.ln", "upsampling.0",
 ]  # fmt: skip
 _HEADS = [
     "num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "num_head", "nhead", "num_q_heads", "nums_head",
@@ -62,18 +74,21 @@ def attention_of(name: str, module: nn.Module) -> AttentionLayer | str | None:
     if isinstance(form, str):
         return form
     called = module if form is None else form
-    stream, holder = _stream(called)
+    pairs = folds(called) if _has_heads(called) else {}
+    seen = copy_with(called, pairs) if pairs else called
+    stream, holder = _stream(seen)
     if stream is None or holder is None:
         return None
     reason = patched_forward(module)
-    linears: dict[str, Any] = {str(path): called.get_submodule(str(path)) for path in _paths(stream)}
-    reason = reason or next((why for path, one in linears.items() if (why := changed(one, path))), None)
+    linears: dict[str, Any] = {str(path): seen.get_submodule(str(path)) for path in _paths(stream)}
+    reason = reason or next((why for path in linears if (why := _changed(called.get_submodule(path), path))), None)
     if reason:
         return reason
     heads = _heads(called, holder, stream, linears)
     if heads is None:
         return "how many heads it has, and how wide they are, cannot be told from its attributes"
-    running = _with_biases(called, stream, heads)
+    used = {path: one for path, one in linears.items() if path in pairs}
+    running = _with_biases(copy_with(called, used) if used else called, stream, heads)
     if isinstance(running, str):
         return running
     return layer_of(name, module, heads, stream, running)
@@ -90,9 +105,27 @@ def variants(layer: AttentionLayer) -> Iterator[AttentionLayer]:
     """The same layer with its rows in other orders."""
     yield layer
     stream, heads = layer.stream, layer.heads
+    streams = []
     if any(len(one.roles) > 1 for one in stream.inputs) and heads.groups == heads.num:
-        inputs = tuple(replace(one, by_head=len(one.roles) > 1) for one in stream.inputs)
-        yield layer_of(layer.name, layer.module, heads, replace(stream, inputs=inputs), layer.running)
+        streams.append(replace(stream, inputs=tuple(replace(one, by_head=len(one.roles) > 1) for one in stream.inputs)))
+    streams.append(replace(stream, by_component=True))
+    for other in streams:
+        yield layer_of(layer.name, layer.module, heads, other, layer.running)
+
+
+def _has_heads(module: nn.Module) -> bool:
+    return _number(_HEADS, module) is not None
+
+
+def _changed(module: nn.Module, path: str) -> str | None:
+    """Why a linear layer, or one with its batch normalization, is more than that."""
+    pair = parts(module)
+    if pair is None:
+        return changed(module, path)
+    linear, norm = pair
+    if "forward" in vars(norm) or (what := hooked(norm)):
+        return f"the batch normalization of its {path} was changed" if "forward" in vars(norm) else f"it has a {what}"
+    return changed(linear, path)
 
 
 def _paths(stream: Stream) -> list[str | None]:
@@ -124,9 +157,15 @@ def _inputs(holder: nn.Module) -> tuple[Input, ...] | None:
     for query, rest in _HALF:
         if _linear(holder, query) and _linear(holder, rest):
             return Input(query, ("query",)), Input(rest, ("key", "value"))
+    for scores, value in _SCORES:
+        if _linear(holder, scores) and _linear(holder, value):
+            return Input(scores, ("query", "key")), Input(value, ("value",))
     for name in _FUSED:
         if _linear(holder, name):
             return (Input(name, ROLES),)
+    for name in _VALUES:
+        if _linear(holder, name) and _has_heads(holder):
+            return (Input(name, ("value",)),)
     return None
 
 
@@ -167,6 +206,10 @@ def _heads(module: nn.Module, holder: nn.Module, stream: Stream, linears: dict[s
         else:
             groups, rest = divmod(rows["key", "value"], width + value_width)
             fits = not rest
+    elif ("value",) in rows:  # beside queries and keys in one, or alone
+        groups, rest = divmod(rows["value",], value_width)
+        width, more = divmod(rows.get(("query", "key"), 0), num + groups)
+        fits = not rest and not more
     else:
         groups = _number(_GROUPS, *places) or num
         width, rest = divmod(rows.get(ROLES, 0) - groups * value_width, num + groups)
@@ -180,7 +223,7 @@ def _attributes(module: nn.Module, heads: Heads, stream: Stream) -> list[tuple[t
     """Where the host looks for the width of a head, and of all heads."""
     if heads.width != heads.value_width:
         return [(), ()]
-    holder = stream.query.rpartition(".")[0]
+    holder = stream.value.rpartition(".")[0]
     found = []
     for names, value in ((_WIDTHS, heads.width), (_TOTALS, heads.width * heads.num)):
         places = dict.fromkeys(("", holder))

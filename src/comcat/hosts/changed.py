@@ -39,7 +39,7 @@ def changed(linear: Any, name: str = "") -> str | None:
             f"{its} has a parametrization of {names}, which would be lost: make it permanent first with "
             "torch.nn.utils.parametrize.remove_parametrizations"
         )
-    if type(linear) not in (nn.Linear, nn.Conv2d):
+    if type(linear) not in (nn.Linear, nn.Conv2d) and f"{type(linear).__module__}.{type(linear).__name__}" != _TIMM:
         return f"{its} is a {type(linear).__name__}, not a plain nn.Linear"
     if "weight" not in linear._parameters:
         return (
@@ -54,6 +54,8 @@ def changed(linear: Any, name: str = "") -> str | None:
 
 
 _LINEAR_OWNS = {"weight", "bias"}
+#: timm's own linear layer, which differs under TorchScript alone; by name, since not every model brings timm.
+_TIMM = "timm.layers.linear.Linear"
 
 
 #: Where PyTorch keeps what runs around a module's forward or around its state, and what to call it.

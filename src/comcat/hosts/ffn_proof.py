@@ -5,6 +5,7 @@ An FFN without some neurons must put out what the original does where nothing le
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -15,6 +16,11 @@ from ..layers.ffn import FFNLayer
 from ..nn.copies import copy_with
 from ..nn.linear import LowRankLinear, plain_linear
 from .proof import Trial
+
+#: Why a block of convolutions is left alone, such as an inverted bottleneck: there are many, and they are no FFN.
+CONVOLUTIONS = "its 1x1 convolutions have more between them than an activation"
+#: What the classes of FFNs are called that have filters over the image or norms between 1x1 convolutions.
+_CALLED_FFN = re.compile("mlp|ffn|feed_?forward", re.IGNORECASE)
 
 
 def prove_ffn(found: Layer, trial: Trial) -> Finding:
@@ -39,8 +45,8 @@ def prove_ffn(found: Layer, trial: Trial) -> Finding:
         small[layer.paths[role]] = _linear_like(linear, linear.weight[rows], bias)
     why = None
     if not trial.holds(copy_with(base, small), reference):
-        if layer.channels == 1:
-            return Finding("its 1x1 convolutions have more between them than an activation")
+        if layer.channels == 1 and not _CALLED_FFN.search(type(base).__name__):
+            return Finding(CONVOLUTIONS)
         why = f"hidden units depend on each other: a norm or another operation acts over them ({trial.said()})"
     return Finding(conclude=lambda one: FFNLayer(one.name, one.module, found.paths, why))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.base import like, size
-from ..layers.heads import Heads, HeadWeights, Input, Role, Stream, as_parameter
+from ..layers.heads import Heads, HeadWeights, Input, Role, Stream, as_parameter, joined_output
 from ..nn.copies import copy_with
 from ..nn.linear import plain_linear
 from ..nn.projections import HeadOutput, HeadProjection
@@ -60,7 +60,9 @@ class KeptForward:
             # A reduced value carries its mean, and what it loses of it, into the output bias.
             bias = out.bias is not None or vo < heads.value_width
             linear = plain_linear(heads.num * vo, size(out)[1], bias, **like(out))
-            children[str(self.stream.output)] = HeadOutput(linear, heads.num, vo, wide["value"])
+            children[str(self.stream.output)] = HeadOutput(
+                linear, heads.num, vo, wide["value"], self.stream.by_component
+            )
         for child in children.values():
             child.train(self.running.training)
         made = copy_with(self.running, children)
@@ -112,7 +114,7 @@ class KeptForward:
         out: Any = small.get_submodule(str(self.stream.output))
         if isinstance(out, HeadOutput):
             original = self.running.get_submodule(str(self.stream.output))
-            weight = weights.output.flatten(0, 1).mT
+            weight = joined_output(weights.output, self.stream.by_component)
             out.linear.weight = as_parameter(weight.reshape(out.linear.weight.shape), original.weight)
             if out.linear.bias is not None and weights.output_bias is not None:
                 out.linear.bias = as_parameter(weights.output_bias, original.weight)

@@ -18,7 +18,7 @@ from .attention_factors import AttentionFactors
 from .base import Choice, Layer, given, is_pointwise, size
 from .cost import Cost, Shape
 from .gates import AttentionGates, LayerGates
-from .heads import Heads, HeadWeights, Stream
+from .heads import Heads, HeadWeights, Stream, split_output
 from .recording import Recorder, ShapeCounter, as_rows
 
 if TYPE_CHECKING:
@@ -110,8 +110,13 @@ class AttentionLayer(Layer):
         return {str(path): self.running.get_submodule(str(path)) for path in paths}
 
     def originals(self) -> dict[str, nn.Module]:
-        paths = self.linears
-        return {path: self.module.get_submodule(path) for path in paths if _holds(self.module, path)}
+        there = [path for path in self.linears if _holds(self.module, path)]
+        return {
+            name: one
+            for path in there
+            for name, one in self.module.get_submodule(path).named_modules(prefix=path)
+            if one._parameters  # of a pair that is one layer in the running form, both
+        }
 
     @property
     def output(self) -> Any:
@@ -152,7 +157,7 @@ class AttentionLayer(Layer):
         ]
 
     def record(self, recorder: Recorder) -> list[Any]:
-        handles = [self.output.register_forward_hook(recorder.inputs("z", "out_grad", self.channels))]
+        handles = [self.output.register_forward_hook(recorder.inputs("z", "out_grad", self.channels, self._by_head))]
         if "qk" in self.dense_parts:
             return handles
         for one in self.stream.inputs:
@@ -160,6 +165,11 @@ class AttentionLayer(Layer):
                 hook = self._hook(recorder, one)
                 handles.append(self.running.get_submodule(one.path).register_forward_hook(hook))
         return handles
+
+    def _by_head(self, z: Tensor) -> Tensor:
+        """Rows (..., n) that the output projection takes, head after head."""
+        by_head = split_output(z.movedim(-1, 0), self.heads.num, self.stream.by_component)
+        return by_head.flatten(0, 1).movedim(0, -1)
 
     def _hook(self, recorder: Recorder, one: Any) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..linalg.factorize import REFIT_RIDGE, whitening
 from ..linalg.rotary import pair_places
 from ..models.running import double
-from .heads import ROLES, as_parameter, joined_heads, spread, zeros_like_bias
+from .heads import ROLES, as_parameter, joined_heads, joined_output, spread, zeros_like_bias
 
 if TYPE_CHECKING:
     from .attention import AttentionLayer
@@ -123,6 +123,8 @@ class AttentionGates(LayerGates):
         ones = self.output.mean.new_ones(self.heads.value_width)
         weight, bias = self.output(masks.get("vo", ones).repeat_interleave(self.heads.num))
         out = str(self.stream.output)
+        if self.stream.by_component:
+            weight = joined_output(weight.mT.unflatten(0, (self.heads.num, -1)), True)
         values = {f"{self.prefix}.{out}.weight": weight.reshape(self.shapes[out]), f"{self.prefix}.{out}.bias": bias}
         for one in self.stream.inputs:
             parts = [self._rows(role, masks) for role in one.roles]

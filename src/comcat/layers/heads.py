@@ -44,12 +44,14 @@ class Stream:
         output: None where the stream's result is not used, or the layer has no output projection.
         inner: the layer leaves its output projection to its block; what is added to the output then has the heads'
             width and goes through the same projection.
+        by_component: the output projection takes the first component of every head, then the second of every head.
     """
 
     name: str
     inputs: tuple[Input, ...]
     output: str | None
     inner: bool = False
+    by_component: bool = False
 
     @classmethod
     def separate(cls, name: str, query: str, key: str, value: str, output: str | None, inner: bool = False) -> Stream:
@@ -62,8 +64,8 @@ class Stream:
         return cls("tokens", (Input(qkv, ROLES, by_head),), output)
 
     def path(self, role: Role) -> str:
-        """The linear layer that holds a role."""
-        return next(one.path for one in self.inputs if role in one.roles)
+        """The linear layer that holds a role, or where none does (scores of another kind) the last one."""
+        return next((one.path for one in self.inputs if role in one.roles), self.inputs[-1].path)
 
     @property
     def query(self) -> str:
@@ -150,12 +152,14 @@ class HeadWeights:
         out = None if output is None else frozen(output)
         width = heads.num * heads.value_width
         columns = weights["value"].new_empty(width, 0) if out is None else out.weight.detach().flatten(1).mT[:width]
+        for role in ("query", "key"):  # such as have no matrix here belong to no product
+            weights.setdefault(role, columns.new_zeros(heads.count(role), heads.width, 0))
         return cls(
             **weights,
             query_bias=biases.get("query"),
             key_bias=biases.get("key"),
             value_bias=biases.get("value"),
-            output=columns.unflatten(0, (heads.num, -1)),
+            output=split_output(columns, heads.num, stream.by_component),
             output_bias=None if out is None or out.bias is None else out.bias.detach(),
         )
 
@@ -183,6 +187,16 @@ def frozen(linear: nn.Module) -> Any:
 def joined_heads(parts: list[Tensor], by_head: bool) -> Tensor:
     """The rows (n, ...) of a linear layer from those of its roles, (heads, width, ...) each."""
     return torch.cat(parts, 1).flatten(0, 1) if by_head else torch.cat([part.flatten(0, 1) for part in parts])
+
+
+def split_output(rows: Tensor, heads: int, by_component: bool) -> Tensor:
+    """Rows (n, ...) as an output projection takes them, by head: (heads, n / heads, ...)."""
+    return rows.unflatten(0, (-1, heads)).transpose(0, 1) if by_component else rows.unflatten(0, (heads, -1))
+
+
+def joined_output(output: Tensor, by_component: bool) -> Tensor:
+    """(heads, width, D_out) as the weight (D_out, heads * width) of an output projection."""
+    return (output.transpose(0, 1) if by_component else output).flatten(0, 1).mT
 
 
 def gram(weight: Tensor) -> Tensor:

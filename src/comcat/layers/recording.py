@@ -165,12 +165,18 @@ class Recorder(ShapeCounter):
         """In float64, on the host where the device has no such type."""
         return product.to(wide(product.device)).double()
 
-    def inputs(self, name: str | None, grad_name: str, channels: int = -1) -> Callable[..., None]:
-        """A hook for a linear layer: moments of its inputs (where they have a name), and of its outputs' gradients."""
+    def inputs(
+        self, name: str | None, grad_name: str, channels: int = -1, order: Callable[[Tensor], Tensor] | None = None
+    ) -> Callable[..., None]:
+        """A hook for a linear layer: moments of its inputs (where they have a name), and of its outputs' gradients.
+
+        ``order`` brings the inputs' features into the order that the moments have.
+        """
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             if name is not None:
-                self.add(name, as_rows(args[0].detach(), channels).flatten(0, -2))
+                rows = as_rows(args[0].detach(), channels).flatten(0, -2)
+                self.add(name, rows if order is None else order(rows))
             if self.fisher and out.requires_grad:
                 out.register_hook(lambda g: self._add_grad(grad_name, as_rows(g, channels)))
 

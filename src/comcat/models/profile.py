@@ -55,7 +55,8 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     modules = list(model.modules())
     channels = 3
     for embed in [getattr(module, "patch_embed", None) for module in modules]:
-        channels = getattr(getattr(embed, "proj", None), "in_channels", channels)
+        if embed is not None:  # whose first convolution is that of a stem or a backbone, where it has one
+            channels = next((one.in_channels for one in embed.modules() if isinstance(one, nn.Conv2d)), channels)
         if len(size := _sizes(getattr(embed, "img_size", None))) in (1, 2):
             return (channels, size[0], size[-1])
     for config in [getattr(module, "config", None) for module in modules]:

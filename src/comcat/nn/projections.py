@@ -112,12 +112,17 @@ class HeadProjection(nn.Module):
 
 
 class HeadOutput(nn.Module):
-    """The output projection behind heads of which only the first ``narrow`` components hold anything."""
+    """The output projection behind heads of which only the first ``narrow`` components hold anything.
 
-    def __init__(self, linear: Any, heads: int, narrow: int, wide: int) -> None:
+    Args:
+        by_component: its input holds the first component of every head, then the second of every head, and so on.
+    """
+
+    def __init__(self, linear: Any, heads: int, narrow: int, wide: int, by_component: bool = False) -> None:
         super().__init__()
         self.linear = linear
         self.heads, self.narrow, self.wide = heads, narrow, wide
+        self.by_component = by_component
 
     @property
     def weight(self) -> Tensor:
@@ -139,6 +144,8 @@ class HeadOutput(nn.Module):
         """(..., heads * wide) to (..., D_out); (B, heads * wide, H, W) for a 1x1 convolution."""
         if self.narrow == self.wide:
             return self.linear(z)
+        if self.by_component:
+            return self.linear(z.narrow(1 if isinstance(self.linear, nn.Conv2d) else -1, 0, self.heads * self.narrow))
         if isinstance(self.linear, nn.Conv2d):
             return self.linear(z.unflatten(1, (self.heads, self.wide))[:, :, : self.narrow].flatten(1, 2))
         return self.linear(z.unflatten(-1, (self.heads, self.wide))[..., : self.narrow].flatten(-2))
