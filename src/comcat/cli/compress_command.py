@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..rank_search.search_config import SEARCH, SearchConfig
 from . import options as opt
+from .config_options import configured
 from .console import Screen, command
 from .inputs import Reading, check_input_file, parse_count, parse_device, parse_model_args
 
@@ -18,10 +20,10 @@ if TYPE_CHECKING:
 
 BUDGET = "Budget (one of these)"
 HOW = "How"
-SEARCH = "Learned ranks (--method search)"
 
 
 @command
+@configured(SearchConfig, before={"": "search_config"})
 def compress(
     model: opt.Model,
     out: Annotated[Path, opt.Option(metavar="DIR", help="Directory to write the small model to.")],
@@ -129,12 +131,6 @@ def compress(
     no_eval: Annotated[
         bool, opt.Option("--no-eval", help="Do not measure accuracy and speed.", rich_help_panel=HOW)
     ] = False,
-    search_epochs: Annotated[
-        float | None, opt.Option(metavar="N", help="Passes over the training images; 1.", rich_help_panel=SEARCH)
-    ] = None,
-    search_steps: Annotated[
-        int | None, opt.Option(metavar="N", help="End after N batches, if that is sooner.", rich_help_panel=SEARCH)
-    ] = None,
     search_config: Annotated[
         Path | None,
         opt.Option(metavar="FILE", help="YAML file with settings of comcat.SearchConfig.", rich_help_panel=SEARCH),
@@ -178,6 +174,7 @@ def compress(
     seed: opt.Seed = 0,
     overwrite: opt.Overwrite = False,
     json_output: opt.Json = False,
+    **learning: Any,
 ) -> None:
     """Compress MODEL to a budget and write a small model that loads without the original.
 
@@ -186,7 +183,7 @@ def compress(
     [dim]comcat compress deit_small_patch16_224 --data imagenet/ --keep 0.5 --out deit-half[/dim]
     """
     budget = _budget(plan_file, keep, keep_macs, max_params, max_macs, keep_latency, max_latency, of)
-    learned = (search_epochs, search_steps, search_config, search_split, resume or None)
+    learned = (*learning.values(), search_config, search_split, resume or None)
     if method != "search" and any(value is not None for value in learned):
         raise typer.BadParameter("the --search options and --resume belong to it", param_hint="--method search")
     if (latency_file or latency_batch) and keep_latency is None and max_latency is None:
@@ -239,7 +236,7 @@ def compress(
         if method == "search":
             from .searching import Search, read_config, working_folder
 
-            values = {"outputs": outputs, "epochs": search_epochs, "max_steps": search_steps, "seed": seed or None}
+            values = {**learning, "outputs": outputs, "seed": seed or None}
             search = Search(
                 config=read_config(search_config, values),
                 folder=working_folder(out),

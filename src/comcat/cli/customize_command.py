@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from ..customize.teaching.customize_config import PHOTOS, PRIOR, PRODUCTS, RUN, SAVING, CustomizeConfig
 from ..training.process import process_index
 from ..training.settings import check_fields, read_yaml
 from . import options as opt
+from .config_options import configured
 from .console import Screen, command, main_process_speaks
 from .inputs import check_input_file, check_output_file, parse_device
-
-if TYPE_CHECKING:
-    from ..customize.teaching.customize_config import CustomizeConfig
-
-PRODUCTS = "Products"
-TOKEN = "Token"
-COURSE = "Course"
-PHOTOS = "Photos"
-PRIOR = "Prior preservation"
-SAVING = "Log, samples and checkpoints"
 
 Base = Annotated[
     str, typer.Argument(metavar="BASE", help="A pipeline of diffusers: its directory, or its name on the Hub.")
@@ -40,6 +32,17 @@ def _o(panel: str, text: str, metavar: str | None = None) -> Any:
 
 
 @command
+@configured(
+    CustomizeConfig,
+    before={
+        PRODUCTS: "storage",
+        "": "allow_upscale",
+        PRIOR: "validation_prompt",
+        "validate_every": "validation_prompt",
+        SAVING: "run_dir",
+        RUN: "overwrite",
+    },
+)
 def customize(
     base: Base,
     images: Annotated[
@@ -54,52 +57,9 @@ def customize(
     config: Annotated[
         Path | None, opt.Option(metavar="FILE", help="YAML file with settings; options given here go first.")
     ] = None,
-    rank: Annotated[int | None, _o(PRODUCTS, "Rank of every head's products. [dim]\\[default: 2][/dim]", "R")] = None,
-    layer_rank: Annotated[
-        list[str] | None, _o(PRODUCTS, "Rank of some layers, e.g. attn2=4; repeatable.", "NAME=R")
-    ] = None,
-    target: Annotated[
-        list[str] | None,
-        _o(PRODUCTS, "Which attention: self, cross, joint, a part of names (attn2), a glob; repeatable; all.", "NAME"),
-    ] = None,
-    text_encoder_rank: Annotated[int | None, _o(PRODUCTS, "Rank in the CLIP text encoders; none.", "R")] = None,
-    scale: Annotated[float | None, _o(PRODUCTS, "Strength. [dim]\\[default: 1][/dim]", "S")] = None,
     storage: Annotated[
         str, _o(PRODUCTS, "float32, float16, bfloat16 or int8 in the file. [dim]\\[default: float16][/dim]", "TYPE")
     ] = "float16",
-    token: Annotated[str | None, _o(TOKEN, "The word to learn, where it does not look like one.", "WORD")] = None,
-    token_vectors: Annotated[int | None, _o(TOKEN, "Its vectors. [dim]\\[default: 1][/dim]", "N")] = None,
-    token_init: Annotated[str | None, _o(TOKEN, "Words that they start from, e.g. dog.", "WORDS")] = None,
-    token_lr: Annotated[
-        float | None, _o(TOKEN, "Learning rate, in units of their size. [dim]\\[default: 0.02][/dim]", "X")
-    ] = None,
-    steps: Annotated[int | None, _o(COURSE, "Updates. [dim]\\[default: 500][/dim]", "N")] = None,
-    lr: Annotated[float | None, _o(COURSE, "Learning rate of the products. [dim]\\[default: 3e-4][/dim]", "X")] = None,
-    schedule: Annotated[str | None, _o(COURSE, "Of the learning rate.", "constant|linear|cosine")] = None,
-    warmup_steps: Annotated[int | None, _o(COURSE, "Linear warm-up; none.", "N")] = None,
-    weight_decay: Annotated[float | None, _o(COURSE, "Of AdamW. [dim]\\[default: 0.01][/dim]", "X")] = None,
-    clip_grad: Annotated[
-        float | None, _o(COURSE, "Largest norm of the gradient. [dim]\\[default: 1][/dim]", "X")
-    ] = None,
-    optimizer: Annotated[str | None, _o(COURSE, "adamw8bit needs bitsandbytes.", "adamw|adamw8bit")] = None,
-    snr_gamma: Annotated[float | None, _o(COURSE, "Min-SNR weighting, e.g. 5; off.", "X")] = None,
-    batch_size: Annotated[int | None, _o(COURSE, "Photos per batch. [dim]\\[default: 1][/dim]", "N")] = None,
-    accumulate: Annotated[int | None, _o(COURSE, "Batches per step. [dim]\\[default: 1][/dim]", "N")] = None,
-    precision: Annotated[
-        str | None, _o(COURSE, "Of the base model and of autocast; the products stay float32.", "no|bf16|fp16")
-    ] = None,
-    grad_checkpointing: Annotated[bool | None, _o(COURSE, "Less memory, more time.")] = None,
-    resolution: Annotated[int | None, _o(PHOTOS, "Pixels; the model's own.", "N")] = None,
-    buckets: Annotated[
-        float | None, _o(PHOTOS, "Keep aspect ratios up to this; 1 crops to squares. [dim]\\[default: 2][/dim]", "X")
-    ] = None,
-    flip: Annotated[float | None, _o(PHOTOS, "Probability of mirroring; off.", "X")] = None,
-    random_crop: Annotated[bool | None, _o(PHOTOS, "Crop elsewhere every time; needs --no-cache-latents.")] = None,
-    cache_latents: Annotated[
-        bool | None,
-        opt.Option("--cache-latents/--no-cache-latents", help="Encode photos once.", rich_help_panel=PHOTOS),
-    ] = None,
-    caption_dropout: Annotated[float | None, _o(PHOTOS, "Share of examples without caption; 0.", "X")] = None,
     allow_upscale: Annotated[
         bool, opt.Option("--allow-upscale", help="Enlarge photos below the resolution.", rich_help_panel=PHOTOS)
     ] = False,
@@ -112,21 +72,8 @@ def customize(
     class_images: Annotated[
         Path | None, _o(PRIOR, "Images of the class; otherwise the model draws them.", "DIR")
     ] = None,
-    num_class_images: Annotated[int | None, _o(PRIOR, "How many to draw. [dim]\\[default: 100][/dim]", "N")] = None,
-    prior_weight: Annotated[float | None, _o(PRIOR, "Of their loss. [dim]\\[default: 1][/dim]", "X")] = None,
-    validate_every: Annotated[int | None, _o(SAVING, "Steps between sample images; none.", "N")] = None,
     validation_prompt: Annotated[
         list[str] | None, _o(SAVING, "What they show; repeatable; the prompt.", "TEXT")
-    ] = None,
-    validation_images: Annotated[int | None, _o(SAVING, "Per prompt. [dim]\\[default: 4][/dim]", "N")] = None,
-    validation_steps: Annotated[
-        int | None, _o(SAVING, "Sampling steps, also of class images. [dim]\\[default: 25][/dim]", "N")
-    ] = None,
-    checkpoint_every: Annotated[
-        int | None, _o(SAVING, "Steps between checkpoints. [dim]\\[default: 100][/dim]", "N")
-    ] = None,
-    log_every: Annotated[
-        int | None, _o(SAVING, "Steps between lines of the log. [dim]\\[default: 10][/dim]", "N")
     ] = None,
     run_dir: Annotated[
         Path | None, _o(SAVING, "Checkpoints, log and samples; beside --out, named NAME.run.", "DIR")
@@ -138,21 +85,19 @@ def customize(
     device: Annotated[
         str, opt.Option(metavar="auto|cpu", help="auto takes the GPUs there are.", rich_help_panel=opt.RUN)
     ] = "auto",
-    seed: Annotated[int | None, _o(opt.RUN, "Of everything random. [dim]\\[default: 0][/dim]", "N")] = None,
     overwrite: Annotated[bool, opt.Option("--overwrite", help="Replace --out.", rich_help_panel=opt.RUN)] = False,
     json_output: opt.Json = False,
+    **given: Any,
 ) -> None:
     """Teach BASE a concept from a few photos: small products on every attention head, in one small file.
 
     [dim]comcat customize stable-diffusion-v1-5/stable-diffusion-v1-5 --images dog/ --prompt "a photo of V* dog"
     --class-prompt "a photo of a dog" --out dog.safetensors[/dim]
     """
-    given = dict(locals())
     if device not in ("auto", "cpu"):
         raise typer.BadParameter(
             "takes auto or cpu; choose GPUs with CUDA_VISIBLE_DEVICES or accelerate launch", param_hint="--device"
         )
-    given.update(layer_ranks=layer_rank, targets=target)
     check_input_file(config, "--config")
     rank_ = process_index()
     screen = Screen(json_output or rank_ > 0)
@@ -186,8 +131,6 @@ def customize(
 
 def settings_of(given: dict[str, Any], config: Path | None) -> CustomizeConfig:
     """Settings from the options, where they were given, over those of a file over the defaults."""
-    from ..customize.teaching.customize_config import CustomizeConfig
-
     names = [f.name for f in fields(CustomizeConfig)]
     values = dict(read_yaml(config)) if config is not None else {}
     check_fields(values, names)

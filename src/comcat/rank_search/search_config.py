@@ -8,9 +8,12 @@ from typing import ClassVar, Literal
 
 from ..errors import TrainingError
 from ..training.finetune_config import Kind, Precision
+from ..training.option_texts import setting
 from ..training.settings import Settings
 
 Objective = Literal["two-sided", "one-sided", "exact"]
+#: The group of options; the rest is given in a file.
+SEARCH = "Learned ranks (--method search)"
 FFNForm = Literal["auto", "low-rank", "neurons"]
 
 
@@ -58,8 +61,10 @@ class SearchConfig(Settings):
     free: ClassVar = ("log_every", "checkpoint_every", "keep_checkpoints")
 
     outputs: Kind | None = None
-    epochs: float = 1.0
-    max_steps: int | None = None
+    epochs: float = setting(
+        1.0, SEARCH, "Passes over the training images; 1.", "N", flag="--search-epochs", shown=False
+    )
+    max_steps: int | None = setting(None, SEARCH, "End after N batches, if that is sooner.", "N", flag="--search-steps")
     candidates: int = 16
     objective: Objective = "exact"
     beta: float = 1.5

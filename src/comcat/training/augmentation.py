@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DataError
+from .option_texts import setting
+
+AUGMENT = "Augmentation"
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,15 @@ class Augmentation:
         DataError: a value out of range.
     """
 
-    auto_augment: str | None = None
-    random_erasing: float = 0.0
-    hflip: float = 0.5
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    color_jitter: float = 0.0
-    crop_padding: int | None = None
+    auto_augment: str | None = setting(None, AUGMENT, "E.g. rand-m9-mstd0.5-inc1; off.", "NAME")
+    random_erasing: float = setting(0.0, AUGMENT, "Probability of erasing a rectangle.", "X")
+    hflip: float = setting(0.5, AUGMENT, "Probability of a horizontal flip.", "X")
+    scale: tuple[float, float] = setting((0.08, 1.0), AUGMENT, "Area of the random crop.", "X Y")
+    ratio: tuple[float, float] = setting((3 / 4, 4 / 3), AUGMENT, "Its aspect ratio.", "X Y")
+    color_jitter: float = setting(0.0, AUGMENT, "Strength; 0 is off.", "X")
+    crop_padding: int | None = setting(
+        None, AUGMENT, "Pixels around images of the model's size before cropping; an eighth.", "N"
+    )
 
     def __post_init__(self) -> None:
         for name in ("random_erasing", "hflip"):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from ..errors import TrainingError
+from .option_texts import setting
 from .settings import Settings
 
 Distillation = Literal["soft", "hard", "none"]
@@ -14,6 +15,8 @@ Decay = Literal["cosine", "linear", "none"]
 Precision = Literal["no", "bf16", "fp16"]
 #: As :data:`comcat.evaluation.outputs.KINDS`, which takes PyTorch to import.
 Kind = Literal["classes", "labels", "values", "features", "maps"]
+#: Groups of options.
+COURSE, LOSS, AUGMENT, SAVING, RUN = "Course", "Loss", "Augmentation", "Log and checkpoints", "Run"
 #: Smoothing of class labels, unless said.
 _SMOOTHING = 0.1
 
@@ -87,37 +90,41 @@ class FinetuneConfig(Settings):
     }
     free: ClassVar = ("eval_every", "checkpoint_every", "keep_checkpoints", "log_every")
 
-    epochs: float = 30.0
-    max_steps: int | None = None
-    lr: float = 1e-4
-    min_lr: float = 1e-6
-    warmup_epochs: float = 1.0
-    weight_decay: float = 0.05
-    betas: tuple[float, ...] = (0.9, 0.999)
-    layer_decay: float | None = None
-    outputs: Kind | None = None
-    distillation: Distillation = "soft"
-    distillation_weight: float = 0.5
-    distillation_temperature: float = 1.0
-    feature_blocks: tuple[int, ...] = ()
-    feature_weight: float = 1.0
-    feature_decay: Decay = "cosine"
-    label_smoothing: float | None = None
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mixup_prob: float = 1.0
-    mixup_switch_prob: float = 0.5
-    clip_grad: float | None = 1.0
-    accumulate: int = 1
-    precision: Precision = "no"
-    grad_checkpointing: bool = False
-    compile: bool = False
-    ema: float | None = None
-    seed: int = 0
-    eval_every: float | None = 1.0
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
-    log_every: int = 50
+    epochs: float = setting(30.0, COURSE, "Passes over the training data.", "N")
+    max_steps: int | None = setting(None, COURSE, "End after this many steps, if that is sooner.", "N")
+    lr: float = setting(1e-4, COURSE, "Learning rate.", "X")
+    min_lr: float = setting(1e-6, COURSE, "Learning rate of the last step.", "X")
+    warmup_epochs: float = setting(1.0, COURSE, "Linear warm-up.", "N")
+    weight_decay: float = setting(0.05, COURSE, "Of AdamW; none for norms and biases.", "X")
+    betas: tuple[float, ...] = setting((0.9, 0.999), COURSE, "Of AdamW.", "X Y")
+    layer_decay: float | None = setting(None, COURSE, "Learning rate decay per layer, e.g. 0.75.", "X")
+    outputs: Kind | None = setting(
+        None, LOSS, "What the model returns, where it cannot be told.", "classes|labels|values|features|maps"
+    )
+    distillation: Distillation = setting("soft", LOSS, "What the student learns from the teacher.", "soft|hard|none")
+    distillation_weight: float = setting(0.5, LOSS, "Its share of the loss.", "X")
+    distillation_temperature: float = setting(1.0, LOSS, "Of the soft form.", "X")
+    feature_blocks: tuple[int, ...] = setting((), LOSS, "Blocks to align with the teacher's, e.g. 3,7,-1.", "N,N,...")
+    feature_weight: float = setting(1.0, LOSS, "Factor on their mean squared error.", "X")
+    feature_decay: Decay = setting("cosine", LOSS, "How it falls to 0.", "cosine|linear|none")
+    label_smoothing: float | None = setting(None, LOSS, "Of the labels; 0.1 for classes.", "X")
+    mixup: float = setting(0.0, AUGMENT, "Alpha of Mixup, e.g. 0.8; off.", "X")
+    cutmix: float = setting(0.0, AUGMENT, "Alpha of CutMix, e.g. 1; off.", "X")
+    mixup_prob: float = setting(1.0, AUGMENT, "Share of mixed batches.", "X")
+    mixup_switch_prob: float = setting(0.5, AUGMENT, "Share of CutMix where both are on.", "X")
+    clip_grad: float | None = setting(1.0, COURSE, "Largest norm of the gradient.", "X")
+    accumulate: int = setting(1, COURSE, "Batches per step.", "N")
+    precision: Precision = setting("no", COURSE, "Autocast.", "no|bf16|fp16")
+    grad_checkpointing: bool = setting(False, COURSE, "Less memory, more time.")
+    compile: bool = setting(False, COURSE, "Run through torch.compile.")
+    ema: float | None = setting(None, COURSE, "Average the weights with this decay, e.g. 0.9998.", "X")
+    seed: int = setting(0, RUN, "Of everything random.", "N")
+    eval_every: float | None = setting(1.0, SAVING, "Epochs between evaluations.", "N")
+    checkpoint_every: int = setting(1000, SAVING, "Steps between checkpoints.", "N")
+    keep_checkpoints: int = setting(
+        2, SAVING, "How many of the newest checkpoints to keep meanwhile.", "N", flag="--keep-last"
+    )
+    log_every: int = setting(50, SAVING, "Steps between lines of metrics.jsonl.", "N")
 
     def __post_init__(self) -> None:
         self.check()

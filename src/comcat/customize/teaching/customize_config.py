@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...errors import TrainingError
+from ...training.option_texts import setting
 from ...training.settings import Settings
-from ..adapter.targets import Ranks
+
+if TYPE_CHECKING:
+    from ..adapter.targets import Ranks
 
 Precision = Literal["no", "bf16", "fp16"]
+#: Groups of options.
+PRODUCTS, TOKEN, COURSE, PHOTOS, RUN = "Products", "Token", "Course", "Photos", "Run"
+PRIOR, SAVING = "Prior preservation", "Log, samples and checkpoints"
 
 
 @dataclass(frozen=True)
@@ -81,43 +87,57 @@ class CustomizeConfig(Settings):
         "log_every",
     )
 
-    rank: int = 2
-    layer_ranks: tuple[str, ...] = ()
-    targets: tuple[str, ...] = ()
-    text_encoder_rank: int = 0
-    token: str | None = None
-    token_vectors: int = 1
-    token_init: str | None = None
-    scale: float = 1.0
-    steps: int = 500
-    lr: float = 3e-4
-    token_lr: float = 0.02
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = 0
-    weight_decay: float = 0.01
+    rank: int = setting(2, PRODUCTS, "Rank of every head's products.", "R")
+    layer_ranks: tuple[str, ...] = setting(
+        (), PRODUCTS, "Rank of some layers, e.g. attn2=4; repeatable.", "NAME=R", flag="--layer-rank"
+    )
+    targets: tuple[str, ...] = setting(
+        (),
+        PRODUCTS,
+        "Which attention: self, cross, joint, a part of names (attn2), a glob; repeatable; all.",
+        "NAME",
+        flag="--target",
+    )
+    text_encoder_rank: int = setting(0, PRODUCTS, "Rank in the CLIP text encoders; none.", "R", shown=False)
+    token: str | None = setting(None, TOKEN, "The word to learn, where it does not look like one.", "WORD")
+    token_vectors: int = setting(1, TOKEN, "Its vectors.", "N")
+    token_init: str | None = setting(None, TOKEN, "Words that they start from, e.g. dog.", "WORDS")
+    scale: float = setting(1.0, PRODUCTS, "Strength.", "S")
+    steps: int = setting(500, COURSE, "Updates.", "N")
+    lr: float = setting(3e-4, COURSE, "Learning rate of the products.", "X", shown="3e-4")
+    token_lr: float = setting(0.02, TOKEN, "Learning rate, in units of their size.", "X")
+    schedule: Literal["constant", "linear", "cosine"] = setting(
+        "cosine", COURSE, "Of the learning rate.", "constant|linear|cosine", shown=False
+    )
+    warmup_steps: int = setting(0, COURSE, "Linear warm-up; none.", "N", shown=False)
+    weight_decay: float = setting(0.01, COURSE, "Of AdamW.", "X")
     betas: tuple[float, ...] = (0.9, 0.999)
-    clip_grad: float | None = 1.0
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    batch_size: int = 1
-    accumulate: int = 1
-    resolution: int | None = None
-    buckets: float = 2.0
-    flip: float = 0.0
-    random_crop: bool = False
-    cache_latents: bool = True
-    caption_dropout: float = 0.0
-    prior_weight: float = 1.0
-    num_class_images: int = 100
-    snr_gamma: float | None = None
-    precision: Precision = "no"
-    grad_checkpointing: bool = False
-    validate_every: int = 0
-    validation_images: int = 4
-    validation_steps: int = 25
-    checkpoint_every: int = 100
+    clip_grad: float | None = setting(1.0, COURSE, "Largest norm of the gradient.", "X")
+    optimizer: Literal["adamw", "adamw8bit"] = setting(
+        "adamw", COURSE, "adamw8bit needs bitsandbytes.", "adamw|adamw8bit", shown=False
+    )
+    snr_gamma: float | None = setting(None, COURSE, "Min-SNR weighting, e.g. 5; off.", "X")
+    batch_size: int = setting(1, COURSE, "Photos per batch.", "N")
+    accumulate: int = setting(1, COURSE, "Batches per step.", "N")
+    resolution: int | None = setting(None, PHOTOS, "Pixels; the model's own.", "N")
+    buckets: float = setting(2.0, PHOTOS, "Keep aspect ratios up to this; 1 crops to squares.", "X")
+    flip: float = setting(0.0, PHOTOS, "Probability of mirroring; off.", "X", shown=False)
+    random_crop: bool = setting(False, PHOTOS, "Crop elsewhere every time; needs --no-cache-latents.")
+    cache_latents: bool = setting(True, PHOTOS, "Encode photos once.")
+    caption_dropout: float = setting(0.0, PHOTOS, "Share of examples without caption; 0.", "X", shown=False)
+    num_class_images: int = setting(100, PRIOR, "How many to draw.", "N")
+    prior_weight: float = setting(1.0, PRIOR, "Of their loss.", "X")
+    precision: Precision = setting(
+        "no", COURSE, "Of the base model and of autocast; the products stay float32.", "no|bf16|fp16", shown=False
+    )
+    grad_checkpointing: bool = setting(False, COURSE, "Less memory, more time.")
+    validate_every: int = setting(0, SAVING, "Steps between sample images; none.", "N", shown=False)
+    validation_images: int = setting(4, SAVING, "Per prompt.", "N")
+    validation_steps: int = setting(25, SAVING, "Sampling steps, also of class images.", "N")
+    checkpoint_every: int = setting(100, SAVING, "Steps between checkpoints.", "N")
     keep_checkpoints: int = 2
-    log_every: int = 10
-    seed: int = 0
+    log_every: int = setting(10, SAVING, "Steps between lines of the log.", "N")
+    seed: int = setting(0, RUN, "Of everything random.", "N")
 
     def __post_init__(self) -> None:
         self.check()
