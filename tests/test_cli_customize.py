@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from comcat.cli.generate_command import parse_adapter, parse_seeds, slug
 from comcat.customize import load_adapter
 from comcat.customize.teaching.trainer import Trainer
-from comcat_demos import contest, digits
+from comcat_demos import contest, contest_demo, digits
 from comcat_demos.digits_score import score
 from conftest import heed_interrupts
 from test_cli import Result
@@ -255,7 +255,7 @@ def test_demos_still_have_their_options(tmp_path):
 def test_demo(tmp_path, monkeypatch):
     methods = [contest.METHODS[i] for i in (0, 2, 4, 7)]
     few = {"count_concept": 5, "count_other": 1}
-    monkeypatch.setattr(contest, "METHODS", methods)
+    monkeypatch.setattr(contest_demo, "METHODS", methods)
     monkeypatch.setattr(contest, "score", lambda *args, **kwargs: score(*args, **{**kwargs, **few}))
     options = ["--base-steps", 2, "--steps", 2, "--cache", tmp_path / "cache", "--json"]
     result = Result(["demo", "customize", "--out", tmp_path / "out", *options])

@@ -2,7 +2,7 @@
 
 import inspect
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 import typer
@@ -95,10 +95,11 @@ def test_options_stand_where_the_command_says() -> None:
 def test_every_setting_is_an_option(kind: Any) -> None:
     name = "customize" if kind is CustomizeConfig else "finetune"
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    hints = get_type_hints(kind)
     options = {param.name: param for param in command.params}
     assert {f.name for f in fields(kind)} - set(options) == NO_OPTION[kind]
     for field in fields(kind):
         if text := field.metadata.get("option"):
             assert options[field.name].help.startswith(text.text)
-            for choice in [c for c in get_args(field.type) if isinstance(c, str)]:
+            for choice in [c for c in get_args(hints[field.name]) if isinstance(c, str)]:
                 assert choice in options[field.name].metavar
