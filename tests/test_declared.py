@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 #: Imported under another name than they are installed by.
-INSTALLED_AS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+INSTALLED_AS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "open_clip": "open-clip-torch"}
 #: What only an option that names it needs, with a message that says how to install it.
 ASKED_FOR = {"bitsandbytes"}
 OURS = {"comcat", "comcat-demos"}
@@ -44,7 +44,7 @@ def declared() -> dict[str, set[str]]:
     found = {extra: [Requirement(r) for r in ast.literal_eval(items)] for extra, items in lists.items()}
 
     def packages(extra: str) -> set[str]:
-        own = {r.name for r in found[extra] if r.name != "comcat"}
+        own = {r.name.replace("_", "-") for r in found[extra] if r.name != "comcat"}
         return own.union(*(packages(e) for r in found[extra] if r.name == "comcat" for e in r.extras), set())
 
     return {extra: packages(extra) for extra in found}
@@ -52,7 +52,10 @@ def declared() -> dict[str, set[str]]:
 
 @pytest.mark.parametrize(
     ("package", "extras"),
-    [("comcat", ["", "data", "plot", "train", "customize", "transformers"]), ("comcat_demos", ["", "demo"])],
+    [
+        ("comcat", ["", "data", "plot", "train", "customize", "transformers", "openclip"]),
+        ("comcat_demos", ["", "demo"]),
+    ],
 )
 def test_what_is_imported_is_declared(package: str, extras: list[str]) -> None:
     known = set().union(*(packages for extra, packages in declared().items() if extra in extras), ASKED_FOR, OURS)
@@ -62,7 +65,8 @@ def test_what_is_imported_is_declared(package: str, extras: list[str]) -> None:
 
 def test_what_is_declared_is_imported() -> None:
     found = {installed(name) for package in ("comcat", "comcat_demos") for name, _, _ in imports(package)}
-    assert (declared()["all"] | declared()[""]) - found == {"tensorboard"}  # torch.utils.tensorboard writes with it
+    # torch.utils.tensorboard writes with the one; the other is imported by its name, when a model asks for it.
+    assert (declared()["all"] | declared()[""]) - found <= {"tensorboard", "open-clip-torch"}
 
 
 def test_the_library_imports_the_demos_only_to_run_them() -> None:
