@@ -17,6 +17,8 @@ from .library import Library
 _LIBRARIES = {
     "timm": ("timm_models", "timm"),
     "transformers": ("transformers_models", "transformers"),
+    "torchvision": ("torchvision_models", "torchvision"),
+    "open_clip": ("open_clip_models", "open_clip"),
 }
 #: The extra of comcat that installs a package which is not always there.
 _EXTRAS = {"transformers": "transformers", "open_clip": "openclip"}

@@ -44,18 +44,18 @@ def check_args(name: str, args: Mapping[str, Any], error: type[ComcatError] = Mo
                 else "leave it out"
             )
             raise error(f"timm cannot build '{name}' with {key!r}, which is no argument of its architecture; {fix}")
-        _check_value(key, value, error)
+        check_value(key, value, error)
 
 
-def _check_value(key: str, value: Any, error: type[ComcatError]) -> None:
+def check_value(key: str, value: Any, error: type[ComcatError]) -> None:
     if isinstance(value, str) and not _WORD.fullmatch(value):
         raise error(f"the argument {key} is {value[:60]!r}; a text must be one word, such as 'gelu' or 'avg'")
     if isinstance(value, Mapping):
         for inner, item in value.items():
-            _check_value(f"{key}.{inner}", item, error)
+            check_value(f"{key}.{inner}", item, error)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            _check_value(key, item, error)
+            check_value(key, item, error)
     elif isinstance(value, int) and not isinstance(value, bool) and abs(value) > 2**31:
         raise error(f"the argument {key} is {value}, which no architecture has")
     if "depth" in key:

@@ -85,5 +85,5 @@ def _close(a: Any, b: Any) -> bool:
     if a.shape != b.shape or not a.is_floating_point():
         return a.shape == b.shape and torch.equal(a, b)
     same = torch.equal(a.isfinite(), b.isfinite())
-    x, y = (torch.nan_to_num(t.double(), posinf=0.0, neginf=0.0) for t in (a, b))
+    x, y = (torch.nan_to_num(t.detach().double(), posinf=0.0, neginf=0.0) for t in (a, b))
     return same and float((x - y).abs().max()) <= ROUNDING.get(a.dtype, 1e-4) * float(x.abs().max().clamp_min(1e-300))
