@@ -36,6 +36,7 @@ SOURCES = ("timm",)
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 TABLE = Path(__file__).parents[1] / "docs" / "coverage.md"
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_NO_FFN = re.compile(r"attn|attention|head", re.IGNORECASE)
 _FFN = re.compile(r"mlp|ffn|feed_?forward|swiglu|geglu", re.IGNORECASE)
 
 
@@ -76,13 +77,17 @@ def looked_at(model: nn.Module, images: Tensor, not_softmax: dict[str, str]) -> 
     others: dict[str, str] = {}
     for kind, pattern, sums in (("attention", _ATTENTION, attention), ("ffn", _FFN, ffn)):
         for name, module in modules(model, pattern, {n for n, one in layers.items() if one.kind == kind}):
-            if kind == "ffn" and _ATTENTION.search(type(module).__name__):
+            if kind == "ffn" and name not in layers and _NO_FFN.search(type(module).__name__):
                 continue
             layer = layers.get(name)
             sums["modules"] += 1
             sums["params"] += weights_of(module) if layer is None else layer.priced({}, Shape(1, 1)).params
-            if type(module).__name__ in not_softmax:
-                others[type(module).__name__] = not_softmax[type(module).__name__]
+            cls = type(module).__name__
+            named = next(
+                (n for n in (cls, f"{type(module).__module__.rpartition('.')[2]}.{cls}") if n in not_softmax), None
+            )
+            if named:
+                others[cls] = not_softmax[named]
             else:
                 sums["softmax"] += 1
             if layer is not None:

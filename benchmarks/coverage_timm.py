@@ -15,7 +15,22 @@ from torch import Tensor, nn
 from coverage import Case
 
 #: Classes that are called attention and have no softmax over scores of queries and keys.
-NOT_SOFTMAX: dict[str, str] = {}
+NOT_SOFTMAX: dict[str, str] = {
+    "XCA": "scores between channels (cross-covariance)",
+    "CrossCovarianceAttn": "scores between channels (cross-covariance)",
+    "davit.ChannelAttention": "scores between channels",
+    "ChannelAttentionV2": "scores between channels",
+    "FactorAttnConvRelPosEnc": "linear attention: the softmax is over the keys alone",
+    "LinearSelfAttention": "separable: one score per token",
+    "EfficientAdditiveAttention": "additive: one score per token",
+    "nextvit.ConvAttention": "a grouped convolution",
+    "csatv2.SpatialTransformerBlock": "a single channel",
+    "SplitAttn": "weights of branches",
+    "SelectiveKernelAttn": "weights of branches",
+    "LambdaLayer": "linear: lambdas in place of scores",
+    "BatNonLocalAttn": "bilinear transforms of rows and columns",
+    "BilinearAttnTransform": "bilinear transforms of rows and columns",
+}
 
 #: Arguments that make a model small, tried in turn; the first that leaves its classes as they are and runs is taken.
 _SMALL: list[dict[str, Any]] = [
@@ -23,6 +38,9 @@ _SMALL: list[dict[str, Any]] = [
     {"depth": 2, "embed_dim": 96, "num_heads": 3},
     *({"depth": 2, "img_size": size} for size in (64, 56)),
     {"depth": 2},
+    {"embed_dim": (32, 64, 96, 128), "depths": (1, 1, 1, 1), "stem_width": 32, "img_size": 64},
+    {"embed_dim": (32, 64, 96, 128), "depths": (1, 1, 1, 1), "stem_width": 32},
+    {"embed_dim": 48, "depths": (2, 2, 2, 2), "num_heads": (2, 2, 4, 4), "window_size": 4, "img_size": 128},
     {},
 ]
 
