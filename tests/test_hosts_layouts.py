@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from timm.layers.attention2d import MultiQueryAttention2d
+from timm.layers.attention_pool2d import AttentionPool2d
 from timm.models.nest import Nest
 from timm.models.volo import VOLO
 from torch import Tensor, nn
@@ -192,3 +193,25 @@ def test_output_that_takes_component_by_component() -> None:
     z = torch.randn(2, 12, dtype=torch.float64)  # 3 heads of width 4, of which 2 components are kept
     kept = z.view(2, 4, 3)[:, :2].flatten(1)
     torch.testing.assert_close(HeadOutput(linear, 3, 2, 4, by_component=True)(z), linear(kept))
+
+
+def test_a_pooling_attention_owns_the_classifier_that_it_projects_to() -> None:
+    class Pooled(Queries):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = AttentionPool2d(14, feat_size=8, head_dim=7, out_features=11, qkv_separate=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(x + self.attn(x))
+
+        def get_classifier(self) -> nn.Module:
+            return self.head.proj
+
+    model = made(Pooled)
+    ready = comcat.prepare(model)
+    assert {layer.name: tuple(layer.full) for layer in ready.inventory.layers} == {"attn": BOTH, "head": BOTH}
+    small = comcat.compress(ready, comcat.full_rank_plan(ready), calibrated(model, 16))
+    x = images(model, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model(x), rtol=0, atol=1e-9)

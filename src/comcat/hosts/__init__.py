@@ -50,8 +50,10 @@ def find_layers(model: nn.Module) -> Inventory:
             found[name] = layer
             taken |= {id(part) for part in module.modules()}
     heads = {name: module for name, module in classifiers(model) if id(module) not in taken}
-    more, why = structures(model, taken | {id(module) for module in heads.values()})
+    more, why = structures(model, taken, {id(module) for module in heads.values()})
     reasons |= why
+    inside = {id(one) for layer in more.values() for one in layer.originals().values()}
+    heads = {name: module for name, module in heads.items() if id(module) not in inside}
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     layers: list[Layer] = []
     for name, layer in sorted([*found.items(), *more.items()], key=lambda item: order[item[0]]):
@@ -108,9 +110,9 @@ def _dense(model: nn.Module, layers: Sequence[Layer], reasons: dict[str, str]) -
             while owner not in reasons and "." in owner and _is_part(model.get_submodule(owner)):
                 owner = owner.rpartition(".")[0]
             owners[owner] = model.get_submodule(owner)
-    for name, reason in reasons.items():  # of layers that hold convolutions alone
-        if reason != CONVOLUTIONS:
-            owners.setdefault(name, model.get_submodule(name))
+    for name, module in model.named_modules():  # such as hold convolutions alone
+        if reasons.get(name, CONVOLUTIONS) != CONVOLUTIONS:
+            owners.setdefault(name, module)
     rest = [
         LeftDense(name, type(module).__name__, reasons.get(name) or _reason(module)) for name, module in owners.items()
     ]

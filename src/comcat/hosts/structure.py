@@ -14,11 +14,14 @@ from .ffn_proof import prove_ffn
 from .ffn_structure import ffn_of
 
 
-def structures(model: nn.Module, taken: Collection[int]) -> tuple[dict[str, Layer], dict[str, str]]:
+def structures(
+    model: nn.Module, taken: Collection[int], heads: Collection[int] = ()
+) -> tuple[dict[str, Layer], dict[str, str]]:
     """Layers by name that have to be proven, and why others that look like them are none.
 
     Args:
         taken: identities of linear layers that belong to layers already known.
+        heads: of classifiers, which belong to an attention that pools the image where they are its output projection.
     """
     layers: dict[str, Layer] = {}
     reasons: dict[str, str] = {}
@@ -36,6 +39,7 @@ def structures(model: nn.Module, taken: Collection[int]) -> tuple[dict[str, Laye
             owned |= {id(part) for part in module.modules()}
     for name in reasons:  # what belongs to a layer that stays as it is belongs to no other
         owned |= {id(module) for module in model.get_submodule(name).modules()}
+    owned |= set(heads)
     deepest = sorted(model.named_modules(), key=lambda item: -item[0].count(".") if item[0] else 1)
     for name, module in deepest:
         ffn = ffn_of(name, module, owned) if name and id(module) not in owned else None
