@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .prepared import Prepared, prepare
     from .rank_search.run import search
     from .rank_search.search_config import SearchConfig
+    from .stock_export import Stock, export_stock
     from .storage.checkpoint import load, save
     from .training.finetuning import FinetuneConfig, FinetuneResult, finetune
 
@@ -61,6 +62,7 @@ __all__ = [
     "Report",
     "SearchConfig",
     "Spectrum",
+    "Stock",
     "TrainingError",
     "__version__",
     "agreement",
@@ -69,6 +71,7 @@ __all__ = [
     "compress",
     "compress_",
     "evaluate",
+    "export_stock",
     "finetune",
     "full_rank_plan",
     "load",
@@ -102,12 +105,14 @@ _lazy.package(
         "Report": "compression",
         "SearchConfig": "rank_search.search_config",
         "Spectrum": "planning.spectra",
+        "Stock": "stock_export",
         "agreement": "evaluation.measure",
         "calibrate": "calibration.collect",
         "check_budget": "planning.planner",
         "compress": "compression",
         "compress_": "compression",
         "evaluate": "evaluation.measure",
+        "export_stock": "stock_export",
         "finetune": "training.finetuning",
         "full_rank_plan": "planning.plan",
         "load": "storage.checkpoint",

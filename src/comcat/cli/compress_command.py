@@ -125,6 +125,15 @@ def compress(
             rich_help_panel=HOW,
         ),
     ] = None,
+    stock: Annotated[
+        bool,
+        opt.Option(
+            "--stock",
+            help="One width for all attention layers and one for all FFNs, written so that plain transformers or timm "
+            "loads it without comcat.",
+            rich_help_panel=HOW,
+        ),
+    ] = False,
     data_free: Annotated[
         bool, opt.Option("--data-free", help="Use the weights only; no images needed.", rich_help_panel=HOW)
     ] = False,
@@ -196,14 +205,17 @@ def compress(
             "goes without --calibration, --calibration-images, --fisher and the methods auto, probe and search",
             param_hint="--data-free",
         )
+    if stock and method == "search":
+        raise typer.BadParameter("learned ranks differ from layer to layer", param_hint="--stock")
     screen = Screen(json_output)
     with screen, contextlib.ExitStack() as stack:
         from ..planning.plan import Plan
         from ..storage.atomic import check_free, claimed_output
+        from ..storage.owned import MODEL, STOCK
         from ..training.process import process_index
         from .job import CompressJob, CompressSettings
 
-        check_free(out, overwrite)
+        check_free(out, overwrite, STOCK if stock else MODEL)
         if process_index() == 0:
             stack.enter_context(claimed_output(out))
         check_input_file(plan_file, "--plan")
@@ -222,6 +234,7 @@ def compress(
             calibration_file=calibration_file,
             fisher=fisher,
             outputs=outputs,
+            stock=stock,
             data_free=data_free,
             evaluate=not no_eval,
             calibration_split=calibration_split or split,

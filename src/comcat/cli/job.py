@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from . import timings
 from .console import Screen
 from .inputs import Reading, declared_classes, report_skipped
+from .making import make, told
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,7 @@ class CompressSettings:
     search: Search | None
     outputs: str | None = None
     metric: str | None = None
+    stock: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ class CompressJob:
 
         s, budget = self.settings, self.budget
         if budget is not None and (budget.unit != "latency" or self.latency is not None):
-            comcat.check_budget(self.prepared, budget, s.parts, s.rank_multiple, method=s.method, latency=self.latency)
+            more: Any = {"method": s.method, "latency": self.latency, "stock": s.stock}
+            comcat.check_budget(self.prepared, budget, s.parts, s.rank_multiple, **more)
 
     def _check_calibration(self, calibration: Calibration, path: Path) -> None:
         from ..errors import CalibrationError
@@ -234,16 +237,18 @@ class CompressJob:
         if self.settings.search is not None:
             return self._learn_plan(self.settings.search, self.budget)
         known = json.dumps(self.calibration.probes) if self.calibration else ""
-        plan = comcat.plan(
-            self.prepared,
-            self.budget,
-            calibration=self.calibration,
-            method=self.settings.method,
-            parts=self.settings.parts,
-            rank_multiple=self.settings.rank_multiple,
-            progress=self.screen.progress,
-            latency=self.latency,
-        )
+        with told(self.screen):
+            plan = comcat.plan(
+                self.prepared,
+                self.budget,
+                calibration=self.calibration,
+                method=self.settings.method,
+                parts=self.settings.parts,
+                rank_multiple=self.settings.rank_multiple,
+                progress=self.screen.progress,
+                latency=self.latency,
+                stock=self.settings.stock,
+            )
         if self.calibration is not None and json.dumps(self.calibration.probes) != known:
             self._save_calibration()  # with what was probed, which took longest
         if line := comparison(plan):
@@ -271,25 +276,23 @@ class CompressJob:
 
     def _compress(self, plan: Plan) -> CompressOutcome:
         """Compress, evaluate, write; the output directory appears complete or not at all."""
-        import comcat
-
         from ..errors import ComcatError
         from ..report.figures import draw_kept
         from ..report.tables import Measured
         from ..storage.atomic import atomic_directory
-        from ..storage.checkpoint import TENSORS_NAME
+        from ..storage.owned import MODEL, STOCK
 
-        screen = self.screen
-        small_model = comcat.compress(self.prepared, plan, calibration=self.calibration, progress=screen.progress)
-        report: Report = small_model.comcat.report  # type: ignore[union-attr, assignment]
+        screen, s = self.screen, self.settings
+        self.made = make(s.stock, self.prepared, plan, self.calibration, screen, s.model)
+        report = self.made.report
         size = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
         dense = Measured("dense", report.params_before, report.macs_before, size)
         small = Measured("compressed", report.params_after, report.macs_after, 0)
         if self.eval_batches is not None:
-            dense, small = self._evaluate([self.model, small_model], [dense, small])
-        with atomic_directory(self.settings.out, self.settings.overwrite) as stage:
-            comcat.save(small_model.cpu(), stage, overwrite=True)
-            small = replace(small, bytes=(stage / TENSORS_NAME).stat().st_size)
+            dense, small = self._evaluate([self.model, self.made.model], [dense, small])
+        with atomic_directory(s.out, s.overwrite, STOCK if s.stock else MODEL) as stage:
+            self.made.write(stage)
+            small = replace(small, bytes=sum(file.stat().st_size for file in stage.glob("*.safetensors")))
             outcome = CompressOutcome(plan, report, dense, small)
             plan.save(stage / "plan.json")
             (stage / "report.json").write_text(json.dumps(self._document(outcome), indent=1, default=str) + "\n")
@@ -393,5 +396,5 @@ class CompressJob:
         if latency := self._latency(outcome):
             out.print(timings.line(latency))
         target = self.settings.out
-        self.screen.say("written to ", (target, "bold"), f"; in Python: comcat.load({str(target)!r})")
+        self.screen.say("written to ", (target, "bold"), f"; in Python: {self.made.loaded_by(target)}")
         self.screen.result(self._document(outcome))

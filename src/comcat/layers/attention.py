@@ -52,6 +52,7 @@ class AttentionLayer(Layer):
         "vo": (0.125, 0.25, 0.375, 0.5, 0.625, 0.8),
     }
     linear_in_width = ("qk", "pairs", "vo")
+    one_width = ("qk", "vo")
     timed_together = True
 
     def __init__(
@@ -127,6 +128,16 @@ class AttentionLayer(Layer):
     def channels(self) -> int:
         """The axis of the features."""
         return 1 if is_pointwise(self.output) else -1
+
+    def shapes_at(self, width: int) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for one in self.stream.inputs:
+            rows, linear = sum(map(self.heads.count, one.roles)) * width, self.linears[one.path]
+            shapes[f"{self.name}.{one.path}.weight"] = (rows, size(linear)[0])
+            if linear.bias is not None:
+                shapes[f"{self.name}.{one.path}.bias"] = (rows,)
+        shapes[f"{self.name}.{self.stream.output}.weight"] = (size(self.output)[1], self.heads.num * width)
+        return shapes
 
     def weights(self) -> HeadWeights:
         """The dense weights, per head."""

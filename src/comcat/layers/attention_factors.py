@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -118,6 +119,22 @@ class AttentionFactors(Factors["AttentionLayer"]):
             output, output_bias = self._output(spread(down, layer.heads.num), spread(up, layer.heads.num))
         small = HeadWeights(query, key, value, query_bias, key_bias, value_bias, output, output_bias)
         return small, places
+
+    def _weights_at(self, width: int, scale: float) -> dict[str, Tensor]:
+        layer = self.layer
+        small, _ = self.reduced(dict.fromkeys(layer.one_width, width))
+        bias = None if small.query_bias is None else double(small.query_bias) * scale
+        small = replace(small, query=double(small.query) * scale, query_bias=bias)
+        weights: dict[str, Tensor] = {}
+        for one in layer.stream.inputs:
+            weight, bias = small.rows(one)
+            weights[f"{layer.name}.{one.path}.weight"] = weight
+            if bias is not None:
+                weights[f"{layer.name}.{one.path}.bias"] = bias
+        weights[f"{layer.name}.{layer.stream.output}.weight"] = small.output.flatten(0, 1).mT
+        if small.output_bias is not None:
+            weights[f"{layer.name}.{layer.stream.output}.bias"] = small.output_bias
+        return weights
 
     def _output(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Output weights (H, r, D_out) and bias behind reduced values; the mean output is kept exactly."""

@@ -73,6 +73,8 @@ class Layer(ABC):
     linear_in_width: ClassVar[tuple[str, ...]] = ()
     #: At which shares of its reach a part is probed.
     levels: ClassVar[Mapping[str, tuple[float, ...]]]
+    #: Parts that get one width together where every layer of the kind is to have the same; empty: it stays dense.
+    one_width: ClassVar[tuple[str, ...]] = ()
     #: Whether the times of its parts depend on each other.
     timed_together: ClassVar[bool] = False
     #: Whether the layer lies inside a block of the model, as attention and FFN do, or behind all of them.
@@ -102,6 +104,14 @@ class Layer(ABC):
     def originals(self) -> dict[str, nn.Module]:
         """The linear layers as they stand in the model, where :attr:`running` has others."""
         return dict(self.linears)
+
+    def plain(self) -> bool:
+        """Whether the linear layers stand in the model as plain ``nn.Linear``."""
+        return self.running is self.module and all(isinstance(one, nn.Linear) for one in self.linears.values())
+
+    def shapes_at(self, width: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the module's own weights, by full name, with :attr:`one_width` at a width; only of plain layers."""
+        return {}
 
     def part_of(self, part: str) -> str:
         """Which of :data:`PARTS` a part of this layer belongs to."""

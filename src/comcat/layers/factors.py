@@ -54,6 +54,20 @@ class Factors(ABC, Generic[LayerT]):
         with self._named():
             return self._build(choice)
 
+    def weights_at(self, width: int, scale: float) -> dict[str, Tensor]:
+        """Weights for the module's own linear layers, by full name, with the parts of ``one_width`` at a width.
+
+        They hold every bias that a reduced layer needs, those among them that the module has not got.
+
+        Args:
+            scale: of the scores in the dense layer over that in the narrow one, which goes into the queries.
+        """
+        with self._named():
+            return self._weights_at(width, scale)
+
+    def _weights_at(self, width: int, scale: float) -> dict[str, Tensor]:
+        raise NotImplementedError(f"layers of the kind '{self.layer.kind}' have no such form")
+
     def relative_error(self, choice: Choice) -> float:
         """Sum over the parts of dropped energy over total energy; a rough guide, comparable within a part only."""
         total = 0.0

@@ -37,6 +37,7 @@ class FFNLayer(Layer):
 
     kind = "ffn"
     linear_in_width = ("neurons",)
+    one_width = ("neurons",)
     levels: ClassVar = {
         "neurons": (0.05, 0.15, 0.25, 0.4, 0.55, 0.75),
         "gate": (0.15, 0.35, 0.6, 0.85),
@@ -77,6 +78,15 @@ class FFNLayer(Layer):
     def firsts(self) -> dict[str, Any]:
         """The linear layers in front of the hidden units."""
         return {role: linear for role, linear in self.linears.items() if role != "fc2"}
+
+    def shapes_at(self, width: int) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for role, linear in self.linears.items():
+            inner, outer = self._narrowed(role, width)
+            shapes[f"{self.name}.{self.paths[role]}.weight"] = (outer, inner)
+            if linear.bias is not None:
+                shapes[f"{self.name}.{self.paths[role]}.bias"] = (outer,)
+        return shapes
 
     @property
     def channels(self) -> int:
@@ -233,6 +243,10 @@ class FFNFactors(Factors[FFNLayer]):
             mean = self.moments.get("h_mean" if part == "fc2" else "x_mean")
             fill_linear(small, self.layer.linears[part], self.projection(part), mean)
         return new
+
+    def _weights_at(self, width: int, scale: float) -> dict[str, Tensor]:
+        new = self._build({"neurons": width})
+        return {f"{name}.{key}": p.detach() for name, one in new.items() for key, p in one.named_parameters()}
 
     def _narrowed(self, choice: Choice) -> dict[str, nn.Module]:
         """Fewer neurons; ranks that are asked for too are those of the narrowed matrices."""

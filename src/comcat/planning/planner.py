@@ -56,6 +56,7 @@ def plan(
     latency: LatencyTable | None = None,
     ffn: str = "auto",
     forward: Forward | None = None,
+    stock: bool = False,
 ) -> Plan:
     """Choose the widths of every layer so that the model meets the budget from below.
 
@@ -77,11 +78,15 @@ def plan(
         ffn: ``low-rank`` or ``neurons`` for all FFNs that have this form; default the better one for each (for
             ``uniform``: neurons where there is a calibration to refit them on).
         forward: how the model is called where it is measured, as in :func:`comcat.calibrate`.
+        stock: one width for all attention layers (``qk`` = ``vo``) and one for all FFNs (``neurons``), the classifier
+            dense, as :func:`comcat.export_stock` needs them, and as near to the budget as that allows; what the model's
+            constructor cannot narrow stays dense, and a warning says so.
 
     Raises:
         BudgetError: out of reach (the smallest reachable figure is named), already met by the dense model, or of
             latency without a table.
-        PlanError: unknown method or part, or ``"probe"`` or ``"auto"`` without calibration images.
+        PlanError: unknown method or part, ``"probe"`` or ``"auto"`` without calibration images, or nothing that a stock
+            form could narrow.
         CalibrationError: the calibration or the latency table belongs to another model.
     """
     method = method or default_method(calibration)
@@ -100,13 +105,23 @@ def plan(
     dense = ready.model
 
     def planner(method: str) -> Planner:
-        return Planner(ready, budget, calibration, method, parts, multiple, input_size, progress, latency, ffn, forward)
+        made = planner_class(stock)
+        return made(ready, budget, calibration, method, parts, multiple, input_size, progress, latency, ffn, forward)
 
     with exclusive(dense), exact(next(dense.parameters()).device), still(dense):
         if method == "auto" and held_out is not None:
             probe = ("probe",) if calibration is not None and len(calibration.images) else ()
             return best_plan([planner(name) for name in ("uniform", "spectrum", *probe)], held_out)
         return planner(method).plan()
+
+
+def planner_class(stock: bool) -> type[Planner]:
+    """What plans freely, or with one width per kind."""
+    if not stock:
+        return Planner
+    from .stock import StockPlanner
+
+    return StockPlanner
 
 
 def default_multiple(budget: Budget) -> int:
@@ -131,6 +146,7 @@ def check_budget(
     input_size: Sequence[int] | None = None,
     method: str | None = None,
     latency: LatencyTable | None = None,
+    stock: bool = False,
 ) -> None:
     """Raise what :func:`plan` would raise of the budget and the parts, before any image is looked at."""
     if method == "uniform" and len(check_parts(parts)) > 1:
@@ -139,7 +155,8 @@ def check_budget(
     multiple = default_multiple(budget) if rank_multiple is None else rank_multiple
     ready = prepared(model)
     with exclusive(ready.model):
-        Planner(ready, budget, None, "probe", parts, multiple, input_size, None, latency).refuse_unreachable()
+        made = planner_class(stock)
+        made(ready, budget, None, "probe", parts, multiple, input_size, None, latency).refuse_unreachable()
 
 
 class Planner:

@@ -55,7 +55,19 @@ class DirectoryKind:
     type: type | tuple[type, ...] = int
 
 
+#: What ``save_pretrained`` and timm write, for a model that needs no comcat.
+_STOCK: DirectoryLayout = {
+    "config.json": None,
+    "model*.safetensors": None,
+    "model.safetensors.index.json": None,
+    "preprocessor_config.json": None,
+    "plan.json": None,
+    "report.json": None,
+    "report.png": None,
+}
+
 MODEL = DirectoryKind("a comcat model", CONFIG_NAME, "comcat_format", _MODEL)
+STOCK = DirectoryKind("a stock model written by comcat", "plan.json", "comcat_plan", _STOCK)
 
 
 def check_replaceable(path: Path, kind: DirectoryKind) -> None:
