@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from comcat.cli.generate_command import parse_adapter, parse_seeds, slug
 from comcat.customize import load_adapter
-from comcat.customize.teaching.trainer import Trainer
+from comcat.customize.teaching.trainer import AdapterTrainer
 from comcat_demos import contest, contest_demo, digits
 from comcat_demos.digits_score import score
 from conftest import heed_interrupts
@@ -271,7 +271,7 @@ def test_demo(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("step", "kept"), [(1, "no checkpoint yet"), (4, "the checkpoint of step 4 is kept, .*--res")])
 def test_interrupted(place, tmp_path, monkeypatch, step, kept):
-    def stop(self: Trainer, index: int, original: Any = Trainer.step) -> float:
+    def stop(self: AdapterTrainer, index: int, original: Any = AdapterTrainer.step) -> float:
         if index == step:
             raise KeyboardInterrupt
         return original(self, index)
@@ -279,7 +279,7 @@ def test_interrupted(place, tmp_path, monkeypatch, step, kept):
     out = tmp_path / "dog.safetensors"
     more = ["--prompt", PROMPT, *QUICK, "--steps", 5, "--checkpoint-every", 2]
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", stop)
+        patch.setattr(AdapterTrainer, "step", stop)
         result = customize(place, place / "photos", out, *more)
     assert result.code == 130
     assert re.fullmatch(f"interrupted; {kept}.*", result.err)

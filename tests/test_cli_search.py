@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import comcat
-from comcat.rank_search.alternation import Alternation
+from comcat.training.engine import Run
 from test_cli import Result, compress, place  # noqa: F401 - a fixture
 from test_cli_errors import refused
 from test_data import make_folder
@@ -20,14 +20,14 @@ QUICK = ["--keep", 0.6, "--method", "search", "--search-batch", 8, "--workers", 
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C when so many batches are done."""
-    original = Alternation._after_step
+    original = Run._after_step
 
-    def interrupt(self: Alternation) -> None:
+    def interrupt(self: Run) -> None:
         original(self)
         if self.step == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Alternation, "_after_step", interrupt)
+    monkeypatch.setattr(Run, "_after_step", interrupt)
 
 
 def test_a_search_end_to_end(place: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from comcat.customize import CustomizeConfig, adapters, train
 from comcat.customize.teaching import material as material_module
 from comcat.customize.teaching.families import family_of
 from comcat.customize.teaching.material import class_photos
-from comcat.customize.teaching.trainer import Trainer
+from comcat.customize.teaching.trainer import AdapterTrainer
 from diffusion import frozen, pipeline, sd1
 
 TINY = {"rank": 1, "steps": 2, "log_every": 1, "buckets": 1.0, "checkpoint_every": 2, "validation_steps": 1}
@@ -150,20 +150,22 @@ class Skips:
 
 
 def test_an_adapter_that_did_not_move_is_no_success(pipe, tmp_path, monkeypatch):
-    step = Trainer.step
+    step = AdapterTrainer.step
 
-    def skipped(self: Trainer, index: int) -> float:
+    def skipped(self: AdapterTrainer, index: int) -> float:
         self.accelerator.scaler = Skips()
         return step(self, index)
 
-    monkeypatch.setattr(Trainer, "step", skipped)
+    monkeypatch.setattr(AdapterTrainer, "step", skipped)
     with pytest.raises(TrainingError, match="did not move in 2 steps: every update was skipped"):
         learn(pipe, tmp_path)
     assert not adapters(pipe)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_gradient_scaler_too(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "step", lambda self, _: setattr(self.accelerator, "scaler", Skips()) or float("nan"))
+    monkeypatch.setattr(
+        AdapterTrainer, "step", lambda self, _: setattr(self.accelerator, "scaler", Skips()) or float("nan")
+    )
     with pytest.raises(TrainingError, match="the loss or its gradient is NaN or infinite at step 1"):
         learn(pipe, tmp_path)
     assert not adapters(pipe)
@@ -179,7 +181,7 @@ def test_the_pipeline_is_back_where_it_was(pipe, tmp_path, monkeypatch):
         return to(self, torch.float64)  # there is one device here: a dtype stands for the place
 
     monkeypatch.setattr(type(pipe), "to", moved)
-    monkeypatch.setattr(Trainer, "step", lambda *_: float("nan"))
+    monkeypatch.setattr(AdapterTrainer, "step", lambda *_: float("nan"))
     pipe.text_encoder.to(torch.bfloat16)
     with pytest.raises(TrainingError, match="NaN or infinite"):
         learn(pipe, tmp_path)

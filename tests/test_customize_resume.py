@@ -183,7 +183,7 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from comcat.customize.teaching import material
-from comcat.customize.teaching.trainer import Trainer
+from comcat.customize.teaching.trainer import AdapterTrainer
 from comcat.training import state
 from test_customize_resume import SIZES, learn, write_photos
 
@@ -223,7 +223,7 @@ def scenario(where, prepare, delays=(None,)):
 chance = random.Random({seed})
 print(json.dumps(dict(
     images=scenario("images", lambda: die_at(material, "as_png", 3)),
-    step=scenario("step", lambda: die_at(Trainer, "step", 4)),
+    step=scenario("step", lambda: die_at(AdapterTrainer, "step", 4)),
     checkpoint=scenario("checkpoint", lambda: die_at(state, "_write", 5, half=True)),
     # The first is too early for a run to be over, however fast the machine.
     moments=scenario("moments", lambda: None, [chance.uniform(0.02, top) for top in (0.1, 1.2, 1.2, 1.2)]),

@@ -18,7 +18,7 @@ from comcat.customize.teaching.examples import Photos
 from comcat.customize.teaching.families import family_of
 from comcat.customize.teaching.objective import Noisy, Objective
 from comcat.customize.teaching.photos import Bucket, find_photos
-from comcat.customize.teaching.trainer import Trainer
+from comcat.customize.teaching.trainer import AdapterTrainer
 from comcat_demos import digits
 
 PROMPT = "a photo of V*"
@@ -190,7 +190,7 @@ def test_prior_preservation(pipe, tmp_path, shapes):
         sources = [Photos(family, found, [Bucket(16, 16), Bucket(16, 8)], stream=i) for i, found in enumerate(shown)]
         for source in sources:
             source.encode_all()
-        trainer = Trainer(accelerator(), family, Objective(pipe.scheduler, 5.0), adapter, *sources, config)
+        trainer = AdapterTrainer(accelerator(), family, Objective(pipe.scheduler, 5.0), adapter, *sources, config)
         trainer.encode_captions()
         objective, predict = trainer.objective, family.predict
         trainer.objective = lambda *args: seen.append([objective(*args)]) or seen[-1][0]
@@ -227,10 +227,10 @@ def test_an_exception_leaves_the_base_usable(pipe, photos, tmp_path, untouched, 
 
 
 def test_nan_is_noticed(pipe, photos, tmp_path, untouched, monkeypatch):
-    def poisoned(self: Trainer, number: int, original: Any = Trainer._loss) -> Tensor:
+    def poisoned(self: AdapterTrainer, number: int, original: Any = AdapterTrainer._loss) -> Tensor:
         return original(self, number) * (float("nan") if number == 2 else 1)
 
-    monkeypatch.setattr(Trainer, "_loss", poisoned)
+    monkeypatch.setattr(AdapterTrainer, "_loss", poisoned)
     wanted = "NaN or infinite at step 3; the checkpoint of step 2 is good and kept. Try a lower lr, or precision bf16"
     with pytest.raises(TrainingError, match=wanted):
         learn(pipe, photos, steps=4, out=tmp_path / "run")
@@ -239,11 +239,11 @@ def test_nan_is_noticed(pipe, photos, tmp_path, untouched, monkeypatch):
 def test_a_checkpoint_never_holds_nan(pipe, photos, tmp_path, untouched, monkeypatch):
     """The loss may be finite where its gradient is not."""
 
-    def share(self: Trainer, original: Any = Trainer._share_gradients) -> None:
+    def share(self: AdapterTrainer, original: Any = AdapterTrainer._share_gradients) -> None:
         original(self)
         next(iter(self.parameters.values())).grad[0] = float("nan")
 
-    monkeypatch.setattr(Trainer, "_share_gradients", share)
+    monkeypatch.setattr(AdapterTrainer, "_share_gradients", share)
     with pytest.raises(TrainingError, match=r"the loss or \S+weight is NaN or infinite at step 2\. "):
         learn(pipe, photos, steps=9, log_every=9, out=tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()

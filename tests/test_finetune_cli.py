@@ -87,8 +87,8 @@ def test_interrupted_and_resumed(place, tmp_path, monkeypatch):
     assert finetune(place, tmp_path / "whole", *options).code == 0
     original = comcat.training.engine.Run._after_step
 
-    def interrupt(self, due):
-        original(self, due)
+    def interrupt(self):
+        original(self)
         if self.step == 7:
             raise KeyboardInterrupt
 

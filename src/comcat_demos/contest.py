@@ -31,7 +31,7 @@ from comcat.customize.teaching.guards import frozen
 from comcat.customize.teaching.material import shapes_for
 from comcat.customize.teaching.objective import Objective
 from comcat.customize.teaching.photos import METADATA, find_photos
-from comcat.customize.teaching.trainer import Trainer
+from comcat.customize.teaching.trainer import AdapterTrainer
 from comcat.progress import Progress
 from comcat.storage.atomic import tensor_bytes
 from comcat.training.process import accelerated
@@ -154,7 +154,7 @@ class Contest:
                     handle = self._adapter(method, config)
                     learner: Any = _Learner(handle, self._others(method))
                     objective = Objective(self.pipe.scheduler, config.snr_gamma)
-                    trainer = Trainer(accelerator, family_of(self.pipe), objective, learner, *material, config)
+                    trainer = AdapterTrainer(accelerator, family_of(self.pipe), objective, learner, *material, config)
                     start = time.perf_counter()
                     for step in range(config.steps):
                         trainer.step(step)
@@ -216,7 +216,7 @@ class Contest:
 
 
 class _Learner:
-    """What :class:`Trainer` needs of an adapter, for methods that train other parameters beside a token."""
+    """What :class:`AdapterTrainer` needs of an adapter, for methods that train other parameters beside a token."""
 
     def __init__(self, handle: Adapter, others: dict[str, nn.Parameter]) -> None:
         self.token = handle.token

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import TrainingError
 from ..evaluation.outputs import Outputs
 from ..planning.plan import Plan
-from ..progress import Progress
-from ..training import state
+from ..training.engine import Run, Task, not_finite
 from ..training.loaders import Batches
-from ..training.log import Log
 from ..training.losses import Loss
-from ..training.process import agree, on_main
+from ..training.process import agree
 from ..training.snapshot import MOMENTS, Snapshot, check_moments
 from ..training.state import Saved
 from .search_config import SearchConfig
@@ -26,13 +23,15 @@ from .space import SearchSpace
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+LOG_NAME = "search.jsonl"
+
 
 def _full(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-class Alternation:
-    """The run of a search, its log and its checkpoints.
+class Alternation(Task):
+    """The task of a search.
 
     A step is one batch; even ones train the weights, odd ones the ranks.
 
@@ -40,23 +39,21 @@ class Alternation:
         loss: of the kind of outputs; dense: the model whose features are to be kept, where these are what is learned.
     """
 
+    stage: ClassVar = "search"
+    log_name: ClassVar = LOG_NAME
+    counts_first: ClassVar = True
+
     def __init__(
         self,
         space: SearchSpace,
         batches: Batches,
         config: SearchConfig,
         accelerator: Accelerator,
-        out: Path | None,
-        log: Log,
-        fixed: dict[str, Any],
-        progress: Progress | None,
         loss: Loss,
         dense: nn.Module | None,
     ) -> None:
         self.loss, self.dense = loss, dense
         self.space, self.batches, self.config, self.accelerator = space, batches, config, accelerator
-        self.out, self.log, self.fixed = out, log, fixed
-        self.progress = progress if accelerator.is_main_process else None
         self.ranks = space.ranks.to(accelerator.device)
         weights = [p for p in space.gated.parameters() if p.requires_grad]
         weight_optimizer = torch.optim.AdamW(weights, lr=config.weight_lr, weight_decay=0.0)
@@ -68,26 +65,26 @@ class Alternation:
         self.total = max(2, int(config.epochs * len(batches)))
         if config.max_steps is not None:
             self.total = min(self.total, config.max_steps)
-        self.step = 0
-        self.saved_step: int | None = None
+        self.per_epoch = len(batches)
         self._losses: list[Tensor] = []
+        self._mean: Tensor | None = None
 
     # -- one batch -------------------------------------------------------------------------------------------------
 
-    def temperature(self) -> float:
+    def temperature(self, step: int) -> float:
         """Falls from the first value to the last in equal ratios."""
         first, last = self.config.temperature
-        return first * (last / first) ** min(1.0, self.step / max(1, self.total - 1))
+        return first * (last / first) ** min(1.0, step / max(1, self.total - 1))
 
-    def probabilities(self, noisy: bool = True) -> Tensor:
-        """A Gumbel-softmax sample of this step, or the distribution itself."""
+    def probabilities(self, step: int, noisy: bool = True) -> Tensor:
+        """A Gumbel-softmax sample of a step, or the distribution itself."""
         noise = None
         if noisy:
-            seed = self.config.seed * 1_000_003 + self.step
+            seed = self.config.seed * 1_000_003 + step
             noise = self.ranks.gumbel(torch.Generator().manual_seed(seed))
         if self.config.objective == "exact":
-            return self.ranks.on_budget(self.temperature(), noise)
-        return self.ranks.probabilities(self.temperature(), noise)
+            return self.ranks.on_budget(self.temperature(step), noise)
+        return self.ranks.probabilities(self.temperature(step), noise)
 
     def _loss(self, outputs: Any, images: Tensor, labels: Tensor | None) -> Tensor:
         """The distance from the labels, or from the dense model's features."""
@@ -98,9 +95,9 @@ class Alternation:
             dense = Outputs(self.dense, self.loss.kind)(self.dense(images), len(images))
         return self.loss.soft([_full(one) for one in outputs], dense)
 
-    def _weight_step(self, images: Tensor, labels: Tensor | None) -> Tensor:
+    def _weight_step(self, index: int, images: Tensor, labels: Tensor | None) -> Tensor:
         with torch.no_grad():
-            p = self.probabilities()
+            p = self.probabilities(index)
         loss = self._loss(self.gated(images, p), images, labels)
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.gated.parameters(), 1.0)
@@ -108,8 +105,8 @@ class Alternation:
         self.weight_optimizer.zero_grad()
         return loss.detach()
 
-    def _rank_step(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        p = self.probabilities()
+    def _rank_step(self, index: int, images: Tensor, labels: Tensor | None) -> Tensor:
+        p = self.probabilities(index)
         # Only the logits need gradients: the wrapper that averages those of the weights stays out of it.
         gated: nn.Module = self.accelerator.unwrap_model(self.gated)
         with self.accelerator.autocast():
@@ -127,64 +124,51 @@ class Alternation:
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
-    def go(self) -> None:
-        """All batches that are left.
+    def begin(self, run: Run) -> None:
+        if run.step == 0:
+            run.write_line()
 
-        Raises:
-            TrainingError: the loss is not finite.
-        """
-        if self.step == 0:
-            self._log()
-        dtype = next(self.space.gated.model.parameters()).dtype
-        while self.step < self.total:
-            epoch, batch = divmod(self.step, len(self.batches))
-            with closing(self.batches.epoch(epoch, batch)) as stream:  # type: ignore[type-var]
-                for images, labels in stream:
-                    device = self.accelerator.device
-                    images, labels = images.to(device, dtype), None if labels is None else labels.to(device)
-                    update = self._rank_step if self.step % 2 else self._weight_step
-                    self._losses.append(update(images, labels))
-                    self.step += 1
-                    self._after_step()
-                    if self.step == self.total:
-                        break
+    def steps(self, done: int) -> Iterator[None]:
+        device, dtype = self.accelerator.device, next(self.space.gated.model.parameters()).dtype
+        with closing(self.batches.onward(*divmod(done, len(self.batches)))) as stream:  # type: ignore[type-var]
+            for index in range(done, self.total):
+                images, labels = next(stream)
+                images, labels = images.to(device, dtype), None if labels is None else labels.to(device)
+                update = self._rank_step if index % 2 else self._weight_step
+                self._losses.append(update(index, images, labels))
+                yield
 
-    def _after_step(self) -> None:
-        last = self.step == self.total
-        if self.progress:
-            self.progress("search", self.step, self.total)
-        save = self.out is not None and (last or self.step % self.config.checkpoint_every == 0)
-        if last or save or self.step % self.config.log_every == 0:
-            self._log()
-        if save:
-            self._save()
+    def logs(self, step: int, saves: bool) -> bool:
+        return saves or super().logs(step, saves)  # a checkpoint does not hold the losses since the last line
 
-    def _log(self) -> None:
-        losses = torch.stack(self._losses) if self._losses else torch.zeros(0)
-        if len(losses):  # over all processes, which then agree on whether to stop
-            losses = self.accelerator.reduce(losses, "mean")
-        if not torch.isfinite(losses).all():
-            bad = self.step - len(losses) + int((~torch.isfinite(losses)).int().argmax()) + 1
-            kept = f"the checkpoint of batch {self.saved_step} is kept" if self.saved_step else "nothing is kept"
-            raise TrainingError(
-                f"the loss is NaN or infinite since batch {bad} of the search; {kept}. Try a lower "
-                "weight_lr, or precision no"
+    def check(self, step: int, due: bool, kept: int | None) -> None:
+        if not due:
+            return
+        # Over all processes, which then agree on whether to stop.
+        self._mean = self.accelerator.reduce(torch.stack(self._losses), "mean")
+        self._losses = []
+        finite = torch.isfinite(self._mean)
+        if not finite.all():
+            bad = step - len(finite) + int((~finite).int().argmax()) + 1
+            found = f"; the checkpoint of batch {kept} is kept" if kept else "; nothing is kept"
+            raise not_finite(
+                "the loss", f"since batch {bad} of the search", found, "a lower weight_lr, or precision no"
             )
+
+    def line(self, step: int) -> dict[str, Any]:
         with torch.no_grad():
-            p = self.probabilities(noisy=False)
+            p = self.probabilities(step, noisy=False)
             widths, cost = self.ranks.expected_widths(p), self.ranks.cost(p)
-        values = {
-            "loss": float(losses.mean()) if len(losses) else None,
+        return {
+            "loss": float(self._mean.mean()) if self._mean is not None else None,
             "cost": float(cost),
-            "temperature": self.temperature(),
+            "temperature": self.temperature(step),
             "widths": dict(zip(self.names(), widths.tolist(), strict=True)),
             "probabilities": [
                 [round(x, 4) for x in row[: len(choices)]]
                 for row, (_, _, choices) in zip(p.tolist(), self.space.rows, strict=True)
             ],
         }
-        self.log.write(self.step, self.step / len(self.batches), values)
-        self._losses = []
 
     def names(self) -> list[str]:
         return [f"{site.name}.{part}" for site, part, _ in self.space.rows]
@@ -192,26 +176,18 @@ class Alternation:
     def plan(self) -> Plan:
         """What the distribution has come to."""
         with torch.no_grad():
-            p = self.probabilities(noisy=False)
+            p = self.probabilities(self.total, noisy=False)
             widths, cost = self.ranks.expected_widths(p), float(self.ranks.cost(p))
         return self.space.as_plan(self.space.solve(widths.tolist()), expected_cost=cost)
 
-    def _save(self) -> None:
-        assert self.out is not None
-        out = self.out
-        plain = {"config": self.config.to_dict(), "run": self.fixed}
-        saved = self.snapshot.take(self.step, plain)
-        ranks = {"logits": self.ranks.logits.detach().cpu().clone()}
-        ranks |= {
-            name: value.detach().cpu().clone() for name, value in self.rank_optimizer.state[self.ranks.logits].items()
-        }
-        saved = Saved(saved.step, {**saved.tensors, "ranks": ranks}, saved.plain)
-        self.log.sync()
-        on_main(self.accelerator, lambda: str(state.write(out, saved, self.config.keep_checkpoints)))
-        self.saved_step = self.step
+    def take(self, step: int, plain: dict[str, Any]) -> Saved:
+        saved = self.snapshot.take(step, plain)
+        logits = self.ranks.logits
+        moments = self.rank_optimizer.state[logits].items()
+        ranks = {name: value.detach().cpu().clone() for name, value in [("logits", logits), *moments]}
+        return Saved(step, {**saved.tensors, "ranks": ranks}, saved.plain)
 
     def restore(self, saved: Saved) -> None:
-        """Continue from a checkpoint, whose tensors only the main process needs to hold."""
         self.snapshot.restore(saved)
         ranks: dict[str, Tensor] = agree(self.accelerator, dict(saved.tensors.get("ranks", {})))
         logits = self.ranks.logits
@@ -226,4 +202,3 @@ class Alternation:
         self.rank_optimizer.state[logits] = {
             name: value if name == "step" else value.to(logits) for name, value in ranks.items()
         }
-        self.step = self.saved_step = saved.step

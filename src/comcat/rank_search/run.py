@@ -36,20 +36,20 @@ from ..progress import Progress
 from ..storage.manifest import Manifest
 from ..training.answers import answers_of, unit
 from ..training.checks import check_same, refuse_half
-from ..training.fresh_or_resumed import alone, how_to_go_on, interrupted, open_run
+from ..training.engine import Run
+from ..training.fresh_or_resumed import alone, how_to_go_on, open_run
 from ..training.loaders import Batches
-from ..training.log import Log
 from ..training.losses import Loss
 from ..training.process import accelerated, agree, explained
 from ..training.randomness import SAMPLE, isolated
 from ..training.state import restoring
-from .alternation import Alternation
+from .alternation import LOG_NAME, Alternation
 from .halves import refuse_evaluation_data, sample_batches, sample_images
 from .search_config import SearchConfig
 from .space import SearchSpace
 from .start import best_training_free
 
-LOG_NAME, PICTURE_NAME = "search.jsonl", "search.png"
+PICTURE_NAME = "search.png"
 #: Images that a calibration of our own looks at.
 CALIBRATION_IMAGES = 1024
 #: Images on which the spread of values and features is measured.
@@ -163,24 +163,14 @@ def search(
             fixed["outputs"] = answers.kind
         if saved is not None:
             check_same(saved.plain, config, fixed)
-        writes = directory if accelerator.is_main_process else None
-        log = Log(writes, saved.step if saved is not None else 0, remark, LOG_NAME)
-        stack.callback(log.close)
         dense = None
         if answers.kind == "features":
             dense = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
-        run = Alternation(space, batches, config, accelerator, directory, log, fixed, progress, loss, dense)
-        if saved is not None:
-            with restoring(saved):
-                run.restore(saved)
-        try:
-            run.go()
-        except KeyboardInterrupt as interrupt:
-            interrupt.args = (interrupted(directory, run.saved_step),)
-            raise
-        if writes is not None:
-            _draw(writes, run.names(), remark)
-        return run.plan()
+        task = Alternation(space, batches, config, accelerator, loss, dense)
+        Run(task, fixed, directory, saved, progress, remark).go()
+        if directory is not None and accelerator.is_main_process:
+            _draw(directory, task.names(), remark)
+        return task.plan()
 
 
 def _draw(out: Path, names: list[str], note: Callable[[str], None]) -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from ..errors import TrainingError
 from ..training.finetune_config import Kind, Precision
 from ..training.option_texts import setting
-from ..training.settings import Settings
+from ..training.settings import TrainingSettings
 
 Objective = Literal["two-sided", "one-sided", "exact"]
 #: The group of options; the rest is given in a file.
@@ -18,7 +18,7 @@ FFNForm = Literal["auto", "low-rank", "neurons"]
 
 
 @dataclass(frozen=True)
-class SearchConfig(Settings):
+class SearchConfig(TrainingSettings):
     """How :func:`comcat.search` learns. A step is one batch; every second one trains the ranks, the others the weights.
 
     Attributes:

@@ -19,7 +19,7 @@ from ..wording import by, some
 from . import state
 from .answers import Answers, answers_of
 from .finetune_config import FinetuneConfig
-from .settings import Settings
+from .settings import TrainingSettings
 from .state import Saved
 
 #: What runs write into their directory, next to checkpoints.
@@ -125,7 +125,7 @@ def newest(out: Path, note: Callable[[str], None]) -> Saved:
     raise TrainingError(f"none of the {len(found)} checkpoints in '{out}' is intact; start again with another --out")
 
 
-def check_same(saved: Mapping[str, Any], config: Settings, run: Mapping[str, Any]) -> None:
+def check_same(saved: Mapping[str, Any], config: TrainingSettings, run: Mapping[str, Any]) -> None:
     """Raise TrainingError naming what differs between a saved run and this one, unless it cannot matter."""
     if not isinstance(saved.get("config"), dict) or not isinstance(saved.get("run"), dict):
         raise TrainingError("the checkpoint does not say what run it is of; start anew with another --out")

@@ -1,189 +1,169 @@
-"""A run from its first step to its last: steps, log, evaluations and checkpoints."""
+"""A run from its first step to its last, whatever is trained: steps, log, evaluations, checkpoints, interruption.
+
+What is trained, and how a step, a line of the log and a checkpoint of it look, says a :class:`Task`.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import TrainingError
-from ..evaluation.measure import Evaluation, evaluate
-from ..evaluation.metric import Metric
 from ..progress import Progress
 from . import state
-from .loaders import Batches
-from .log import Log
-from .loop import Trainer
+from .fresh_or_resumed import interrupted
+from .log import METRICS, Log
 from .process import on_main
-from .randomness import EPOCH, isolated
 from .state import Saved
-from .validation import evaluate_together
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
-@dataclass(frozen=True)
-class Milestone:
-    """An evaluation on the way.
+class Task(ABC):
+    """What one kind of training says of its own. Steps that are done count from 1.
 
     Attributes:
-        step, epoch: finished steps and epochs.
+        accelerator: of the run.
+        config: settings, with ``log_every``, ``checkpoint_every`` and ``keep_checkpoints``.
+        total: steps in all; per_epoch: steps in an epoch.
+        stage: the name of its progress; log_name: the file of its log.
+        counts_first: whether a step counts as done before its log and its checkpoint are written.
     """
 
-    step: int
-    epoch: float
-    evaluation: Evaluation
+    stage: ClassVar[str] = "train"
+    log_name: ClassVar[str] = METRICS
+    counts_first: ClassVar[bool] = False
+    accelerator: Accelerator
+    config: Any
+    total: int
+    per_epoch: float
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "epoch": self.epoch, "evaluation": self.evaluation.to_dict()}
+    @abstractmethod
+    def steps(self, done: int) -> Iterator[None]:
+        """Make one step at each turn, from index ``done`` to the end."""
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Milestone:
-        return cls(data["step"], data["epoch"], Evaluation.from_dict(data["evaluation"]))
+    @abstractmethod
+    def check(self, step: int, due: bool, kept: int | None) -> None:
+        """Raise TrainingError if a loss is not finite.
+
+        Args:
+            due: a line, an evaluation or a checkpoint follows, so that it must be known now.
+            kept: the step of the newest checkpoint.
+        """
+
+    @abstractmethod
+    def line(self, step: int) -> dict[str, Any]:
+        """What the log says, since its last line."""
+
+    @abstractmethod
+    def take(self, step: int, plain: dict[str, Any]) -> Saved:
+        """A checkpoint, ``plain`` included."""
+
+    @abstractmethod
+    def restore(self, saved: Saved) -> None:
+        """Put a checkpoint back, whose tensors only the main process holds; what does not fit raises anything."""
+
+    def begin(self, run: Run) -> None:  # noqa: B027 - most have nothing to do
+        """Before the first step of this call."""
+
+    def logs(self, step: int, saves: bool) -> bool:
+        """Whether a line is due; ``saves``: a checkpoint is."""
+        return step == self.total or step % self.config.log_every == 0
+
+    def evaluates(self, step: int) -> bool:
+        return False
+
+    def evaluate(self, step: int, log: Log) -> None:  # noqa: B027 - nor to evaluate
+        """Evaluate, or draw samples."""
 
 
 class Run:
-    """One run.
+    """One run of a task; all processes go through it together.
 
     Args:
-        student: receives the weights of every evaluation; on the device of this process.
         fixed: what a resumed run must share with this one, as plain data.
-        out: directory for checkpoints, or None.
-        metric: the user's own, in place of the scores of the outputs' kind.
+        out: directory for the log and checkpoints, or None.
+        saved: the checkpoint to continue from.
 
     Attributes:
-        step: finished steps.
-        history: evaluations so far.
+        step: finished steps; saved_step: that of the newest checkpoint.
     """
 
     def __init__(
         self,
-        trainer: Trainer,
-        batches: Batches,
-        student: nn.Module,
-        eval_loader: Iterable[Any] | None,
+        task: Task,
         fixed: dict[str, Any],
         out: Path | None,
-        log: Log,
+        saved: Saved | None,
         progress: Progress | None,
-        metric: Metric | None = None,
+        note: Callable[[str], None],
     ) -> None:
-        self.trainer, self.batches, self.student, self.eval_loader = trainer, batches, student, eval_loader
-        self.fixed, self.out, self.log, self.metric = fixed, out, log, metric
-        self.progress = progress if trainer.accelerator.is_main_process else None
+        self.task, self.fixed, self.out = task, fixed, out
+        main = task.accelerator.is_main_process
+        self.progress = progress if main else None
         self.step = 0
-        self.history: list[Milestone] = []
         self.saved_step: int | None = None
-        self._clock, self._clock_step = time.perf_counter(), 0
-
-    @property
-    def epoch(self) -> float:
-        return self.step / self.trainer.steps.per_epoch
-
-    def restore(self, saved: Saved) -> None:
-        """Continue from a checkpoint."""
-        with state.restoring(saved):
-            self.trainer.snapshot.restore(saved)
-            self.trainer.restore_meter(saved.plain["meter"])
-            self.history = [Milestone.from_dict(entry) for entry in saved.plain["history"]]
-        self.step = self.saved_step = self._clock_step = saved.step
+        if saved is not None:
+            with state.restoring(saved):
+                task.restore(saved)
+            self.step = self.saved_step = saved.step
+        self.log = Log(out if main else None, self.step, note, task.log_name)
 
     def go(self) -> None:
-        """All steps that are left; afterwards the student holds the result.
+        """All steps that are left.
 
         Raises:
             TrainingError: the loss or the gradient is not finite.
+            KeyboardInterrupt: as it came; it says how to go on.
         """
-        steps = self.trainer.steps
-        if not self.history:
-            self._evaluate()
-        self._clock = time.perf_counter()
-        due = steps.evaluations(self.trainer.config.eval_every)
-        while self.step < steps.total:
-            epoch, batch = steps.position(self.step)
-            with closing(self.batches.epoch(epoch, batch)) as stream:  # type: ignore[type-var]
-                while self.step < steps.total and steps.position(self.step)[0] == epoch:
-                    self.trainer.step(self.step, stream, steps.window(steps.position(self.step)[1]))
+        try:
+            self.task.begin(self)
+            with closing(self.task.steps(self.step)) as steps:  # type: ignore[type-var]
+                for _ in steps:
                     self.step += 1
-                    self._after_step(due)
-        self._load_student()
+                    self._after_step()
+        except KeyboardInterrupt as interrupt:
+            interrupt.args = (interrupted(self.out, self.saved_step),)
+            raise
+        finally:
+            self.log.close()
 
-    def _after_step(self, due: set[int]) -> None:
-        config, last = self.trainer.config, self.step == self.trainer.steps.total
-        log = last or self.step % config.log_every == 0
-        save = self.out is not None and (last or self.step % config.checkpoint_every == 0)
-        evaluate = self.step in due
-        if log or save or evaluate:
-            self._check()
+    def _after_step(self) -> None:
+        task, config = self.task, self.task.config
+        if task.counts_first:
+            self._count()
+        save = self.out is not None and (self.step == task.total or self.step % config.checkpoint_every == 0)
+        log, evaluate = task.logs(self.step, save), task.evaluates(self.step)
+        task.check(self.step, log or save or evaluate, self.saved_step)
         if log:
-            self._log()
+            self.write_line()
         if evaluate:
-            self._evaluate()
+            task.evaluate(self.step, self.log)
         if save:
             self._save()
+        if not task.counts_first:
+            self._count()
+
+    def _count(self) -> None:
         if self.progress:
-            self.progress("train", self.step, self.trainer.steps.total)
+            self.progress(self.task.stage, self.step, self.task.total)
 
-    def _check(self) -> None:
-        bad = self.trainer.first_bad_step()
-        if bad is None:
-            return
-        kept = f"the checkpoint of step {self.saved_step} in '{self.out}' is good and kept"
-        if self.saved_step is None:
-            kept = "there is no checkpoint before it"
-        raise TrainingError(
-            f"the loss or its gradient is NaN or infinite since step {bad}; {kept}. Try a new run with a lower lr, or "
-            "with precision bf16 or no"
-        )
-
-    def _log(self) -> None:
-        means = self.trainer.means()
-        now = time.perf_counter()
-        images = (self.step - self._clock_step) * self.trainer.config.accumulate
-        images *= self.batches.batch_size * self.trainer.accelerator.num_processes
-        rate = self.trainer.optimizer.param_groups[0]
-        values = {
-            **means,
-            "lr": rate["lr"] / rate.get("lr_scale", 1.0),
-            "images_per_second": images / max(now - self._clock, 1e-9),
-        }
-        self.log.write(self.step, self.epoch, values)
-        self._clock, self._clock_step = now, self.step
-
-    def _evaluate(self) -> None:
-        if self.eval_loader is None:
-            return
-        begin = time.perf_counter()
-        self._load_student()
-        with isolated(EPOCH, self.trainer.config.seed, self.step):
-            result = self._measured(self.eval_loader)
-        self.history.append(Milestone(self.step, self.epoch, result))
-        self.log.write(self.step, self.epoch, {"evaluation": result.to_dict()})
-        self._clock += time.perf_counter() - begin  # the speed is that of training
-
-    def _measured(self, loader: Iterable[Any]) -> Evaluation:
-        trainer = self.trainer
-        if self.metric is not None:  # every process has all of it
-            return evaluate(self.student, loader, progress=self.progress, evaluate=self.metric)
-        kind, teacher = trainer.answers.kind, trainer.teacher
-        return evaluate_together(self.student, loader, trainer.accelerator, self.progress, kind, teacher)
+    def write_line(self) -> None:
+        self.log.write(self.step, self.step / self.task.per_epoch, self.task.line(self.step))
 
     def _save(self) -> None:
         assert self.out is not None
-        out, config = self.out, self.trainer.config
-        plain = {
-            "config": config.to_dict(),
-            "run": self.fixed,
-            "meter": self.trainer.meter(),
-            "history": [entry.to_dict() for entry in self.history],
-        }
-        saved = self.trainer.snapshot.take(self.step, plain)
+        out, config = self.out, self.task.config
+        saved = self.task.take(self.step, {"config": config.to_dict(), "run": self.fixed})
         self.log.sync()
-        on_main(self.trainer.accelerator, lambda: str(state.write(out, saved, config.keep_checkpoints)))
+        on_main(self.task.accelerator, lambda: str(state.write(out, saved, config.keep_checkpoints)))
         self.saved_step = self.step
 
-    def _load_student(self) -> None:
-        self.student.load_state_dict(self.trainer.snapshot.weights())
+
+def not_finite(what: str, since: str, kept: str, remedy: str) -> TrainingError:
+    """The error of a run whose numbers have become NaN or infinite."""
+    return TrainingError(f"{what} is NaN or infinite {since}{kept}. Try {remedy}")

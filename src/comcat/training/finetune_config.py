@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from ..errors import TrainingError
 from .option_texts import setting
-from .settings import Settings
+from .settings import TrainingSettings
 
 Distillation = Literal["soft", "hard", "none"]
 Decay = Literal["cosine", "linear", "none"]
@@ -22,7 +22,7 @@ _SMOOTHING = 0.1
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(Settings):
+class FinetuneConfig(TrainingSettings):
     """How :func:`comcat.finetune` trains. A step is one update of the weights; an epoch is one pass over the data.
 
     Attributes:

@@ -26,12 +26,12 @@ from ..progress import Progress
 from ..rank_search.halves import sample_batches
 from .answers import unit
 from .checks import check_batches, check_models, check_same, digest
-from .engine import Milestone, Run
+from .engine import Run
 from .finetune_config import FinetuneConfig
-from .fresh_or_resumed import alone, how_to_go_on, interrupted, open_run
+from .finetune_task import FinetuneTask, Milestone
+from .fresh_or_resumed import alone, how_to_go_on, open_run
 from .loaders import Batches
-from .log import Log
-from .loop import Trainer, trainable_copy
+from .loop import StudentTrainer, trainable_copy
 from .losses import Loss
 from .process import accelerated, agree, explained
 from .randomness import SAMPLE, isolated
@@ -152,7 +152,7 @@ def finetune(
         with isolated(SAMPLE, config.seed):  # augmentations draw the same in every process
             sample = sample_batches(train_loader, UNIT_IMAGES, config.seed)
             spreads = agree(accelerator, unit(answers, teacher if config.distils else None, sample))
-        trainer = Trainer(
+        trainer = StudentTrainer(
             accelerator,
             trainable_copy(student, config, answers.kind),
             teacher,
@@ -162,17 +162,11 @@ def finetune(
             Loss(answers.kind, spreads),
         )
         stack.callback(trainer.close)
-        writes = directory if accelerator.is_main_process else None
-        log = Log(writes, saved.step if saved is not None else 0, remark)
-        stack.callback(log.close)
-        run = Run(trainer, batches, student, eval_loader, fixed, directory, log, progress, evaluate)
-        if saved is not None:
-            run.restore(saved)
-        try:
-            run.go()
-        except KeyboardInterrupt as interrupt:
-            interrupt.args = (interrupted(directory, run.saved_step),)
-            raise
-    final = run.history[-1].evaluation if run.history else None
+        task = FinetuneTask(trainer, batches, student, eval_loader, directory, progress, evaluate)
+        run = Run(task, fixed, directory, saved, progress, remark)
+        run.go()
+    final = task.history[-1].evaluation if task.history else None
     seconds = time.perf_counter() - begin
-    return FinetuneResult(run.step, run.epoch, tuple(run.history), final, seconds, tuple(notes), dict(batches.skipped))
+    return FinetuneResult(
+        run.step, run.step / task.per_epoch, tuple(task.history), final, seconds, tuple(notes), dict(batches.skipped)
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..data.loading import BadImage
 from ..data.training_set import PerSample
-from ..errors import TrainingError
+from ..errors import DataError, TrainingError
 from ..models.running import images_of, labels_of
 from .answers import Answers
 from .randomness import EPOCH, isolated
@@ -99,6 +101,21 @@ class Batches:
         finally:
             batches.close()
             self._accelerator.gradient_state._remove_dataloader(loader)
+
+    def onward(self, epoch: int, batch: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Batches from there on, epoch after epoch, without end.
+
+        Raises:
+            DataError: as :meth:`epoch`, or an epoch is shorter than the loader claims.
+        """
+        for number in count(epoch):
+            skip = batch if number == epoch else 0
+            with closing(self.epoch(number, skip)) as stream:  # type: ignore[type-var]
+                for _ in range(skip, len(self)):
+                    found = next(stream, None)
+                    if found is None:
+                        raise DataError("the training loader ended before the length it claims. Correct its __len__")
+                    yield found
 
     def _check(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         if isinstance(batch, BadImage):

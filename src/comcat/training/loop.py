@@ -12,7 +12,7 @@ from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from ..errors import DataError, TrainingError
+from ..errors import TrainingError
 from ..evaluation.outputs import Outputs
 from ..models.running import explained
 from .answers import Answers
@@ -32,7 +32,7 @@ DISTILLED = ("classes", "labels")
 TERMS = (*Terms._fields, "grad_norm")
 
 
-class Trainer:
+class StudentTrainer:
     """A student in training: everything that a step needs and changes.
 
     Args:
@@ -101,9 +101,7 @@ class Trainer:
         self.model.train()
         sums = torch.zeros_like(self._sums)
         for micro in range(count):
-            batch = next(batches, None)
-            if batch is None:
-                raise DataError("the training loader ended before the length it claims. Correct its __len__")
+            batch = next(batches)
             last = micro == count - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
                 loss = self._losses(index, micro, *batch)

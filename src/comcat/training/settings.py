@@ -13,10 +13,10 @@ from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 from ..errors import TrainingError
 from ..storage.reader import read_yaml as _read_yaml
 
-Own = TypeVar("Own", bound="Settings")
+Own = TypeVar("Own", bound="TrainingSettings")
 
 
-class Settings:
+class TrainingSettings:
     """Base of a frozen dataclass of settings.
 
     Class attributes:

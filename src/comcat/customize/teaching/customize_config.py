@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...errors import TrainingError
 from ...training.option_texts import setting
-from ...training.settings import Settings
+from ...training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from ..adapter.targets import Ranks
@@ -20,7 +20,7 @@ PRIOR, SAVING = "Prior preservation", "Log, samples and checkpoints"
 
 
 @dataclass(frozen=True)
-class CustomizeConfig(Settings):
+class CustomizeConfig(TrainingSettings):
     """How :func:`comcat.customize.train` teaches a concept. A step is one update of the adapter.
 
     Attributes:

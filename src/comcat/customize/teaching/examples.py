@@ -18,7 +18,7 @@ from .photos import Bucket, Photo, assign, frame, load_photo
 
 
 @dataclass(frozen=True)
-class Example:
+class PhotoExample:
     """One photo in one batch.
 
     Attributes:
@@ -61,12 +61,12 @@ class Photos:
             return
         wanted = list(itertools.product(range(len(self.photos)), [False, True] if self.flip else [False]))
         for done, (index, flip) in enumerate(wanted, 1):
-            self._latents[index, flip] = self._encode(Example(index, flip, (0.5, 0.5)))
+            self._latents[index, flip] = self._encode(PhotoExample(index, flip, (0.5, 0.5)))
             if progress:
                 progress(stage, done, len(wanted))
 
     @torch.no_grad()
-    def _encode(self, example: Example) -> tuple[Tensor, Tensor]:
+    def _encode(self, example: PhotoExample) -> tuple[Tensor, Tensor]:
         photo, bucket = self.photos[example.index], self.buckets[example.index]
         image = load_photo(photo, bucket, flip=example.flip, crop=example.crop)
         mean, std = self.family.encode_images(image[None])
@@ -79,7 +79,7 @@ class Photos:
             )
         return mean[0].cpu(), std[0].cpu()
 
-    def plan(self, steps: int, batch_size: int) -> list[list[Example]]:
+    def plan(self, steps: int, batch_size: int) -> list[list[PhotoExample]]:
         """The batches of all steps: each of one shape, every photo equally often.
 
         Photos are dealt in rounds, each round in another order; a batch waits until its shape has enough of them.
@@ -89,7 +89,7 @@ class Photos:
             for number in itertools.count()
         )
         waiting: dict[Bucket, list[int]] = {}
-        batches: list[list[Example]] = []
+        batches: list[list[PhotoExample]] = []
         for index in itertools.chain.from_iterable(rounds):
             pile = waiting.setdefault(self.buckets[index], [])
             pile.append(int(index))
@@ -100,22 +100,22 @@ class Photos:
                     break
         return batches
 
-    def _example(self, index: int, batch: int, place: int) -> Example:
+    def _example(self, index: int, batch: int, place: int) -> PhotoExample:
         random = np.random.default_rng((SAMPLE, self.seed, self.stream, batch, place))
         flip = bool(random.random() < self.flip)
         crop = (float(random.random()), float(random.random())) if self.random_crop else (0.5, 0.5)
-        return Example(index, flip, crop)
+        return PhotoExample(index, flip, crop)
 
-    def latents(self, batch: Sequence[Example], generator: torch.Generator) -> Tensor:
+    def latents(self, batch: Sequence[PhotoExample], generator: torch.Generator) -> Tensor:
         """Samples of the photos' latents, (B, C, h, w) on the CPU."""
         moments = [self._latents[e.index, e.flip] if self.cache else self._encode(e) for e in batch]
         mean, std = (torch.stack(column) for column in zip(*moments, strict=True))
         return mean + std * torch.randn(std.shape, generator=generator)
 
-    def captions(self, batch: Sequence[Example]) -> list[str]:
+    def captions(self, batch: Sequence[PhotoExample]) -> list[str]:
         return [self.photos[e.index].caption for e in batch]
 
-    def time_ids(self, batch: Sequence[Example]) -> Tensor:
+    def time_ids(self, batch: Sequence[PhotoExample]) -> Tensor:
         """(B, 6): original size, crop, target size, as SDXL is told of them."""
         rows = [frame(self.photos[e.index].size, self.buckets[e.index], crop=e.crop).time_ids for e in batch]
         return torch.tensor(rows, dtype=torch.float32)

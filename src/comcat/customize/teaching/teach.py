@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,29 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..._version import __version__
 from ...errors import TrainingError
 from ...progress import Progress
-from ...storage.manifest import Manifest
 from ...training import checks, state
-from ...training.fresh_or_resumed import alone
-from ...training.log import Log
+from ...training.engine import Run
+from ...training.fresh_or_resumed import alone, open_run
 from ...training.process import accelerated, on_main
 from ..adapter.attached import Adapter, add_adapter, remove_adapter
 from ..adapter.components import denoiser, find_addable, fingerprint
-from ..generation import check_words, generate
-from ..pictures import as_png, grid
+from ..generation import check_words
+from .concept_task import Teaching
 from .customize_config import CustomizeConfig
-from .examples import Photos
-from .families import Family, family_of
+from .families import family_of
 from .guards import explained_memory, frozen, placed
-from .material import Note, check_token, class_photos, concept_photos, find_token, identity, shapes_for
+from .material import Note, check_token, class_photos, concept_photos, find_token, identity
 from .objective import Objective
-from .trainer import Trainer, check_saved
+from .trainer import check_saved
 
-SAMPLES = "samples"
 CLASS_IMAGES = "class-images"
 
 
@@ -74,6 +68,8 @@ def train(
     config, note = config or CustomizeConfig(), note or (lambda _: None)
     family = family_of(pipe)
     folder = Path(out) if out is not None else None
+    if folder is None and resume:
+        raise TrainingError("there is nothing to resume without the directory of the run; give out")
     photos = concept_photos(
         Path(images), prompt, family, config, allow_upscale=allow_upscale, skip_bad=skip_bad_images, note=note
     )
@@ -99,7 +95,9 @@ def train(
             progress = None
         # What cannot be trained is refused before anything is drawn.
         objective = Objective(pipe.scheduler, config.snr_gamma)
-        saved = _open(accelerator, folder, resume, note)
+        saved = open_run(accelerator, folder, resume, note)
+        if saved is not None:
+            on_main(accelerator, lambda: check_saved(saved))
         stack.enter_context(placed(pipe, accelerator.device))
         stack.enter_context(frozen(pipe))
         base = _base_identity(pipe)
@@ -141,187 +139,16 @@ def train(
                 if saved is not None:
                     checks.check_same(saved.plain, config, fixed)
                 prompts = validation_prompts or (prompt,)
-                run = _Run(accelerator, family, objective, handle, config, prompts, folder, fixed, progress)
-                run.prepare(photos, priors)
-                run.go(saved, note)
-            handle.info = {"prompt": prompt, "training": run.summary(len(photos), len(priors))}
+                task = Teaching(
+                    accelerator, family, objective, handle, config, prompts, folder, photos, priors, progress
+                )
+                Run(task, fixed, folder, saved, progress, note).go()
+            handle.info = {"prompt": prompt, "training": task.summary(len(photos), len(priors))}
         except BaseException:
             remove_adapter(pipe, name)
             raise
     handle.requires_grad_(False)
     return handle
-
-
-class _Run:
-    """The steps of a run, its log, samples and checkpoints."""
-
-    def __init__(
-        self,
-        accelerator: Any,
-        family: Family,
-        objective: Objective,
-        handle: Adapter,
-        config: CustomizeConfig,
-        prompts: Sequence[str],
-        folder: Path | None,
-        fixed: dict[str, Any],
-        progress: Progress | None,
-    ) -> None:
-        self.accelerator, self.family, self.objective = accelerator, family, objective
-        self.handle, self.config = handle, config
-        self.prompts, self.folder, self.fixed, self.progress = prompts, folder, fixed, progress
-        self.trainer: Trainer
-        self.saved_step: int | None = None
-
-    def prepare(self, photos: Sequence[Any], priors: Sequence[Any]) -> None:
-        """Encode what can be encoded once."""
-        config = self.config
-        _, shapes = shapes_for(self.family, config)
-        sources: list[Photos] = []
-        for stage, found, flip in (("encode photos", photos, config.flip), ("encode class images", priors, 0.0)):
-            if found:
-                source = Photos(
-                    self.family,
-                    found,
-                    shapes,
-                    flip=flip,
-                    random_crop=config.random_crop,
-                    cache=config.cache_latents,
-                    seed=config.seed,
-                    stream=len(sources),
-                )
-                source.encode_all(self.progress, stage)
-                sources.append(source)
-        class_source = sources[1] if len(sources) > 1 else None
-        self.trainer = Trainer(
-            self.accelerator, self.family, self.objective, self.handle, sources[0], class_source, config
-        )
-        self.trainer.encode_captions()
-        if config.grad_checkpointing:
-            self.family.model.enable_gradient_checkpointing()
-        self._park(away=True)
-
-    def _park(self, away: bool) -> None:
-        """Encoders that have done their work leave the GPU, and come back where images are drawn."""
-        device = self.accelerator.device
-        for name, part in self.family.pipe.components.items():
-            if device.type != "cuda" or not isinstance(part, nn.Module) or part is self.family.model:
-                continue
-            at_work = not self.config.cache_latents if name == "vae" else self.trainer.trains_text
-            part.to("cpu" if away and not at_work else device)
-
-    def go(self, saved: state.Saved | None, note: Note) -> None:
-        config, trainer = self.config, self.trainer
-        step = 0
-        if saved is not None:
-            with state.restoring(saved):
-                trainer.restore(saved)
-            step = self.saved_step = saved.step
-        log = Log(self.folder if self.accelerator.is_main_process else None, step, note)
-        try:
-            while step < config.steps:
-                value = trainer.step(step)
-                step += 1
-                trainer.losses.append(value)
-                self._check(value, step)
-                last = step == config.steps
-                if last and not trainer.has_moved():
-                    raise TrainingError(
-                        f"the adapter did not move in {step} steps: every update was skipped or too small to count. "
-                        "Use precision bf16 or no, or a higher lr"
-                    )
-                if last or step % config.log_every == 0:
-                    recent = trainer.losses[-config.log_every :]
-                    rate = trainer.optimizer.param_groups[0]["lr"]
-                    log.write(step, step / config.steps, {"loss": sum(recent) / len(recent), "lr": rate})
-                if config.validate_every and (last or step % config.validate_every == 0):
-                    self._validate(step, log)
-                if self.folder is not None and (last or step % config.checkpoint_every == 0):
-                    log.sync()
-                    self._save(step)
-                if self.progress:
-                    self.progress("train", step, config.steps)
-        finally:
-            log.close()
-            self._park(away=False)
-
-    def _check(self, value: float, step: int) -> None:
-        config = self.config
-        due = step == config.steps or step % config.log_every == 0 or step % config.checkpoint_every == 0
-        bad = self.trainer.bad_parameter() if due else None
-        # A gradient scaler skips steps whose gradients overflow. The loss itself is never scaled: where it is not
-        # finite, the model is not.
-        if math.isfinite(value) and bad is None:
-            return
-        kept = f"; the checkpoint of step {self.saved_step} is good and kept" if self.saved_step else ""
-        raise TrainingError(
-            f"the loss or {bad or 'its gradient'} is NaN or infinite at step {step}{kept}. Try a lower lr, or "
-            "precision bf16 or no"
-        )
-
-    def _save(self, step: int) -> None:
-        folder = self.folder
-        assert folder is not None
-        saved = self.trainer.take(step, {"config": self.config.to_dict(), "run": self.fixed})
-        on_main(self.accelerator, lambda: str(state.write(folder, saved, self.config.keep_checkpoints)))
-        self.saved_step = step
-
-    def _validate(self, step: int, log: Log) -> None:
-        if self.folder is None or not self.accelerator.is_main_process:
-            return
-        config = self.config
-        resolution, _ = shapes_for(self.family, config)
-        self._park(away=False)
-        with self.accelerator.autocast():
-            rows = generate(
-                self.family.pipe,
-                self.prompts,
-                seeds=range(config.validation_images),
-                steps=config.validation_steps,
-                height=resolution,
-                width=resolution,
-            )
-        self._park(away=True)
-        sheet = grid(rows)
-        manifest = Manifest(self.folder)
-        manifest.write(manifest.free(f"{SAMPLES}/step-{step:06d}.png"), as_png(sheet))
-        log.image("samples", sheet, step)
-
-    def summary(self, photos: int, priors: int) -> dict[str, Any]:
-        """What the file says of its training. No times: the same run gives the same file."""
-        config, losses = self.config, self.trainer.losses
-        tail = losses[-max(1, len(losses) // 10) :]
-        return {
-            "steps": config.steps,
-            "batch_size": config.batch_size * config.accumulate * self.accelerator.num_processes,
-            "lr": config.lr,
-            "seed": config.seed,
-            "resolution": shapes_for(self.family, config)[0],
-            "photos": photos,
-            "class_images": priors,
-            "final_loss": round(sum(tail) / len(tail), 6),
-            "comcat": __version__,
-            "torch": torch.__version__,
-        }
-
-
-def _open(accelerator: Any, folder: Path | None, resume: bool, note: Note) -> state.Saved | None:
-    """The checkpoint to continue from, whole on every process: each of them holds the whole adapter."""
-    if folder is None:
-        if resume:
-            raise TrainingError("there is nothing to resume without the directory of the run; give out")
-        return None
-
-    def look() -> state.Saved | None:
-        if not resume:
-            checks.check_new(folder)
-            return None
-        state.clean(folder)
-        found = checks.newest(folder, note)
-        check_saved(found)
-        return found
-
-    return on_main(accelerator, look)
 
 
 def finish(folder: Path) -> None:

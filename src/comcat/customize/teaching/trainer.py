@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from ...errors import TrainingError
 from ...storage import reader
+from ...training.process import agree
 from ...training.schedule import fall
 from ...training.state import Saved
 from ...wording import some
 from ..adapter.attached import Adapter
 from .customize_config import CustomizeConfig
-from .examples import Example, Photos
+from .examples import PhotoExample, Photos
 from .families import Family, Text
 from .objective import Objective, loss
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _NOISE = 17  # keeps these random numbers apart from those of other uses of the seed
 
 
-class Trainer:
+class AdapterTrainer:
     """An adapter in training.
 
     Args:
@@ -159,7 +160,7 @@ class Trainer:
         return result
 
     def _part(
-        self, photos: Photos, batch: Sequence[Example], generator: torch.Generator
+        self, photos: Photos, batch: Sequence[PhotoExample], generator: torch.Generator
     ) -> tuple[Tensor, list[str], Tensor]:
         captions = photos.captions(batch)
         if self.config.caption_dropout:
@@ -210,11 +211,13 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, saved: Saved) -> None:
-        """Continue from a checkpoint.
+        """Continue from a checkpoint, whose tensors only the main process needs to hold.
 
         Raises:
             TrainingError: it holds other tensors than this run has.
         """
+        # Every process holds the whole adapter.
+        saved = replace(saved, tensors=agree(self.accelerator, saved.tensors))
         self._check_tensors(saved)
         for name, parameter in self.parameters.items():
             parameter.copy_(saved.tensors["adapter"][name])
@@ -260,7 +263,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class _Plain:
-    """What a checkpoint of :class:`Trainer` holds beside tensors; more may be there."""
+    """What a checkpoint of :class:`AdapterTrainer` holds beside tensors; more may be there."""
 
     config: dict[str, Any]
     run: dict[str, Any]
