@@ -3,8 +3,9 @@
     python benchmarks/coverage.py [--sources timm transformers ...] [--families eva beit] [--again] [--limit 300]
 
 One process per family, with a time limit; what a family has shown is kept in the JSON file, and a family that is in it
-is not run again unless asked for. A source is one module ``coverage_SOURCE.py`` with ``families()``, ``cases(family)``
-and ``NOT_SOFTMAX`` (see ``coverage_timm.py``). Models that differ in their sizes alone are one case.
+is not run again unless asked for; the families of a source with ``TOGETHER`` share a process. A source is one module
+``coverage_SOURCE.py`` with ``families()``, ``cases(family)`` and ``NOT_SOFTMAX`` (see ``coverage_timm.py``). Models
+that differ in their sizes alone are one case.
 
 Measured per case, in float64, with all weights disturbed so that none is zero by initialization: the share of the
 attention modules, FFNs and of their parameters that can be reduced, the largest difference of the outputs at full rank,
@@ -16,6 +17,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -30,9 +32,10 @@ from torch import Tensor, nn
 import comcat
 from comcat.errors import ComcatError
 from comcat.layers.cost import Shape
+from comcat.models.example import Example, example_for
 from common import parser
 
-SOURCES = ("timm",)
+SOURCES = ("timm", "transformers", "torchvision", "open_clip")
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 TABLE = Path(__file__).parents[1] / "docs" / "coverage.md"
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -44,11 +47,12 @@ class Case(NamedTuple):
     """Models of one structure.
 
     Attributes:
-        names: of all of them; build: makes a small one, and what it is run on.
+        names: of all of them; build: makes a small one, and the images that it is run on, or None for what comcat
+            itself calls such a model with.
     """
 
     names: list[str]
-    build: Callable[[], tuple[nn.Module, Tensor]]
+    build: Callable[[], tuple[nn.Module, Tensor | None]]
 
 
 def measure(case: Case, not_softmax: dict[str, str]) -> dict[str, Any]:
@@ -58,16 +62,17 @@ def measure(case: Case, not_softmax: dict[str, str]) -> dict[str, Any]:
     row: dict[str, Any] = {"names": case.names}
     try:
         model, images = case.build()
-        model, images = disturbed(model.double()).eval(), images.double()
-        row |= looked_at(model, images, not_softmax)
+        model = disturbed(model.double()).eval()
+        row |= looked_at(model, None if images is None else images.double(), not_softmax)
     except Exception as error:  # whatever a library raises: it is the result for this case
         row["error"] = f"{type(error).__name__}: {error}"[:300]
     return row | {"seconds": round(time.perf_counter() - start, 1)}
 
 
-def looked_at(model: nn.Module, images: Tensor, not_softmax: dict[str, str]) -> dict[str, Any]:
+def looked_at(model: nn.Module, images: Tensor | None, not_softmax: dict[str, str]) -> dict[str, Any]:
     """Shares, exactness and reasons."""
-    prepared = comcat.prepare(model)
+    prepared = comcat.prepare(model, example=images)
+    example = example_for(model, prepared.size(), 3, seed=0) if images is None else Example((images,))
     try:
         layers = {layer.name: layer for layer in prepared.inventory.layers}
         reasons = [(entry.cls, entry.reason) for entry in prepared.inventory.dense]
@@ -101,11 +106,28 @@ def looked_at(model: nn.Module, images: Tensor, not_softmax: dict[str, str]) -> 
     if layers:
         small = comcat.compress(prepared, comcat.full_rank_plan(prepared))
         with torch.no_grad():
-            expected, got = tensors(model(images)), tensors(small(images))
+            expected, got = tensors(example.run(model)), tensors(example.run(small))
         found["difference"] = max(
             float((a - b).abs().max() / a.abs().max().clamp_min(1e-300)) for a, b in zip(expected, got, strict=True)
         )
     return found
+
+
+def rows_of(source: Any, family: str, limit: float) -> Iterator[dict[str, Any]]:
+    """The rows of one family; what does not build, or takes too long, is a row too."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not done after {limit:.0f} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(int(limit))
+    try:
+        for case in source.cases(family):
+            yield measure(case, source.NOT_SOFTMAX)
+    except Exception as error:
+        yield {"names": [family], "error": f"{type(error).__name__}: {error}"[:300], "seconds": 0}
+    finally:
+        signal.alarm(0)
 
 
 def modules(model: nn.Module, pattern: re.Pattern[str], found: set[str]) -> Iterator[tuple[str, nn.Module]]:
@@ -228,12 +250,18 @@ def main() -> None:
     if args.one:
         name, _, family = args.one.partition(":")
         source: Any = importlib.import_module(f"coverage_{name}")
-        for case in source.cases(family):
-            print(json.dumps(measure(case, source.NOT_SOFTMAX)), flush=True)
+        for one in source.families() if family == "all" else [family]:
+            for row in rows_of(source, one, args.limit):
+                print(json.dumps(row | {"family": one}), flush=True)
         return
     results = json.loads(args.json.read_text()) if args.json.exists() else {}
     for name in args.sources:
         done = results.setdefault(name, {})
+        if getattr(importlib.import_module(f"coverage_{name}"), "TOGETHER", False) and (args.again or not done):
+            done.clear()
+            for row in run(name, "all", 40 * args.limit):
+                done.setdefault(row.pop("family", "(rest)"), []).append(row)
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
         for family in importlib.import_module(f"coverage_{name}").families():
             if (args.families and family not in args.families) or (family in done and not args.again):
                 continue

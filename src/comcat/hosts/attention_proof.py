@@ -21,7 +21,7 @@ from ..layers.heads import HeadWeights, joined_output, spread
 from ..linalg.rotary import LAYOUTS, pair_places
 from ..nn.copies import copy_with
 from .attention_structure import attention_of, layer_of, variants
-from .proof import Trial
+from .proof import COARSE, ROUNDING, Trial
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def prove_attention(found: Layer, trial: Trial) -> Finding:
 def _products(trial: Trial, layer: AttentionLayer) -> _Form:
     """Which of the two products exist."""
     rotary, dense = None, {}
+    trial.rounding = _rounding(trial, layer)
     if not any("query" in one.roles for one in layer.stream.inputs):
         dense["qk"] = "its scores do not come from queries and keys of its own"
     elif not trial.holds(_turned(layer, "qk")):
@@ -92,6 +93,15 @@ def _products(trial: Trial, layer: AttentionLayer) -> _Form:
             f"operation acts between them ({trial.said()})"
         )
     return _Form(dense, any(one.by_head for one in layer.stream.inputs), layer.stream.by_component, rotary)
+
+
+def _rounding(trial: Trial, layer: AttentionLayer) -> float:
+    """What rounding is here: hosts may rotate in float32, which longer queries and shorter keys bring to light."""
+    w = layer.weights()
+    query_bias, key_bias = (None if b is None else b * by for b, by in ((w.query_bias, 3), (w.key_bias, 1 / 3)))
+    scaled = replace(w, query=w.query * 3, key=w.key / 3, query_bias=query_bias, key_bias=key_bias)
+    noise = trial.difference(with_weights(layer, scaled))
+    return max(ROUNDING, 16 * noise) if noise <= COARSE / 16 else ROUNDING
 
 
 def _turned(layer: AttentionLayer, part: str, layout: str | None = None) -> nn.Module:

@@ -23,6 +23,8 @@ from ..models.running import explained, still
 
 #: Largest difference, relative to the largest output, that counts as rounding in float64.
 ROUNDING = 1e-9
+#: The same for a host that computes a part of itself in float32, whatever it is given.
+COARSE = 1e-6
 #: Images in the batch that the model sees: a prime, so that what depends on them can be told from what does not.
 _IMAGES = 3
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -135,12 +137,17 @@ def _disturb(module: nn.Module) -> None:
 
 
 class Trial:
-    """One module with its call: how far other modules are from it."""
+    """One module with its call: how far other modules are from it.
+
+    Attributes:
+        rounding: up to which difference they count as the same.
+    """
 
     def __init__(self, base: nn.Module, call: Call) -> None:
         self.base, self.call = base, call
         self.error: Exception | None = None
         self.apart = 0.0
+        self.rounding = ROUNDING
         self.reference = self.run(base)
 
     def run(self, module: nn.Module) -> list[Tensor] | None:
@@ -156,7 +163,7 @@ class Trial:
     def holds(self, module: nn.Module, reference: list[Tensor] | None = None) -> bool:
         """Whether it puts out the same, to rounding; what it differed by is in ``apart``."""
         self.apart = self.difference(module, reference)
-        return self.apart <= ROUNDING
+        return self.apart <= self.rounding
 
     def said(self) -> str:
         """How far the last module was off."""

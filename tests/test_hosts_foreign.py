@@ -1,0 +1,165 @@
+"""Models of transformers, torchvision and open_clip: exact at full rank, and what is built costs what was planned."""
+
+import copy
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
+
+import comcat
+from comcat.models.example import Example, example_for, given_example
+from comcat.prepared import Prepared
+from conftest import randomize
+
+pytestmark = pytest.mark.usefixtures("no_source")
+
+#: 3 heads of width 8, 37 hidden units, 4 x 4 patches.
+SIZES = {
+    "hidden_size": 24,
+    "num_attention_heads": 3,
+    "num_hidden_layers": 2,
+    "intermediate_size": 37,
+    "image_size": 28,
+    "patch_size": 7,
+}
+TEXT = {**SIZES, "vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+STAGED = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4}
+
+
+def of(name: str, config: str | None = None, **sizes: Any) -> Callable[[], nn.Module]:
+    """A model of transformers from its configuration."""
+
+    def build() -> nn.Module:
+        made = getattr(transformers, config or name.partition("For")[0].removesuffix("Model") + "Config")
+        place = made.__module__.replace("configuration_", "modeling_")
+        model: nn.Module = getattr(import_module(place), name)(made(**sizes))
+        return model
+
+    return build
+
+
+def two_towers() -> nn.Module:
+    return CLIP(
+        24,
+        CLIPVisionCfg(layers=2, width=24, head_width=8, patch_size=7, image_size=28),
+        CLIPTextCfg(context_length=13, vocab_size=97, width=20, heads=2, layers=2),
+    )
+
+
+def windows(**later: Any) -> nn.Module:
+    return models.SwinTransformer([4, 4], 16, [2, 1], [2, 4], [3, 3], num_classes=7, **later)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "vit": of("ViTForImageClassification", **SIZES),
+    "deit": of("DeiTForImageClassification", **SIZES),
+    "beit": of("BeitForImageClassification", **SIZES),
+    "dinov2": of("Dinov2Model", **{**SIZES, "mlp_ratio": 2}),
+    "dinov2 with registers": of("Dinov2WithRegistersModel", **{**SIZES, "mlp_ratio": 2}),
+    "dinov3": of("DINOv3ViTModel", **SIZES),
+    "swin": of("SwinForImageClassification", **STAGED),
+    "swinv2": of("Swinv2ForImageClassification", **STAGED),
+    "clip": of("CLIPModel", text_config=TEXT, vision_config=SIZES, projection_dim=11),
+    "siglip": of("SiglipVisionModel", **SIZES),
+    "siglip2": of("Siglip2VisionModel", **{**SIZES, "num_patches": 16}),
+    "ijepa": of("IJepaModel", **SIZES),
+    "yolos": of("YolosForObjectDetection", **{**SIZES, "image_size": [28, 28], "num_detection_tokens": 5}),
+    "qwen2-vl": of(
+        "Qwen2VisionTransformerPretrainedModel",
+        "Qwen2VLVisionConfig",
+        embed_dim=24,
+        hidden_size=24,
+        num_heads=3,
+        depth=2,
+        patch_size=7,
+    ),
+    "torchvision vit": lambda: models.VisionTransformer(28, 7, 2, 3, 24, 37, num_classes=7),
+    "torchvision swin": windows,
+    "torchvision swin v2": lambda: windows(block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2),
+    "torchvision maxvit": lambda: models.MaxVit((64, 64), 8, 2, [16], [1], 8, 0.0),
+    "open_clip": two_towers,
+}
+#: What comcat cannot read off a model yet: on what images it runs.
+IMAGES = {"torchvision vit": (28, 28), "torchvision swin": (40, 44), "torchvision swin v2": (40, 44)}
+IMAGES |= {"torchvision maxvit": (64, 64), "open_clip": (28, 28), "qwen2-vl": (28, 28)}
+
+
+def prepared(name: str) -> tuple[Prepared, Example]:
+    """Looked at with the example that comcat makes."""
+    model = randomize(MODELS[name]()).double().eval()
+    if name not in IMAGES:
+        ready = comcat.prepare(model)
+        return ready, example_for(model, ready.size(), 2, seed=5)
+    example = example_for(model, (3, *IMAGES[name]), 2, seed=5)
+    return comcat.prepare(model, example=(example.args, example.kwargs)), example
+
+
+def tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    inner = value.values() if hasattr(value, "values") else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for one in inner for tensor in tensors(one)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exact_and_planned(name: str) -> None:
+    ready, example = prepared(name)
+    kinds = {layer.kind for layer in ready.inventory.layers}
+    assert {"attention", "ffn"} <= kinds
+    with torch.no_grad():
+        expected = tensors(example.run(ready.model))
+        for ffn in ("low-rank", "neurons"):
+            small = comcat.compress(ready, comcat.full_rank_plan(ready, ffn))
+            for ours, theirs in zip(tensors(example.run(small)), expected, strict=True):
+                # Rotary embeddings of Qwen are computed in float32, whatever the model's dtype is.
+                close = 1e-5 if name == "qwen2-vl" else 1e-9
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=close * float(theirs.abs().max()))
+    before = sum(p.numel() for p in ready.model.parameters())
+    plan = comcat.plan(ready, comcat.Budget(params=0.7))
+    small, report = ready.model, comcat.compress_(ready, plan)
+    assert not report.notes  # such as of costs that are not what was planned
+    assert sum(p.numel() for p in small.parameters()) == report.params_after <= 0.7 * before
+    with torch.no_grad():
+        again = tensors(example.run(copy.deepcopy(small)))
+        for ours, theirs in zip(again, tensors(example.run(small)), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9 * float(theirs.abs().max()))
+
+
+def test_a_layer_that_fails_the_proof_is_named_with_its_difference() -> None:
+    model = MODELS["vit"]()
+    scores = model.get_submodule("vit.layers.1.attention")
+
+    class Squared(type(scores)):  # type: ignore[misc]
+        """Something acts behind the values that comcat cannot know of."""
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            out, weights = super().forward(x, *args, **kwargs)
+            return out + self.q_proj(x).square() + self.v_proj(x).square(), weights
+
+    scores.__class__ = Squared
+    inventory = comcat.prepare(randomize(model).double().eval()).inventory
+    assert [layer.name for layer in inventory.layers if layer.kind == "attention"] == ["vit.layers.0.attention"]
+    reason = next(entry.reason for entry in inventory.dense if entry.name == "vit.layers.1.attention")
+    assert "difference" in reason
+
+
+def test_examples() -> None:
+    """A dictionary without its labels, arguments, or a tensor; anything else is refused by name."""
+    model = nn.Conv2d(3, 3, 1).double()
+    image = torch.randn(2, 3, 5, 7)
+    for given in ({"pixel_values": image, "labels": torch.zeros(2)}, ((image,), {}), (image,), image):
+        example = given_example(given, model)
+        assert example.images == 2
+        assert example.pixels.dtype == torch.float64
+        assert "labels" not in example.kwargs
+    with pytest.raises(comcat.ModelError, match="a dictionary of the model's inputs"):
+        given_example("image.png", model)
+    with pytest.raises(comcat.ModelError, match="floating-point tensor"):
+        given_example((torch.zeros(2, dtype=torch.int64),), model)
