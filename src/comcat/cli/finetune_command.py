@@ -27,7 +27,7 @@ def _o(panel: str, text: str, metavar: str | None = None) -> Any:
 @command
 @configured(FinetuneConfig, Augmentation, before={"": "keep_all", RUN: "json_output"})
 def finetune(
-    model: Annotated[Path, typer.Argument(metavar="DIR", help="A directory saved by comcat.")],
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="A directory saved by comcat, or by save_pretrained.")],
     data: opt.Data,
     out: Annotated[Path, opt.Option(metavar="DIR", help="Directory for the trained model, its log and checkpoints.")],
     resume: Annotated[bool, opt.Option("--resume", help="Continue the run in --out, bit by bit.")] = False,

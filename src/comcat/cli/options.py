@@ -16,8 +16,9 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A timm model name, [bold]hf-hub:[/bold] name, a directory saved by comcat, or, "
-        "with --checkpoint, an architecture name.",
+        help="A directory (saved by comcat, or by save_pretrained of transformers), a timm name, "
+        "[bold]torchvision/NAME[/bold], [bold]open_clip/NAME/TAG[/bold], a Hub repository [bold]ORG/NAME[/bold] or "
+        "[bold]hf-hub:[/bold] name, or, with --checkpoint, an architecture name.",
     ),
 ]
 Checkpoint = Annotated[
@@ -29,7 +30,8 @@ ModelArgs = Annotated[
     Option(
         "--model-arg",
         metavar="NAME=VALUE",
-        help="Argument of timm's model, e.g. img_size=32; repeatable.",
+        help="Argument of the architecture, e.g. img_size=32 for timm, or an entry of transformers' configuration; "
+        "repeatable.",
         rich_help_panel=MODEL,
     ),
 ]

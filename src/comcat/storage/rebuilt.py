@@ -61,7 +61,8 @@ def check_same(model: nn.Module, again: nn.Module, advice: str) -> None:
         raise CheckpointError(f"the rebuilt model computes something else: {found}; {advice}")
     parameter = next(model.parameters())
     again = again.to(parameter.device)
-    example = example_for(model, default_input_size(model), seed=0)
+    with torch.device("cpu"):  # whatever the caller has set
+        example = example_for(model, default_input_size(model), seed=0)
     outputs = []
     for each in (model, again):
         with torch.no_grad(), evaluating(each), still(each):
