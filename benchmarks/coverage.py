@@ -38,7 +38,7 @@ from common import parser
 SOURCES = ("timm", "transformers", "torchvision", "open_clip")
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 TABLE = Path(__file__).parents[1] / "docs" / "coverage.md"
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+ATTENTION = re.compile(r"attn|attention|MHSA|GPSA|SHSA|SHMA|LiteMLA", re.IGNORECASE)
 _NO_FFN = re.compile(r"attn|attention|head", re.IGNORECASE)
 _FFN = re.compile(r"mlp|ffn|feed_?forward|swiglu|geglu", re.IGNORECASE)
 
@@ -80,7 +80,7 @@ def looked_at(model: nn.Module, images: Tensor | None, not_softmax: dict[str, st
         layers, reasons = {}, [(type(model).__name__, str(error))]
     attention, ffn = [{"modules": 0, "params": 0, "reduced": 0, "qk": 0, "vo": 0, "softmax": 0} for _ in range(2)]
     others: dict[str, str] = {}
-    for kind, pattern, sums in (("attention", _ATTENTION, attention), ("ffn", _FFN, ffn)):
+    for kind, pattern, sums in (("attention", ATTENTION, attention), ("ffn", _FFN, ffn)):
         for name, module in modules(model, pattern, {n for n, one in layers.items() if one.kind == kind}):
             if kind == "ffn" and name not in layers and _NO_FFN.search(type(module).__name__):
                 continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from coverage import Case
+from coverage import ATTENTION, Case
 
 #: Classes that are called attention and have no softmax over scores of queries and keys.
 NOT_SOFTMAX: dict[str, str] = {
@@ -27,6 +26,7 @@ NOT_SOFTMAX: dict[str, str] = {
     "csatv2.SpatialTransformerBlock": "a single channel",
     "SplitAttn": "weights of branches",
     "SelectiveKernelAttn": "weights of branches",
+    "LiteMLA": "linear: ReLU in place of a softmax",
     "LambdaLayer": "linear: lambdas in place of scores",
     "BatNonLocalAttn": "bilinear transforms of rows and columns",
     "BilinearAttnTransform": "bilinear transforms of rows and columns",
@@ -46,13 +46,13 @@ _SMALL: list[dict[str, Any]] = [
 
 #: The modules of timm that define models with attention; the others were built once to see that they have none.
 _FAMILIES = [
-    "beit", "byoanet", "byobnet", "cait", "coat", "cpubone", "crossvit", "csatv2", "davit", "deepseek_vit", "deit",
-    "edgenext", "efficientformer", "efficientformer_v2", "efficientvit_msra", "eva", "fastvit", "gcvit",
-    "gemma4_vit", "hiera", "hieradet_sam2", "levit", "lowformer", "maxxvit", "metaformer", "mobilenetv3",
-    "mobilenetv5", "mobilevit", "mvitv2", "naflexvit", "nest", "nextvit", "pit", "pvt_v2", "qwen3_vit", "resnest",
-    "sknet", "swiftformer", "swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr", "tiny_vit", "tnt",
-    "twins", "visformer", "vision_transformer", "vision_transformer_hybrid", "vision_transformer_relpos",
-    "vision_transformer_sam", "vitamin", "volo", "xcit",
+    "beit", "byoanet", "byobnet", "cait", "coat", "convit", "cpubone", "crossvit", "csatv2", "davit",
+    "deepseek_vit", "deit", "edgenext", "efficientformer", "efficientformer_v2", "efficientvit_mit",
+    "efficientvit_msra", "eva", "fastvit", "gcvit", "gemma4_vit", "hiera", "hieradet_sam2", "iformer", "levit",
+    "lowformer", "maxxvit", "metaformer", "mobilenetv3", "mobilenetv5", "mobilevit", "mvitv2", "naflexvit", "nest",
+    "nextvit", "pit", "pvt_v2", "qwen3_vit", "resnest", "shvit", "sknet", "swiftformer", "swin_transformer",
+    "swin_transformer_v2", "swin_transformer_v2_cr", "tiny_vit", "tnt", "twins", "visformer", "vision_transformer",
+    "vision_transformer_hybrid", "vision_transformer_relpos", "vision_transformer_sam", "vitamin", "volo", "xcit",
 ]  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def cases(family: str) -> Iterator[Case]:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = timm.create_model(name)
-        if not any(re.search("ttn|ttention", type(module).__name__) for module in model.modules()):
+        if not any(ATTENTION.search(type(module).__name__) for module in model.modules()):
             continue
         count = sum(parameter.numel() for parameter in model.parameters())
         groups.setdefault(signature(model), []).append((count, name))
