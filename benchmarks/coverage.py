@@ -98,7 +98,7 @@ def looked_at(model: nn.Module, images: Tensor | None, not_softmax: dict[str, st
             if layer is not None:
                 parts = {layer.part_of(part) for part in layer.full}
                 sums["reduced"] += layer.parts_cost(parts, Shape(1, 1)).params
-                sums["qk"] += "qk" in parts
+                sums["qk"] += not parts.isdisjoint(("qk", "pairs"))
                 sums["vo"] += "vo" in parts or "ffn" in parts
     found: dict[str, Any] = {"attention": attention, "ffn": ffn, "other_attention": others}
     found["reasons"] = [[*pair, count] for pair, count in Counter(reasons).most_common(8)]
@@ -201,12 +201,12 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
     lines = [
         "<!-- Made by benchmarks/coverage.py; do not edit. -->", "", "# What can be reduced", "",
         "Every structure was built small, its weights disturbed, and compressed at full rank in float64. *Models* "
-        "counts names, *structures* what was built. VO, QK and FFN: share of the attention modules and FFNs that have "
-        "them, in percent; *params*: share of the parameters of attention and FFNs. *Difference*: the largest of the "
-        "outputs at full rank, relative to the largest output.", "",
+        "counts names, *structures* what was built. VO, QK (or rotary pairs): share of the modules with softmax "
+        "attention that have them, in percent; FFN: of the FFNs; *params*: share of the parameters of attention, and "
+        "of FFNs. *Difference*: the largest of the outputs at full rank, relative to the largest output.", "",
     ]  # fmt: skip
     for source, families in results.items():
-        lines += [f"## {source}", ""]
+        lines += [f"## {source}", "", summary([row for rows in families.values() for row in rows]), ""]
         lines += ["| family | models | structures | VO | QK | FFN | attn params | FFN params | difference |"]
         lines += ["|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
         for family, rows in sorted(families.items()):
@@ -215,11 +215,20 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
                 continue
             worst = max((row["difference"] for row in rows if "difference" in row), default=None)
             cells = [
-                share(rows, "attention", "vo", "modules"), share(rows, "attention", "qk", "modules"),
+                share(rows, "attention", "vo", "softmax"), share(rows, "attention", "qk", "softmax"),
                 share(rows, "ffn", "vo", "modules"), share(rows, "attention", "reduced", "params"),
                 share(rows, "ffn", "reduced", "params"), "-" if worst is None else f"{worst:.0e}",
             ]  # fmt: skip
             lines.append(f"| {family} | {names} | {len(rows)} | {' | '.join(cells)} |")
+        others = {
+            cls: why
+            for rows in families.values()
+            for row in rows
+            for cls, why in row.get("other_attention", {}).items()
+        }
+        if others:
+            lines += ["", "Called attention, but without a softmax over scores of tokens:", ""]
+            lines += [f"* `{cls}`: {why}" for cls, why in sorted(others.items())]
         lines += ["", "What stays dense, and why:", ""]
         for family, rows in sorted(families.items()):
             said: Counter[tuple[str, str]] = Counter()
@@ -230,6 +239,22 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
             lines += [f"* {family}: `{cls}` {why}" for (cls, why), _ in said.most_common(4) if "not a layer" not in why]
         lines.append("")
     return "\n".join(lines)
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """How many models have each product in all of their softmax attention, and low-rank FFNs or neurons in all FFNs."""
+    soft = [row for row in rows if row.get("attention", {}).get("softmax")]
+    models = sum(len(row["names"]) for row in soft)
+
+    def having(kind: str, key: str, of: str) -> str:
+        count = sum(len(row["names"]) for row in soft if row[kind][key] >= row[kind][of])
+        return f"{count} ({100 * count / max(models, 1):.0f} %)"
+
+    return (
+        f"{sum(len(row['names']) for row in rows)} models, {models} with softmax attention. All of their attention has "
+        f"VO in {having('attention', 'vo', 'softmax')}, QK or rotary pairs in {having('attention', 'qk', 'softmax')}; "
+        f"all FFNs can be reduced in {having('ffn', 'vo', 'modules')}."
+    )
 
 
 def plain(reason: str) -> str:
@@ -269,8 +294,12 @@ def main() -> None:
             done[family] = run(name, family, args.limit)
             args.json.write_text(json.dumps(results, indent=1) + "\n")
             shares = [
-                f"{part} {share(done[family], kind, key, 'modules'):>3}"
-                for part, kind, key in (("VO", "attention", "vo"), ("QK", "attention", "qk"), ("FFN", "ffn", "vo"))
+                f"{part} {share(done[family], kind, key, of):>3}"
+                for part, kind, key, of in (
+                    ("VO", "attention", "vo", "softmax"),
+                    ("QK", "attention", "qk", "softmax"),
+                    ("FFN", "ffn", "vo", "modules"),
+                )
             ]
             models, seconds = sum(len(row["names"]) for row in done[family]), time.perf_counter() - start
             print(f"{name:>12} {family:<26} {models:>4} models, {', '.join(shares)}, {seconds:.0f} s", flush=True)
