@@ -41,6 +41,7 @@ _SMALL: list[dict[str, Any]] = [
     {"embed_dim": (32, 64, 96, 128), "depths": (1, 1, 1, 1), "stem_width": 32, "img_size": 64},
     {"embed_dim": (32, 64, 96, 128), "depths": (1, 1, 1, 1), "stem_width": 32},
     {"embed_dim": 48, "depths": (2, 2, 2, 2), "num_heads": (2, 2, 4, 4), "window_size": 4, "img_size": 128},
+    {"img_size": 64},
     {},
 ]
 

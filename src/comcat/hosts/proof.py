@@ -167,7 +167,7 @@ class Trial:
 
     def said(self) -> str:
         """How far the last module was off."""
-        return "it does not run so" if self.apart == float("inf") else f"difference {self.apart:.2g}"
+        return "a narrower one does not run" if self.apart == float("inf") else f"difference {self.apart:.2g}"
 
     def difference(self, module: nn.Module, reference: list[Tensor] | None = None) -> float:
         """The largest, relative to the largest output; infinite where it does not run."""
