@@ -261,3 +261,20 @@ def test_the_command_says_what_cannot_be(tmp_path: Path) -> None:
     result = runner.invoke(app, [*arguments, "--keep", "0.9", "--data-free"])
     assert result.exit_code == 0, result.stderr
     assert "attention stays dense" in result.stderr
+
+
+def test_the_command_on_a_directory_of_transformers(tmp_path: Path) -> None:
+    model: Any = hf().float()
+    model.save_pretrained(tmp_path / "dense")
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 14, "width": 14}}
+    (tmp_path / "dense" / "preprocessor_config.json").write_text(json.dumps(processor))
+    small = tmp_path / "small"
+    arguments = ["compress", str(tmp_path / "dense"), "--stock", "--data-free", "--keep", "0.8", "--out", str(small)]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
+    assert result.exit_code == 0, result.stderr
+    assert "transformers.ViTForImageClassification.from_pretrained" in result.stdout
+    names = {path.name for path in small.iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "plan.json", "report.json"} <= names
+    loaded = tf.AutoModelForImageClassification.from_pretrained(small)
+    report = json.loads((small / "report.json").read_text())["report"]
+    assert sum(p.numel() for p in loaded.parameters()) == report["params_after"] <= 0.8 * report["params_before"]
