@@ -150,6 +150,21 @@ def test_a_layer_that_fails_the_proof_is_named_with_its_difference() -> None:
     assert "difference" in reason
 
 
+def test_outputs_that_transformers_captures_are_captured_of_the_small_model_too() -> None:
+    """Its hooks, which the first pass puts there, are no reason to refuse, and stay."""
+    model = randomize(MODELS["vit"]()).double().eval()
+    image = torch.randn(2, 3, 28, 28, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(image, output_hidden_states=True, output_attentions=True)
+        ready = comcat.prepare(model)
+        comcat.compress_(ready, comcat.full_rank_plan(ready))
+        found = model(image, output_hidden_states=True, output_attentions=True)
+    assert len(found.hidden_states) == len(expected.hidden_states) > 1
+    for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    assert len(found.attentions or ()) == len(expected.attentions or ())
+
+
 def test_examples() -> None:
     """A dictionary without its labels, arguments, or a tensor; anything else is refused by name."""
     model = nn.Conv2d(3, 3, 1).double()

@@ -72,8 +72,17 @@ _HOOKS = {
 
 
 def hooked(module: nn.Module) -> str | None:
-    """What kind of hook somebody has put on a module, or None."""
-    return next((what for where, what in _HOOKS.items() if getattr(module, where, None)), None)
+    """What kind of hook somebody has put on a module, or None.
+
+    Those by which transformers captures outputs are its own, put there in a first pass; a kept forward has them too.
+    """
+    for where, what in _HOOKS.items():
+        if any(getattr(hook, "__module__", None) not in _OWN_HOOKS for hook in getattr(module, where, {}).values()):
+            return what
+    return None
+
+
+_OWN_HOOKS = ("transformers.utils.output_capturing",)
 
 
 class Sharing:
