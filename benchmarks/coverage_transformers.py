@@ -81,6 +81,10 @@ _OTHER = ("timm_backbone", "timm_wrapper", "vision_encoder_decoder", "vision_tex
 _CLASSES = {"sam": "SamVisionModel", "sam_hq": "SamHQVisionModel", "sam2": "Sam2VisionModel", "pi0": "PI0Model"}
 _ENTRIES: dict[str, dict[str, Any]] = {
     "hiera": {"patch_size": [7, 7]},
+    "depth_anything": {"reassemble_hidden_size": 32},
+    "prompt_depth_anything": {"reassemble_hidden_size": 32},
+    "rt_detr": {"encoder_hidden_dim": 256, "d_model": 256},
+    "rt_detr_v2": {"encoder_hidden_dim": 256, "d_model": 256},
     "radio": {"patch_size": 16},
     "levit": {"image_size": 64, "patch_size": 16},
 }
