@@ -199,7 +199,7 @@ def test_a_pooling_attention_owns_the_classifier_that_it_projects_to() -> None:
     class Pooled(Queries):
         def __init__(self) -> None:
             super().__init__()
-            self.head = AttentionPool2d(14, feat_size=8, head_dim=7, out_features=11, qkv_separate=True)
+            self.head = AttentionPool2d(14, feat_size=8, head_dim=14, out_features=11, qkv_separate=True)
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.stem(x)

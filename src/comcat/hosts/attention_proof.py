@@ -179,7 +179,7 @@ def _stand_in(trial: Trial, layer: AttentionLayer, form: _Form) -> _Form | None:
     if "qk" not in form.dense:
         choice[layer.qk_part] = max(1, (heads.width // 2 if layer.rotary else heads.width) - 1)
     if "vo" not in form.dense:
-        choice["vo"] = max(1, heads.value_width - 2)
+        choice["vo"] = max(1, min(heads.value_width - 2, layer.full["vo"]))
     weights, dense = _truncated(layer, choice)
     reference = trial.run(with_weights(layer, dense))
     ways = [("", False)]

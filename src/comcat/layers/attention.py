@@ -93,7 +93,9 @@ class AttentionLayer(Layer):
     @property
     def full(self) -> Choice:
         heads = self.heads
-        widths = {self.qk_part: heads.width // 2 if self.rotary else heads.width, "vo": heads.value_width}
+        # A classifier of few classes behind wide heads leaves the product no more rank than it has rows.
+        vo = min(heads.value_width, heads.num // heads.groups * size(self.output)[1])
+        widths = {self.qk_part: heads.width // 2 if self.rotary else heads.width, "vo": vo}
         if self.proof is not None and heads.width % 2 == 0:  # what a saved model was found to be is in its plan
             widths["pairs"] = heads.width // 2
         return {part: width for part, width in widths.items() if self._product(part) not in self.dense_parts}
@@ -272,7 +274,7 @@ class AttentionLayer(Layer):
     def linear_size(self, part: str) -> tuple[int, int]:
         h, D = self.heads, size(self.running.get_submodule(self.stream.query))[0]
         if part == "vo":
-            return h.groups * D + h.num * size(self.output)[1], h.value_width
+            return h.groups * D + h.num * size(self.output)[1], self.full.get("vo", h.value_width)
         return (h.num + h.groups) * D * (2 if self.rotary else 1), self.full[part]
 
     def equal_share(self, part: str) -> tuple[int, int]:
