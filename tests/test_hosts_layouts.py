@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import timm
 import torch
 from timm.layers.attention2d import MultiQueryAttention2d
 from timm.layers.attention_pool2d import AttentionPool2d
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import comcat
 from comcat.hosts.folding import folded, parts
+from comcat.models.profile import default_input_size
 from comcat.nn.projections import HeadOutput
 from conftest import calibrated, images, make, randomize
 
@@ -215,3 +217,18 @@ def test_a_pooling_attention_owns_the_classifier_that_it_projects_to() -> None:
     x = images(model, 3)
     with torch.no_grad():
         torch.testing.assert_close(small(x), model(x), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "channels"),
+    [
+        ("nextvit_small", {}, 3),
+        ("volo_d1_224", {}, 3),
+        ("pvt_v2_b0", {"in_chans": 5}, 5),
+        ("vit_small_resnet26d_224", {}, 3),
+    ],
+)
+def test_images_enter_by_the_first_convolution(name: str, args: dict[str, int], channels: int) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, **args)
+    assert default_input_size(model) == (channels, 224, 224)

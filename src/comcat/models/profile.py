@@ -53,10 +53,14 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     if made is not None and made.library != "timm" and len(size := _sizes(made.config.get("input_size"))) == 3:
         return (size[0], size[1], size[2])
     modules = list(model.modules())
-    channels = 3
-    for embed in [getattr(module, "patch_embed", None) for module in modules]:
-        if embed is not None:  # whose first convolution is that of a stem or a backbone, where it has one
-            channels = next((one.in_channels for one in embed.modules() if isinstance(one, nn.Conv2d)), channels)
+    embeds: list[Any] = [
+        one for one in (getattr(module, "patch_embed", None) for module in modules) if isinstance(one, nn.Module)
+    ]
+    # Images enter by the first convolution of a patch embedding, of its stem or backbone; stages inside have others.
+    outer = [one for one in modules if isinstance(one, nn.Conv2d)][:1]
+    inside = [one for one in (embeds[0].modules() if embeds else ()) if isinstance(one, nn.Conv2d)][:1]
+    channels = inside[0].in_channels if inside and inside == outer else 3
+    for embed in embeds:
         if len(size := _sizes(getattr(embed, "img_size", None))) in (1, 2):
             return (channels, size[0], size[-1])
     for config in [getattr(module, "config", None) for module in modules]:
