@@ -9,6 +9,7 @@ from torch import nn
 import comcat
 from comcat.errors import ModelError
 from comcat.hosts import find_layers
+from comcat.layers.cost import Shape
 from comcat.models.profile import default_input_size, layer_shapes
 from conftest import VIT, make, swin, vit
 
@@ -96,8 +97,8 @@ def test_a_site_that_is_never_called_is_named() -> None:
 def test_shapes_of_windows() -> None:
     model = swin()
     shapes = layer_shapes(model, find_layers(model), (3, 8, 8))
-    assert shapes["layers.0.blocks.0.attn"] == (16, 4)
-    assert shapes["layers.1.blocks.0.attn"] == (4, 4)
+    assert shapes["layers.0.blocks.0.attn"] == Shape(16, 4)
+    assert shapes["layers.1.blocks.0.attn"] == Shape(4, 4)
     assert shapes["head.fc"].tokens == 1
 
 
