@@ -7,6 +7,7 @@ Per head, attention is two bilinear products, and those are low-rank even where 
 from typing import TYPE_CHECKING
 
 from . import _lazy
+from ._moved import install as _install_old_names
 from ._version import __version__
 from .errors import (
     BudgetError,
@@ -130,3 +131,4 @@ _lazy.package(
 )
 
 del TYPE_CHECKING  # no name of ours
+_install_old_names()

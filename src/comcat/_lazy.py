@@ -47,7 +47,7 @@ class _Package(ModuleType):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # The import system binds every submodule to its package, once it is loaded.
-        if name in self._homes and isinstance(value, ModuleType) and value.__name__ == f"{self.__name__}.{name}":
+        if name in self._homes and isinstance(value, ModuleType):
             return
         super().__setattr__(name, value)
 
