@@ -61,9 +61,9 @@ def _impossible(moment: Tensor) -> bool:
 
 @dataclass
 class Calibration:
-    """Second moments by site and name, the shape of the data there, and a sample of images for probing.
+    """Second moments by layer and name, the shape of the data there, and a sample of images for probing.
 
-    ``moments[site][name]`` are float64 tensors on the CPU; :mod:`comcat.layers.factors` documents the names.
+    ``moments[layer][name]`` are float64 tensors on the CPU; :mod:`comcat.layers.factors` documents the names.
     ``probes`` caches measured sensitivities, so that a second plan from the same calibration costs nothing.
     ``outputs`` is the kind of the model's outputs (:data:`comcat.evaluation.outputs.KINDS`) and ``weights`` the
     fingerprint of its weights; both are None in files of earlier versions. ``held_out`` are images, counted in
@@ -149,7 +149,7 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically."""
-        tensors = {f"{site}{_SEPARATOR}{name}": t for site, ms in self.moments.items() for name, t in ms.items()}
+        tensors = {f"{layer}{_SEPARATOR}{name}": t for layer, ms in self.moments.items() for name, t in ms.items()}
         tensors |= {f"{_WEIGHTS}{_SEPARATOR}{name}": t for name, t in (self.weights or {}).items()}
         tensors["images"] = self.images
         if self.held_out is not None:
@@ -195,8 +195,8 @@ class Calibration:
                 )
         moments: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
-            site, _, part = key.partition(_SEPARATOR)
-            moments.setdefault(site, {})[part] = tensor
+            layer, _, part = key.partition(_SEPARATOR)
+            moments.setdefault(layer, {})[part] = tensor
         weights = moments.pop(_WEIGHTS, None)
         kind = known.get("outputs")
         if any(t.shape != (BUCKETS + 1,) or t.dtype != torch.float64 for t in (weights or {}).values()) or (

@@ -43,7 +43,7 @@ class _Form:
         made = layer_of(layer.name, layer.module, layer.heads, stream, layer.running)
         assert made.kept is not None
         made.kept.narrow, made.kept.implicit = self.narrow, self.implicit
-        made.proof, made.dense_parts, made.rotary, made.fixed = None, dict(self.dense), self.rotary, made.kept.fixed
+        made.proof, made.dense_parts, made.rotary = None, dict(self.dense), self.rotary
         return made
 
 

@@ -12,11 +12,10 @@ from timm.layers.attention import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from ..layers.attention import AttentionLayer
+from ..layers.attention import AttentionLayer, Fill
 from ..layers.base import Layer
 from ..layers.ffn import FFNLayer
-from ..layers.filling import fill_fused
-from ..layers.heads import Heads, Stream, is_identity
+from ..layers.heads import Heads, HeadWeights, Input, Stream, as_parameter, flatten_heads, is_identity
 from ..nn.linear import LowRankLinear
 from ..nn.low_rank_attention import LowRankAttention
 from .changed import changed, patched
@@ -87,7 +86,22 @@ def _attention(name: str, module: Any) -> AttentionLayer | str:
 
     fused = bool(getattr(module, "fused_attn", True))
     heads, stream = Heads.of(module.num_heads, head_dim), Stream.fused("qkv", "proj")
-    return AttentionLayer(name, module, heads, stream, build, fill_fused(module), dense, fused=fused)
+    return AttentionLayer(name, module, heads, stream, build, _fill(module), dense, fused=fused)
+
+
+def _fill(original: Any) -> Fill:
+    """Writes per-head weights into a :class:`~comcat.nn.LowRankAttention` that replaces ``original``."""
+
+    def fill(small: Any, heads: HeadWeights, places: Tensor | None) -> None:
+        weight, bias = heads.rows(Input("qkv", ("query", "key", "value")))
+        small.qkv.weight = as_parameter(weight, original.qkv.weight)
+        if bias is not None:
+            small.qkv.bias = as_parameter(bias, original.qkv.bias)
+        small.proj.weight = as_parameter(flatten_heads(heads.output).mT, original.proj.weight)
+        if small.proj.bias is not None and heads.output_bias is not None:
+            small.proj.bias = as_parameter(heads.output_bias, original.proj.weight)
+
+    return fill
 
 
 class LowRankWindowAttention(LowRankAttention, WindowAttention):

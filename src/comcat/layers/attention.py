@@ -39,8 +39,7 @@ class AttentionLayer(Layer):
         dense_parts: parts that must keep their width, and why.
         rotary: how the components of a rotated query pair up: ``half`` (i with i + d / 2), ``next`` (2 i with 2 i + 1),
             or None.
-        fused: whether queries and values run at one width, that of the wider, as fused kernels want it; fixed: the
-            products run at the full width whatever is kept, the rest being zeros.
+        fused: whether queries and values run at one width, that of the wider, as fused kernels want it.
         running: what computes the same through linear layers that are called; default the module itself.
         kept: what builds and fills stand-ins that keep the host's forward, where that is the way.
     """
@@ -67,20 +66,24 @@ class AttentionLayer(Layer):
         *,
         rotary: str | None = None,
         fused: bool = True,
-        fixed: bool = False,
         running: nn.Module | None = None,
         kept: KeptForward | None = None,
     ) -> None:
         super().__init__(name, module, dense_parts)
         self.heads, self.stream = heads, stream
         self.build, self.fill = build, fill
-        self.rotary, self.fused, self.fixed = rotary, fused, fixed
+        self.rotary, self.fused = rotary, fused
         self._running = running
         self.kept = kept
 
     @property
     def running(self) -> nn.Module:
         return self.module if self._running is None else self._running
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the products run at the full width whatever is kept, the rest being zeros."""
+        return self.kept is not None and self.kept.fixed
 
     @property
     def qk_part(self) -> str:

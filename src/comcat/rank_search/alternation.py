@@ -171,7 +171,7 @@ class Alternation(Task):
         }
 
     def names(self) -> list[str]:
-        return [f"{site.name}.{part}" for site, part, _ in self.space.rows]
+        return [f"{layer.name}.{part}" for layer, part, _ in self.space.rows]
 
     def plan(self) -> Plan:
         """What the distribution has come to."""

@@ -82,7 +82,7 @@ class RankDistribution(nn.Module):
         return scores.masked_fill(~self.valid, -torch.inf).softmax(-1)
 
     def cost(self, probabilities: Tensor) -> Tensor:
-        """Expected cost as a share of the budget; the parts of one site are independent."""
+        """Expected cost as a share of the budget; the parts of one layer are independent."""
         alone = torch.zeros_like(probabilities[:1])
         alone[0, 0] = 1
         p = torch.cat([probabilities, alone])
