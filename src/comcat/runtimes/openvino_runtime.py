@@ -1,0 +1,63 @@
+"""OpenVINO on the processor, without its telemetry."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .sessions import PRECISIONS, FileSession, Port
+
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+
+
+class OpenVinoSession(FileSession):
+    """An ``.xml`` (OpenVINO) or ``.onnx`` file, compiled for one stream, as latency wants it.
+
+    A file of floats is computed in ``precision``; a quantized one, with ``int8``, as OpenVINO does by default, where
+    what is not quantized runs in bf16 on processors that have it.
+    """
+
+    runtime = "openvino"
+    package = "openvino"
+    extra = "openvino"
+    precisions: ClassVar[tuple[str, ...]] = PRECISIONS
+    suffixes: ClassVar[tuple[str, ...]] = (".xml", ".onnx")
+
+    def _read(self, path: Path) -> None:
+        openvino = openvino_module()
+        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
+        if self.precision in _HINTS:
+            config["INFERENCE_PRECISION_HINT"] = _HINTS[self.precision]
+        if self.threads is not None:
+            config["INFERENCE_NUM_THREADS"] = self.threads
+        compiled = openvino.Core().compile_model(str(path), "CPU", config)
+        self.version = openvino.__version__.partition("-")[0]
+        self._request = compiled.create_infer_request()
+        self.inputs = tuple(_port(one) for one in compiled.inputs)
+        self._outputs = len(compiled.outputs)
+
+    def _run(self, inputs: Any) -> Any:
+        self._request.infer(inputs, share_inputs=True, share_outputs=True)
+
+    def _arrays(self, outputs: Any) -> list[np.ndarray]:
+        return [np.array(self._request.get_output_tensor(i).data) for i in range(self._outputs)]
+
+
+def _port(one: Any) -> Port:
+    shape = tuple(None if size.is_dynamic else size.get_length() for size in one.get_partial_shape())
+    names = sorted(one.get_names())
+    return Port(names[0] if names else one.node.friendly_name, shape, np.dtype(one.get_element_type().to_dtype()))
+
+
+def openvino_module() -> Any:
+    """``openvino``, which does not report to anybody: left to itself it does so already when it is imported.
+
+    It and NNCF look for the package that does the reporting, and do without where there is none.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino

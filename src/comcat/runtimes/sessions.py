@@ -1,0 +1,214 @@
+"""A model ready to run somewhere: what every runtime's session is, and timings of several in turns."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from ..errors import ComcatError, ModelError
+from ..progress import Progress
+from ..wording import by
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: In which a session can be asked to compute.
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input of a file: its name, its shape (None where any size will do), and the type of NumPy it wants."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: np.dtype
+
+    def takes(self, array: np.ndarray) -> bool:
+        """Whether an array has this shape."""
+        return array.ndim == len(self.shape) and all(
+            size in (None, given) for size, given in zip(self.shape, array.shape, strict=True)
+        )
+
+    @property
+    def text(self) -> str:
+        return f"'{self.name}' ({' x '.join('any' if size is None else str(size) for size in self.shape)})"
+
+
+class Session(ABC):
+    """A model in one runtime, called with arrays.
+
+    Args:
+        source: an ``nn.Module``, or the path of a file; each runtime says which.
+        precision: one of :data:`PRECISIONS`; threads: of the processor, default what the runtime takes by itself.
+
+    Attributes:
+        runtime, package: its name, and that of the package that it needs.
+        precision: in which it computes; threads: None for what the runtime takes by itself.
+        version: of the runtime.
+
+    Raises:
+        ComcatError: the runtime is not installed, or does not compute in this precision.
+        ModelError: nothing that it can run, or no file.
+    """
+
+    runtime: ClassVar[str]
+    package: ClassVar[str]
+    extra: ClassVar[str] = ""
+    precisions: ClassVar[tuple[str, ...]]
+
+    def __init__(self, source: nn.Module | str | Path, precision: str = "fp32", threads: int | None = None) -> None:
+        if precision not in self.precisions:
+            raise ComcatError(
+                f"{self.runtime} does not compute in {precision!r} here; choose {' or '.join(self.precisions)}"
+            )
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise ComcatError(f"threads is {threads!r}; give a number of 1 or more")
+        self.precision, self.threads = precision, threads
+        self.version = ""
+        self.name = str(source) if isinstance(source, (str, Path)) else type(source).__name__
+        self._open(source)
+
+    def __repr__(self) -> str:
+        threads = "its own" if self.threads is None else self.threads
+        return f"Session({self.name!r} in {self.runtime} {self.version}, {self.precision}, {threads} threads)"
+
+    @abstractmethod
+    def _open(self, source: Any) -> None:
+        """Make it ready to run."""
+
+    @abstractmethod
+    def _prepared(self, arrays: Sequence[np.ndarray], named: Mapping[str, np.ndarray]) -> Any:
+        """The inputs as the runtime wants them; ModelError where it does not want them."""
+
+    @abstractmethod
+    def _run(self, inputs: Any) -> Any:
+        """One batch, finished when it returns."""
+
+    @abstractmethod
+    def _arrays(self, outputs: Any) -> list[np.ndarray]:
+        """The outputs of :meth:`_run`, copied."""
+
+    def __call__(self, *arrays: np.ndarray, **named: np.ndarray) -> list[np.ndarray]:
+        """Run one batch.
+
+        Args:
+            arrays: the inputs in their order; named: or by name.
+
+        Returns:
+            Every output, in order.
+
+        Raises:
+            ModelError: inputs of other names, numbers or shapes than the model takes.
+        """
+        return self._arrays(self._run(self._prepared(arrays, named)))
+
+    def seconds(self, arrays: Sequence[np.ndarray], repeats: int = 1) -> list[float]:
+        """How long a batch takes, each of ``repeats`` times after one that does not count; inputs are converted before.
+
+        Raises:
+            ModelError: as calling it.
+        """
+        inputs = self._prepared(arrays, {})
+        self._run(inputs)
+        return [self._timed(inputs) for _ in range(repeats)]
+
+    def _timed(self, inputs: Any) -> float:
+        begin = time.perf_counter()
+        self._run(inputs)
+        return time.perf_counter() - begin
+
+
+class FileSession(Session):
+    """One that reads a file and knows its inputs.
+
+    Attributes:
+        inputs: what the file takes.
+        suffixes: endings of the files that the runtime reads.
+    """
+
+    suffixes: ClassVar[tuple[str, ...]]
+    inputs: tuple[Port, ...]
+
+    def _open(self, source: Any) -> None:
+        if not isinstance(source, (str, Path)):
+            raise ModelError(
+                f"{self.runtime} runs exported files ({', '.join(self.suffixes)}), not {type(source).__name__}; write "
+                "one with comcat.export"
+            )
+        path = Path(source)
+        if path.suffix not in self.suffixes:
+            raise ModelError(f"{self.runtime} reads {', '.join(self.suffixes)}, not '{path}'")
+        if not path.is_file():
+            raise ModelError(f"there is no file '{path}'")
+        try:
+            self._read(path)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ModelError(f"{self.runtime} cannot read '{path}': {_first_line(error)}") from error
+
+    @abstractmethod
+    def _read(self, path: Path) -> None:
+        """Load it; sets ``inputs``."""
+
+    def _prepared(self, arrays: Sequence[np.ndarray], named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        wanted = ", ".join(port.text for port in self.inputs)
+        names = [port.name for port in self.inputs]
+        given = dict(zip(names, arrays, strict=False)) | dict(named)
+        if len(arrays) + len(named) != len(names) or set(given) != set(names):
+            what = f"{len(arrays)} arrays" + (f" and {', '.join(map(repr, named))}" if named else "")
+            raise ModelError(f"'{self.name}' takes {wanted}, and got {what}")
+        made = {}
+        for port in self.inputs:
+            array = np.asarray(given[port.name])
+            if not port.takes(array):
+                raise ModelError(f"'{self.name}' takes {wanted}, and got {by(array.shape)} for '{port.name}'")
+            if array.dtype.kind != port.dtype.kind:
+                raise ModelError(f"'{self.name}' takes {port.dtype} for '{port.name}', and got {array.dtype}")
+            made[port.name] = np.ascontiguousarray(array, dtype=port.dtype)
+        return made
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def in_turns(
+    sessions: Sequence[Session],
+    arrays: Sequence[np.ndarray] | Sequence[Sequence[np.ndarray]],
+    rounds: int = 7,
+    repeats: int = 1,
+    progress: Progress | None = None,
+) -> list[list[float]]:
+    """Seconds of a batch in several sessions, one after the other in every round, so that a busy machine slows all.
+
+    Args:
+        arrays: the inputs of all, or one list of inputs for each.
+        rounds: of which each session has its turn in; after one that does not count.
+        repeats: how often a session runs in its turn; the least of these counts for the round.
+        progress: called as ``progress("timing", turns done, turns in all)``.
+
+    Returns:
+        For each session, one figure per round.
+    """
+    each = [list(arrays)] * len(sessions) if _same_for_all(arrays) else [list(one) for one in arrays]
+    inputs = [one._prepared(own, {}) for one, own in zip(sessions, each, strict=True)]
+    times: list[list[float]] = [[] for _ in sessions]
+    for turn in range(rounds + 1):
+        for spent, one, own in zip(times, sessions, inputs, strict=True):
+            least = min(one._timed(own) for _ in range(repeats))
+            if turn:
+                spent.append(least)
+        if progress:
+            progress("timing", turn + 1, rounds + 1)
+    return times
+
+
+def _same_for_all(arrays: Sequence[Any]) -> bool:
+    return all(isinstance(array, np.ndarray) for array in arrays)
