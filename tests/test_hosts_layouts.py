@@ -68,7 +68,8 @@ class Host(NamedTuple):
     counted: bool = True
 
 
-BOTH, LOW, NEURONS = ("qk", "vo"), ("fc1", "fc2"), ("neurons", "fc1", "fc2")
+BOTH, CHANNELS = ("qk", "vo"), ("qk", "channels")
+LOW, NEURONS = ("fc1", "fc2"), ("neurons", "fc1", "fc2")
 LEVIT = {"img_size": 64, "embed_dim": (30, 42, 54), "key_dim": 5, "num_heads": (3, 2, 3), "depth": (1, 1, 1)}
 FORMER = {"img_size": 64, "embed_dims": (6, 10, 14, 22), "depths": (1, 1, 1, 2), "num_vit": 1}
 TNT = {"img_size": 32, "depth": 1, "embed_dim": 24, "inner_dim": 12, "num_heads_inner": 2, "num_heads_outer": 4}
@@ -85,14 +86,14 @@ HOSTS = {
         saved=False,  # it computes a buffer when it is first run, which the rebuilt model does not have
     ),
     "batch normalization": Host(
-        partial(named, "levit_128s", **LEVIT), {"Attention": {("qk",)}, "AttentionDownsample": {("qk",)}}, {LOW}
+        partial(named, "levit_128s", **LEVIT), {"Attention": {CHANNELS}, "AttentionDownsample": {CHANNELS}}, {LOW}
     ),
     "batch normalization, convolutions": Host(
-        partial(named, "levit_conv_128s", **LEVIT), {"Attention": {("qk",)}, "AttentionDownsample": {("qk",)}}, {LOW}
+        partial(named, "levit_conv_128s", **LEVIT), {"Attention": {CHANNELS}, "AttentionDownsample": {CHANNELS}}, {LOW}
     ),
     "talking heads, filters": Host(
         partial(named, "efficientformerv2_s0", **FORMER),
-        {"Attention2d": {("qk",)}, "Attention2dDownsample": {("qk",)}},
+        {"Attention2d": {CHANNELS}, "Attention2dDownsample": {CHANNELS}},
         {LOW},
         counted=False,  # one output is at a finer grid than its queries, which comcat does not see, and says so
     ),

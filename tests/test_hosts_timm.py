@@ -46,7 +46,7 @@ HOSTS = {
     "qk norm": Host(partial(vit, qk_norm=True), {f"{ATTN} (qk)": "query-key normalization"}, ("vo",)),
     "scale attn norm": Host(partial(vit, scale_attn_norm=True), {f"{ATTN} (vo)": "normalization"}, ("qk",)),
     "scale mlp norm": Host(partial(vit, scale_mlp_norm=True), ffn=("fc1", "fc2")),
-    "gated": Host(gated, {f"{ATTN} (vo)": "gate"}, ("qk",)),
+    "gated": Host(gated, attention=("qk", "channels")),
     "res-post-norm": Host(partial(vit, block_fn=ResPostBlock, init_values=1e-5)),
     "parallel things": Host(partial(vit, block_fn=ParallelThingsBlock), attention=(), ffn=()),
     "wide heads": Host(partial(vit, embed_dim=21, num_heads=3)),
@@ -175,7 +175,7 @@ def test_a_subclass_is_not_taken_for_what_it_derives_from() -> None:
     class Mine(Attention):
         def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
             q, k, v = self.qkv(x).unflatten(-1, (3, 3, 5)).permute(2, 0, 3, 1, 4)
-            return self.proj(((q * q).softmax(-1) @ k.mT @ v.tanh()).transpose(1, 2).flatten(2))
+            return self.proj(((q * q).softmax(-1) @ k.mT @ v.softmax(-1)).transpose(1, 2).flatten(2))
 
     model = vit()
     model.blocks[0].attn = Mine(15, num_heads=3).double()

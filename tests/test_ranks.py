@@ -13,6 +13,7 @@ from comcat.hosts import find_layers
 from comcat.rank_search.distribution import RankDistribution, candidate_widths
 from comcat.rank_search.space import SearchSpace
 from conftest import calibrated, images, make, swin, vit
+from test_hosts_timm import gated
 from test_latency import measure
 
 pytestmark = pytest.mark.usefixtures("no_source")
@@ -22,6 +23,7 @@ HOSTS: dict[str, Any] = {
     "no biases": lambda: vit(qkv_bias=False, proj_bias=False),
     "layer scale": lambda: vit(init_values=0.5),
     "query-key norm": lambda: vit(qk_norm=True),
+    "gate": gated,
     "swin": swin,
     "two classifiers": lambda: make(
         "deit_tiny_distilled_patch16_224",

@@ -3,6 +3,8 @@
 * It depends on ``W_q W_k^T`` alone if any basis of a head's queries, with the inverse one of its keys, leaves the
   output as it is; and likewise on ``W_v W_o``. Where queries and keys are rotated (rotary embedding) only turns within
   each pair of components do.
+* Where ``W_v W_o`` is not all that it depends on, the channels of the values are free if those that lead nowhere can be
+  left out, as with the neurons of an FFN (:mod:`comcat.hosts.ffn_proof`).
 * A stand-in with narrower heads puts out what the original does with weights of that rank.
 """
 
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from ..layers.attention import AttentionLayer
 from ..layers.base import Finding, Layer
-from ..layers.heads import HeadWeights, joined_output, spread
+from ..layers.heads import HeadWeights, Places, Role, joined_output, spread
 from ..linalg.rotary import LAYOUTS, pair_places
 from ..nn.copies import copy_with
 from .attention_structure import attention_of, layer_of, variants
@@ -32,6 +34,7 @@ class _Form:
     by_head: bool
     by_component: bool = False
     rotary: str | None = None
+    by_channel: bool = False
     narrow: str = ""
     implicit: bool = False
 
@@ -43,8 +46,14 @@ class _Form:
         made = layer_of(layer.name, layer.module, layer.heads, stream, layer.running)
         assert made.kept is not None
         made.kept.narrow, made.kept.implicit = self.narrow, self.implicit
-        made.proof, made.dense_parts, made.rotary = None, dict(self.dense), self.rotary
+        made.proof, made.dense_parts = None, dict(self.dense)
+        made.rotary, made.by_channel = self.rotary, self.by_channel
         return made
+
+    @property
+    def lacks(self) -> tuple[int, bool]:
+        """How much is missing of both products: what stays dense, then what is left out by channels alone."""
+        return len(self.dense), self.by_channel
 
 
 def prove_attention(found: Layer, trial: Trial) -> Finding:
@@ -56,9 +65,9 @@ def prove_attention(found: Layer, trial: Trial) -> Finding:
         if layer.running is not layer.module and not trial.holds(layer.running):
             return Finding(f"it reads its weights in a way of its own ({trial.said()})")
         form = _products(trial, layer)
-        if best is None or len(form.dense) < len(best[1].dense):
+        if best is None or form.lacks < best[1].lacks:
             best = layer, form
-        if not form.dense:
+        if not any(form.lacks):
             break
     assert best is not None
     layer, form = best
@@ -73,8 +82,8 @@ def prove_attention(found: Layer, trial: Trial) -> Finding:
 
 
 def _products(trial: Trial, layer: AttentionLayer) -> _Form:
-    """Which of the two products exist."""
-    rotary, dense = None, {}
+    """Which of the two products exist, and whether values can be left out by channels where theirs does not."""
+    rotary, by_channel, dense = None, False, {}
     trial.rounding = _rounding(trial, layer)
     if not any("query" in one.roles for one in layer.stream.inputs):
         dense["qk"] = "its scores do not come from queries and keys of its own"
@@ -88,11 +97,37 @@ def _products(trial: Trial, layer: AttentionLayer) -> _Form:
                 f"operation acts between projections and scores ({said})"
             )
     if not trial.holds(_turned(layer, "vo")):
-        dense["vo"] = (
-            "the output does not follow from the product of values and output weights alone: a norm, a gate or another "
-            f"operation acts between them ({trial.said()})"
-        )
-    return _Form(dense, any(one.by_head for one in layer.stream.inputs), layer.stream.by_component, rotary)
+        by_channel = layer.heads.value_width > 1 and _channels_are_free(trial, layer)
+        if not by_channel:
+            dense["vo"] = (
+                "the output does not follow from the product of values and output weights alone, and channels depend "
+                f"on each other: a norm or another operation acts between them ({trial.said()})"
+            )
+    by_head = any(one.by_head for one in layer.stream.inputs)
+    return _Form(dense, by_head, layer.stream.by_component, rotary, by_channel)
+
+
+def _channels_are_free(trial: Trial, layer: AttentionLayer) -> bool:
+    """Whether a random half of the channels can be left out, and the other half too, where they lead nowhere."""
+    heads, kept = layer.heads, layer.kept
+    assert kept is not None
+    order = _channels(layer)
+    half = heads.value_width // 2
+    for keep in (order[:, :half], order[:, half:]):
+        choice = {"channels": keep.shape[1]}
+        weights, dense = _truncated(layer, choice, keep)
+        small = kept.build(heads.width, layer.vo_width(choice), layer.placed(choice))
+        kept.fill(small, *weights)
+        if not trial.holds(small, trial.run(with_weights(layer, dense))):
+            return False
+    return True
+
+
+def _channels(layer: AttentionLayer) -> Tensor:
+    """(groups, d_v): the channels of every group in an order of its own."""
+    generator = torch.Generator().manual_seed(4)
+    heads = layer.heads
+    return torch.stack([torch.randperm(heads.value_width, generator=generator) for _ in range(heads.groups)])
 
 
 def _rounding(trial: Trial, layer: AttentionLayer) -> float:
@@ -179,11 +214,11 @@ def _stand_in(trial: Trial, layer: AttentionLayer, form: _Form) -> _Form | None:
     if "qk" not in form.dense:
         choice[layer.qk_part] = max(1, (heads.width // 2 if layer.rotary else heads.width) - 1)
     if "vo" not in form.dense:
-        choice["vo"] = max(1, min(heads.value_width - 2, layer.full["vo"]))
-    weights, dense = _truncated(layer, choice)
+        choice[layer.vo_part] = max(1, min(heads.value_width - 2, layer.full[layer.vo_part]))
+    weights, dense = _truncated(layer, choice, _channels(layer)[:, : choice.get("channels", 0)])
     reference = trial.run(with_weights(layer, dense))
     ways = [("", False)]
-    if "qk" in choice and kept.widths:
+    if "qk" in choice and "channels" not in choice and kept.widths:
         told = ("widths", "totals") if kept.totals else ("widths",)
         ways = [*((narrow, implicit) for narrow in told for implicit in (False, True)), *ways]
     for kept.narrow, kept.implicit in ways:
@@ -195,16 +230,21 @@ def _stand_in(trial: Trial, layer: AttentionLayer, form: _Form) -> _Form | None:
 
 
 def _truncated(
-    layer: AttentionLayer, choice: Mapping[str, int]
-) -> tuple[tuple[HeadWeights, Tensor | None], HeadWeights]:
-    """(Weights of a stand-in with the first components of every head, and their places; the same at full width)."""
+    layer: AttentionLayer, choice: Mapping[str, int], channels: Tensor
+) -> tuple[tuple[HeadWeights, Places], HeadWeights]:
+    """(Weights of a stand-in with the first components of every head, and their places; the same at full width).
+
+    Args:
+        channels: (groups, r) of the values, in place of the first ones, where the choice is of channels.
+    """
     w, heads = layer.weights(), layer.heads
-    small, dense, places = w, w, None
+    small, dense = w, w
+    places: dict[Role, Tensor] = {}
     if "qk" in choice or "pairs" in choice:
         if "pairs" in choice:
             pairs = torch.arange(choice["pairs"]).expand(heads.groups, -1)
             of_keys = pair_places(pairs, heads.width, str(layer.rotary))
-            places = torch.cat([spread(of_keys, heads.num), of_keys])
+            places |= {"query": spread(of_keys, heads.num), "key": of_keys}
         else:
             of_keys = torch.arange(choice["qk"]).expand(heads.groups, -1)
         of_queries = spread(of_keys, heads.num)
@@ -225,6 +265,12 @@ def _truncated(
         output = w.output.clone()
         output[:, r:] = 0
         dense = replace(dense, output=output)
+    elif "channels" in choice:
+        places["value"], of_heads = channels, spread(channels, heads.num)
+        bias = None if w.value_bias is None else w.value_bias.gather(1, channels)
+        small = replace(small, value=_rows(w.value, channels), value_bias=bias, output=_rows(w.output, of_heads))
+        mask = torch.zeros(heads.num, heads.value_width, dtype=torch.float64).scatter(1, of_heads, 1.0)
+        dense = replace(dense, output=w.output * mask[..., None])
     zero = torch.zeros(w.output.shape[-1], dtype=torch.float64)
     return (replace(small, output_bias=zero if w.output_bias is None else w.output_bias), places), dense
 

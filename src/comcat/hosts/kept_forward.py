@@ -7,7 +7,7 @@ width, which saves what the projections cost, but nothing in the products. Which
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.base import like, size
-from ..layers.heads import Heads, HeadWeights, Input, Role, Stream, as_parameter, joined_output
+from ..layers.heads import Heads, HeadWeights, Input, Places, Role, Stream, as_parameter, joined_output, spread
 from ..nn.copies import copy_with
 from ..nn.linear import plain_linear
 from ..nn.projections import HeadOutput, HeadProjection
@@ -44,8 +44,12 @@ class KeptForward:
     def fixed(self) -> bool:
         return not self.narrow
 
-    def build(self, qk: int, vo: int, placed: bool = False) -> nn.Module:
-        """An empty stand-in: the module's own class, with heads of these widths."""
+    def build(self, qk: int, vo: int, placed: Collection[Role] = ()) -> nn.Module:
+        """An empty stand-in: the module's own class, with heads of these widths.
+
+        Args:
+            placed: whose components go to places of their own within a head of the full width.
+        """
         heads = self.heads
         wide: dict[Role, int] = {role: heads.wide(role) for role in ("query", "key", "value")}
         if self.narrow and not placed:
@@ -61,7 +65,7 @@ class KeptForward:
             bias = out.bias is not None or vo < heads.value_width
             linear = plain_linear(heads.num * vo, size(out)[1], bias, **like(out))
             children[str(self.stream.output)] = HeadOutput(
-                linear, heads.num, vo, wide["value"], self.stream.by_component
+                linear, heads.num, vo, wide["value"], self.stream.by_component, "value" in placed
             )
         for child in children.values():
             child.train(self.running.training)
@@ -70,7 +74,9 @@ class KeptForward:
             self._tell(made, max(qk, vo))
         return made
 
-    def _input(self, one: Input, qk: int, vo: int, wide: Mapping[Role, int], placed: bool) -> nn.Module | None:
+    def _input(
+        self, one: Input, qk: int, vo: int, wide: Mapping[Role, int], placed: Collection[Role]
+    ) -> nn.Module | None:
         """A narrow projection, or None where the original stays."""
         linear: Any = self.running.get_submodule(one.path)
         narrow = {role: vo if role == "value" else qk for role in one.roles}
@@ -83,7 +89,7 @@ class KeptForward:
             [wide[role] for role in one.roles],
             one.by_head,
             linear.bias is not None,
-            placed and one.roles != ("value",),
+            not set(placed).isdisjoint(one.roles),
             **like(linear),
         )
 
@@ -94,9 +100,9 @@ class KeptForward:
         for path, name in self.totals if self.narrow == "totals" else ():
             setattr(made.get_submodule(path), name, width * self.heads.num)
 
-    def fill(self, small: nn.Module, weights: HeadWeights, places: Tensor | None) -> None:
+    def fill(self, small: nn.Module, weights: HeadWeights, places: Places) -> None:
         """Write per-head weights into a stand-in."""
-        if self.narrow and self.implicit and places is None:
+        if self.narrow and self.implicit and not places:
             weights = _scaled(weights, (self._width(small) / self.heads.width) ** 0.5)
         for one in self.stream.inputs:
             made: Any = small.get_submodule(one.path)
@@ -108,9 +114,10 @@ class KeptForward:
             made.linear.weight = as_parameter(weight.reshape(shape), original.weight)
             if bias is not None and made.linear.bias is not None:
                 made.linear.bias = as_parameter(bias, original.weight)
-            if made.places is not None and places is not None:
-                made.place([self._components(role, made.narrow[i], places) for i, role in enumerate(one.roles)])
-                made.to(original.weight.device)
+            if made.places is not None:
+                device = original.weight.device
+                shown = [self._components(role, made.narrow[i], places) for i, role in enumerate(one.roles)]
+                made.place([at.to(device) for at in shown])
         out: Any = small.get_submodule(str(self.stream.output))
         if isinstance(out, HeadOutput):
             original = self.running.get_submodule(str(self.stream.output))
@@ -118,16 +125,16 @@ class KeptForward:
             out.linear.weight = as_parameter(weight.reshape(out.linear.weight.shape), original.weight)
             if out.linear.bias is not None and weights.output_bias is not None:
                 out.linear.bias = as_parameter(weights.output_bias, original.weight)
+            if out.places is not None:
+                out.place(spread(places["value"], self.heads.num).to(original.weight.device))
 
     def _width(self, small: nn.Module) -> int:
         made = small.get_submodule(self.stream.query)
         return made.wide[0] if isinstance(made, HeadProjection) else self.heads.width
 
-    def _components(self, role: Role, narrow: int, places: Tensor) -> Tensor:
-        """(heads, narrow): which components of a full head are kept, from those (H + G, r) of all queries and keys."""
-        if role == "value":
-            return torch.arange(narrow, device=places.device).expand(self.heads.groups, -1)
-        return places[: self.heads.num] if role == "query" else places[self.heads.num :]
+    def _components(self, role: Role, narrow: int, places: Places) -> Tensor:
+        """(heads, narrow): which components of a full head are kept; the first ones where nothing else is said."""
+        return places[role] if role in places else torch.arange(narrow).expand(self.heads.count(role), -1)
 
 
 def _scaled(weights: HeadWeights, by: float) -> HeadWeights:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from ..layers.attention import AttentionLayer, Fill
 from ..layers.base import Layer
 from ..layers.ffn import FFNLayer
-from ..layers.heads import Heads, HeadWeights, Input, Stream, as_parameter, flatten_heads, is_identity
+from ..layers.heads import Heads, HeadWeights, Input, Places, Stream, as_parameter, flatten_heads, is_identity
 from ..nn.linear import LowRankLinear
 from ..nn.low_rank_attention import LowRankAttention
 from .changed import changed, patched
+from .kept_forward import KeptForward
 
 #: Everything that the two attention classes own; a layer with more was changed by somebody, in a way unknown here.
 _ATTENTION_OWNS = {
@@ -46,10 +47,9 @@ def _attention(name: str, module: Any) -> AttentionLayer | str:
         dense["qk"] = "query-key normalization acts between the projections and the scores"
     if not is_identity(getattr(module, "norm", None)):
         dense["vo"] = "normalization acts between attention and output projection"
-    elif getattr(module, "gate", None) is not None:
-        dense["vo"] = "a gate acts between attention and output projection"
     if len(dense) == 2:
-        return "normalization or gating acts on both products"
+        return "normalization acts on both products"
+    gated = getattr(module, "gate", None) is not None
     head_dim = module.qkv.out_features // (3 * module.num_heads)
 
     def build(qk_rank: int, vo_rank: int) -> nn.Module:
@@ -86,13 +86,16 @@ def _attention(name: str, module: Any) -> AttentionLayer | str:
 
     fused = bool(getattr(module, "fused_attn", True))
     heads, stream = Heads.of(module.num_heads, head_dim), Stream.fused("qkv", "proj")
-    return AttentionLayer(name, module, heads, stream, build, _fill(module), dense, fused=fused)
+    if not gated or "vo" in dense:
+        return AttentionLayer(name, module, heads, stream, build, _fill(module), dense, fused=fused)
+    kept = KeptForward(module, heads, stream)
+    return AttentionLayer(name, module, heads, stream, build, _fill(module), dense, by_channel=True, kept=kept)
 
 
 def _fill(original: Any) -> Fill:
     """Writes per-head weights into a :class:`~comcat.nn.LowRankAttention` that replaces ``original``."""
 
-    def fill(small: Any, heads: HeadWeights, places: Tensor | None) -> None:
+    def fill(small: Any, heads: HeadWeights, places: Places) -> None:
         weight, bias = heads.rows(Input("qkv", ("query", "key", "value")))
         small.qkv.weight = as_parameter(weight, original.qkv.weight)
         if bias is not None:

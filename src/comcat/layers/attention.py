@@ -4,6 +4,13 @@ The host says where the four matrices are (:class:`~comcat.layers.heads.Stream`)
 products exist, and how the layer runs with narrower ones. Where queries and keys are rotated between projection and
 product (rotary embedding), the parts of the query-key product that exist by themselves are pairs of components: the
 part is then called ``pairs``, and the pairs are chosen, not mixed.
+
+Where an operation on single channels stands between values and output projection (an activation, a gate, a filter per
+channel), their product does not exist, but a channel is a unit as a neuron of an FFN is:
+
+    out = sum_j act(z_j) w_o,j          z = softmax(scores) v
+
+The part is then called ``channels``: as many of every head are kept, and the output weights are refitted to them.
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ from .attention_factors import AttentionFactors
 from .base import Choice, Layer, given, is_pointwise, size
 from .cost import Cost, Shape
 from .gates import AttentionGates, LayerGates
-from .heads import Heads, HeadWeights, Stream, split_output
+from .heads import Heads, HeadWeights, Places, Role, Stream, split_output
 from .recording import Recorder, ShapeCounter, as_rows
 
 if TYPE_CHECKING:
@@ -26,12 +33,12 @@ if TYPE_CHECKING:
 
 #: Makes an empty stand-in from the widths of one head's queries and keys, and of its values.
 Build = Callable[[int, int], nn.Module]
-#: Writes weights (of any head widths) into such a stand-in; ``places`` are the kept components of rotated queries.
-Fill = Callable[[Any, HeadWeights, "Tensor | None"], None]
+#: Writes weights (of any head widths) into such a stand-in.
+Fill = Callable[[Any, HeadWeights, Places], None]
 
 
 class AttentionLayer(Layer):
-    """Attention with H heads of width d: ranks ``qk`` (or ``pairs``, up to d / 2) and ``vo``.
+    """Attention with H heads of width d: ranks ``qk`` (or ``pairs``, up to d / 2) and ``vo`` (or ``channels``).
 
     Args:
         heads, stream: how many heads there are, and where their matrices are inside ``running``.
@@ -39,6 +46,8 @@ class AttentionLayer(Layer):
         dense_parts: parts that must keep their width, and why.
         rotary: how the components of a rotated query pair up: ``half`` (i with i + d / 2), ``next`` (2 i with 2 i + 1),
             or None.
+        by_channel: whether values can be left out channel by channel, where their product with the output projection
+            does not exist.
         fused: whether queries and values run at one width, that of the wider, as fused kernels want it.
         running: what computes the same through linear layers that are called; default the module itself.
         kept: what builds and fills stand-ins that keep the host's forward, where that is the way.
@@ -49,8 +58,9 @@ class AttentionLayer(Layer):
         "qk": (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75),
         "pairs": (0.125, 0.25, 0.375, 0.5, 0.75),
         "vo": (0.125, 0.25, 0.375, 0.5, 0.625, 0.8),
+        "channels": (0.125, 0.25, 0.375, 0.5, 0.625, 0.8),
     }
-    linear_in_width = ("qk", "pairs", "vo")
+    linear_in_width = ("qk", "pairs", "vo", "channels")
     one_width = ("qk", "vo")
     timed_together = True
 
@@ -65,6 +75,7 @@ class AttentionLayer(Layer):
         dense_parts: Mapping[str, str] | None = None,
         *,
         rotary: str | None = None,
+        by_channel: bool = False,
         fused: bool = True,
         running: nn.Module | None = None,
         kept: KeptForward | None = None,
@@ -72,7 +83,7 @@ class AttentionLayer(Layer):
         super().__init__(name, module, dense_parts)
         self.heads, self.stream = heads, stream
         self.build, self.fill = build, fill
-        self.rotary, self.fused = rotary, fused
+        self.rotary, self.by_channel, self.fused = rotary, by_channel, fused
         self._running = running
         self.kept = kept
 
@@ -90,25 +101,32 @@ class AttentionLayer(Layer):
         return "pairs" if self.rotary else "qk"
 
     @property
+    def vo_part(self) -> str:
+        return "channels" if self.by_channel else "vo"
+
+    @property
     def forms(self) -> tuple[tuple[str, ...], ...]:  # type: ignore[override]
-        return ((self.qk_part, "vo"),)
+        return ((self.qk_part, self.vo_part),)
 
     @property
     def full(self) -> Choice:
         heads = self.heads
         # A classifier of few classes behind wide heads leaves the product no more rank than it has rows.
         vo = min(heads.value_width, heads.num // heads.groups * size(self.output)[1])
-        widths = {self.qk_part: heads.width // 2 if self.rotary else heads.width, "vo": vo}
-        if self.proof is not None and heads.width % 2 == 0:  # what a saved model was found to be is in its plan
-            widths["pairs"] = heads.width // 2
+        widths = {self.qk_part: heads.width // 2 if self.rotary else heads.width}
+        widths[self.vo_part] = heads.value_width if self.by_channel else vo
+        if self.proof is not None:  # what a saved model was found to be is in its plan
+            widths["channels"] = heads.value_width
+            if heads.width % 2 == 0:
+                widths["pairs"] = heads.width // 2
         return {part: width for part, width in widths.items() if self._product(part) not in self.dense_parts}
 
     @staticmethod
     def _product(part: str) -> str:
-        return "qk" if part == "pairs" else part
+        return {"pairs": "qk", "channels": "vo"}.get(part, part)
 
     def part_of(self, part: str) -> str:
-        return part
+        return "vo" if part == "channels" else part
 
     @property
     def linears(self) -> dict[str, Any]:
@@ -151,6 +169,16 @@ class AttentionLayer(Layer):
     def qk_width(self, choice: Choice) -> int:
         """Width of one head's queries and keys at a choice."""
         return 2 * choice["pairs"] if "pairs" in choice else choice.get("qk", self.heads.width)
+
+    def vo_width(self, choice: Choice) -> int:
+        """Width of one head's values at a choice."""
+        return choice["channels"] if "channels" in choice else choice.get("vo", self.heads.value_width)
+
+    @staticmethod
+    def placed(choice: Choice) -> tuple[Role, ...]:
+        """Whose components keep their places within a full head at a choice."""
+        roles: tuple[Role, ...] = ("query", "key") if "pairs" in choice else ()
+        return (*roles, "value") if "channels" in choice else roles
 
     def moment_shapes(self) -> dict[str, tuple[int, ...]]:
         h = self.heads
@@ -216,10 +244,10 @@ class AttentionLayer(Layer):
         self.check(choice)
         if not choice:
             return {}
-        widths = self.qk_width(choice), choice.get("vo", self.heads.value_width)
-        if "pairs" in choice:
+        widths = self.qk_width(choice), self.vo_width(choice)
+        if placed := self.placed(choice):
             assert self.kept is not None
-            return {self.name: self.kept.build(*widths, placed=True)}
+            return {self.name: self.kept.build(*widths, placed)}
         return {self.name: self.build(*widths)}
 
     def replaced(self, choice: Choice) -> dict[str, nn.Module]:
@@ -234,7 +262,7 @@ class AttentionLayer(Layer):
     def cost(self, widths: Mapping[str, Any], shape: Shape) -> Cost:
         heads = self.heads
         qk = given(widths, self.qk_part) * (2 if self.rotary else 1)
-        vo = given(widths, "vo")
+        vo = given(widths, self.vo_part)
         dense = (qk < 0) & (vo < 0)
         qk, vo = np.where(qk < 0, heads.width, qk), np.where(vo < 0, heads.value_width, vo)
         cost = self._cost(qk, vo, shape)
@@ -276,8 +304,8 @@ class AttentionLayer(Layer):
 
     def linear_size(self, part: str) -> tuple[int, int]:
         h, D = self.heads, size(self.running.get_submodule(self.stream.query))[0]
-        if part == "vo":
-            return h.groups * D + h.num * size(self.output)[1], self.full.get("vo", h.value_width)
+        if part in ("vo", "channels"):
+            return h.groups * D + h.num * size(self.output)[1], self.full.get(part, h.value_width)
         return (h.num + h.groups) * D * (2 if self.rotary else 1), self.full[part]
 
     def equal_share(self, part: str) -> tuple[int, int]:

@@ -1,4 +1,7 @@
-"""The factors of an attention layer: the query-key and the value-output product of every head, nested in the rank."""
+"""The factors of an attention layer: the query-key and the value-output product of every head, nested in the rank.
+
+Where one of them does not exist: which rotated pairs, or which channels of the values, are worth keeping.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..linalg import factorize
-from ..linalg.factorize import Projection, QKFactors
+from ..linalg.factorize import ChannelOrder, Projection, QKFactors
 from ..linalg.rotary import PairOrder, order_pairs, pair_places
 from ..models.running import double
 from .base import Choice
 from .factors import Factors, Moments
-from .heads import HeadWeights, grouped, spread, zeros_like_bias
+from .heads import HeadWeights, Places, Role, grouped, spread, zeros_like_bias
 
 if TYPE_CHECKING:
     from .attention import AttentionLayer
@@ -56,11 +59,36 @@ class AttentionFactors(Factors["AttentionLayer"]):
     @cached_property
     def vo(self) -> Projection:
         """Per group: values are shared, their output weights lie side by side."""
-        target = double(self.heads.output)
-        if "out_grad" in self.moments:
-            target = target @ factorize.whitening(self.moments["out_grad"]).mT
+        target = self._weighted_output
         target = target.unflatten(0, (self.layer.heads.groups, -1)).movedim(1, 2).flatten(2)  # (G, d_v, H / G D_out)
         return factorize.project(self.value_moments, target)
+
+    @cached_property
+    def channels(self) -> ChannelOrder:
+        """Channels of the values per group, most worth keeping first; after each, the output weights are refitted."""
+        return factorize.order_channels(self._inputs, self._weighted_output, self.layer.heads.groups)
+
+    @property
+    def _inputs(self) -> Tensor:
+        """(H d_v, H d_v) covariance of what the output projection takes; data-free, channels of variance ``|w_v|^2``.
+
+        Without data, channels are taken as independent, as neurons are.
+        """
+        if self.moments:
+            return self.moments["z"]
+        return torch.diag(spread(double(self.heads.value).square().sum(-1), self.layer.heads.num).flatten())
+
+    @property
+    def _weighted_output(self) -> Tensor:
+        """Output weights (H, d_v, D_out), in units of the loss where gradients were collected."""
+        target = double(self.heads.output)
+        return target @ factorize.whitening(self.moments["out_grad"]).mT if "out_grad" in self.moments else target
+
+    def places_of(self, channels: Tensor) -> Tensor:
+        """(groups, r) channels as indices (H, r) into the inputs of the output projection, head after head."""
+        heads = self.layer.heads
+        first = torch.arange(heads.num, device=channels.device) * heads.value_width
+        return spread(channels, heads.num) + first[:, None]
 
     @cached_property
     def value_moments(self) -> Tensor:
@@ -73,22 +101,26 @@ class AttentionFactors(Factors["AttentionLayer"]):
 
     def _moments_of(self, choice: Choice) -> list[Tensor]:
         products = [] if choice.keys().isdisjoint(("qk", "pairs")) else [self.moments["q"], self.moments["k"]]
-        return [*products, self.value_moments] if "vo" in choice else products
+        values = {"vo": self.value_moments, "channels": self.moments["z"]}
+        return [*products, *(moment for part, moment in values.items() if part in choice)]
 
     def _energy(self, part: str) -> Tensor:
         # Heads of one layer share a rank: a component of the layer is one component of every head.
         if part == "vo":
             return self.vo.gains.sum(0)
+        if part == "channels":
+            return -self.channels.errors.diff()
         return (self.qk.gains if part == "qk" else self.pairs.gains).sum(0)
 
     def _build(self, choice: Choice) -> dict[str, nn.Module]:
-        new = self.layer.empty(choice)
+        new, layer = self.layer.empty(choice), self.layer
+        fill = layer.kept.fill if layer.kept is not None and layer.placed(choice) else layer.fill
         for small in new.values():
-            self.layer.fill(small, *self.reduced(choice))
+            fill(small, *self.reduced(choice))
         return new
 
-    def reduced(self, choice: Choice) -> tuple[HeadWeights, Tensor | None]:
-        """The weights at a choice; for rotated pairs also the places (H + G, r) of the kept components.
+    def reduced(self, choice: Choice) -> tuple[HeadWeights, Places]:
+        """The weights at a choice, and which components were kept of what is chosen and not mixed.
 
         A key bias adds the same score to every key of a query, which the softmax removes, where nothing stands between
         projection and product; it is carried all the same.
@@ -96,7 +128,7 @@ class AttentionFactors(Factors["AttentionLayer"]):
         heads, layer = self.heads, self.layer
         query, key = heads.query, heads.key
         query_bias, key_bias = heads.query_bias, heads.key_bias
-        places = None
+        places: dict[Role, Tensor] = {}
         if "qk" in choice:
             q_map, k_map = self.qk.q_map[..., : choice["qk"]], self.qk.k_map[..., : choice["qk"]]
             q_map = spread(q_map, layer.heads.num)
@@ -110,13 +142,18 @@ class AttentionFactors(Factors["AttentionLayer"]):
             query, key = _taken(query, of_queries), _taken(key, of_keys)
             query_bias = None if query_bias is None else query_bias.gather(1, of_queries)
             key_bias = None if key_bias is None else key_bias.gather(1, of_keys)
-            places = torch.cat([of_queries, of_keys])
+            places |= {"query": of_queries, "key": of_keys}
         value, value_bias = heads.value, heads.value_bias
         output, output_bias = heads.output, heads.output_bias
         if "vo" in choice:
             down, up = self.vo.down[..., : choice["vo"]], self.vo.up[..., : choice["vo"], :]
             value, value_bias = down.mT @ double(value), _mapped(value_bias, down)
             output, output_bias = self._output(spread(down, layer.heads.num), spread(up, layer.heads.num))
+        elif "channels" in choice:
+            places["value"] = keep = self.channels.order[:, : choice["channels"]].sort(-1).values  # (G, r)
+            value = _taken(value, keep)
+            value_bias = None if value_bias is None else value_bias.gather(1, keep)
+            output, output_bias = self._refitted(keep)
         small = HeadWeights(query, key, value, query_bias, key_bias, value_bias, output, output_bias)
         return small, places
 
@@ -153,6 +190,16 @@ class AttentionFactors(Factors["AttentionLayer"]):
         if mean is None:
             return output, output_bias
         return output, output_bias + (mean @ dense - mean @ down @ output).sum((0, 1))
+
+    def _refitted(self, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Output weights (H, r, D_out) and bias behind the kept channels (G, r), with the mean output kept."""
+        at, dense = self.places_of(keep), double(self.heads.output).flatten(0, 1)
+        weight = factorize.refit_neurons(self._inputs, dense, at.flatten())
+        bias = zeros_like_bias(self.heads.output_bias, dense.shape[1], dense)
+        if self.moments:
+            mean = double(self.moments["z_mean"])
+            bias = bias + mean @ dense - mean[at.flatten()] @ weight
+        return weight.unflatten(0, at.shape), bias
 
 
 def _mapped(bias: Tensor | None, by: Tensor) -> Tensor | None:

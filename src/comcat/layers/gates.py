@@ -95,9 +95,9 @@ class AttentionGates(LayerGates):
     def __init__(self, layer: AttentionLayer, factors: AttentionFactors, parts: Sequence[str]) -> None:
         super().__init__(layer.name)
         heads, like = layer.heads, layer.output.weight
-        self.heads, self.stream, self.qk_part = heads, layer.stream, layer.qk_part
+        self.heads, self.stream, self.qk_part, self.vo_part = heads, layer.stream, layer.qk_part, layer.vo_part
         self.shapes = {path: linear.weight.shape for path, linear in layer.linears.items()}
-        full, _ = factors.reduced({part: layer.full[part] for part in parts if part != "pairs"})
+        full, _ = factors.reduced({part: layer.full[part] for part in parts if part not in ("pairs", "channels")})
         for role in ROLES:
             bias = getattr(full, f"{role}_bias")
             self.register_parameter(role, as_parameter(getattr(full, role), like))
@@ -113,15 +113,19 @@ class AttentionGates(LayerGates):
             root = whitening(factors.moments["z"]) @ down  # as where outputs are refitted
             covariance = root.mT @ root
             mean = double(factors.moments["z_mean"]) @ down
-        elif full.value_bias is not None:
+        elif full.value_bias is not None and "channels" not in parts:
             mean = spread(full.value_bias, heads.num).flatten()
         order = torch.arange(len(weight)).view(heads.num, -1).mT.flatten()
+        if "channels" in parts:
+            order = factors.places_of(factors.channels.order).mT.flatten()
+            if factors.moments:
+                covariance, mean = double(factors.moments["z"]), double(factors.moments["z_mean"])
         bias = zeros_like_bias(full.output_bias, weight.shape[1], weight)
         self.output = Refitted(weight, bias, mean, covariance, order, like)
 
     def forward(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
         ones = self.output.mean.new_ones(self.heads.value_width)
-        weight, bias = self.output(masks.get("vo", ones).repeat_interleave(self.heads.num))
+        weight, bias = self.output(masks.get(self.vo_part, ones).repeat_interleave(self.heads.num))
         out = str(self.stream.output)
         if self.stream.by_component:
             weight = joined_output(weight.mT.unflatten(0, (self.heads.num, -1)), True)

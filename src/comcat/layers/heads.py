@@ -9,6 +9,7 @@ product and no D x D matrix is ever formed. Source: COMCAT (arXiv 2305.17235), E
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from ..models.running import double, wide
 
 Role = Literal["query", "key", "value"]
 ROLES: tuple[Role, ...] = ("query", "key", "value")
+#: Which components (heads, r) of a full head a role keeps, where they have to stay at their places.
+Places = Mapping[Role, Tensor]
 
 
 @dataclass(frozen=True)

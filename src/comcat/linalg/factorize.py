@@ -20,6 +20,7 @@ All functions compute in float64 and accept leading batch dimensions (heads) whe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -192,9 +193,54 @@ def order_neurons(moment: Tensor, output: Tensor, block: int | None = None) -> N
         output: (M, D_out) second FFN matrix, times any weighting of the output on the right.
         block: how many neurons go per step; default M / 96.
     """
+    size = block or max(1, moment.shape[0] // 96)
+    removed, costs = _eliminated(moment, output, lambda score, left: score.argsort()[:size])
+    errors = torch.cat(costs).cumsum(0).flip(0)
+    return NeuronOrder(torch.cat(removed).flip(0), torch.cat([errors, errors.new_zeros(1)]))
+
+
+class ChannelOrder(NamedTuple):
+    """Value channels of each group of heads, most worth keeping first."""
+
+    order: Tensor  # (groups, d) int64
+    errors: Tensor  # (d + 1,) errors[r]: expected squared output error when every head keeps its first r, refitted
+
+
+def order_channels(moment: Tensor, output: Tensor, groups: int) -> ChannelOrder:
+    """As :func:`order_neurons`, with one channel of every group per step: that whose loss costs the least.
+
+    Args:
+        moment: (H d, H d) covariance of what the output projection takes, head after head.
+        output: (H, d, D_out) output weights, times any weighting of the output on the right.
+        groups: a channel of one is a channel of each of its H / groups heads.
+    """
+    heads, d = output.shape[:2]
+    first = torch.arange(heads, device=output.device) // (heads // groups) * d
+    channel = (first[:, None] + torch.arange(d, device=output.device)).flatten()  # (H d,): of all groups, as one list
+
+    def cheapest(score: Tensor, left: Tensor) -> Tensor:
+        total = score.new_full((groups * d,), float("inf"))
+        total[channel[left]] = 0
+        total = total.index_add(0, channel[left], score).unflatten(0, (groups, d))
+        worst = total.argmin(1) + torch.arange(groups, device=left.device) * d
+        return torch.isin(channel[left], worst).nonzero()[:, 0]
+
+    removed, costs = _eliminated(moment, output.flatten(0, 1), cheapest)
+    order = torch.stack([step[:: heads // groups] % d for step in removed], 1).flip(1)
+    errors = torch.stack([cost.sum() for cost in costs]).cumsum(0).flip(0)
+    return ChannelOrder(order, torch.cat([errors, errors.new_zeros(1)]))
+
+
+def _eliminated(
+    moment: Tensor, output: Tensor, choose: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Backward elimination: which go per step, and what each of them costs beside the others of its step.
+
+    Args:
+        choose: ``choose(score, left)``: which places of ``left`` (ascending indices) go, by the cost of each alone.
+    """
     moment = double(moment)
     M = moment.shape[0]
-    block = block or max(1, M // 96)
     R = whitening(moment, REFIT_RIDGE)
     inverse = torch.cholesky_inverse(R, upper=True)
     weight = double(output).clone()
@@ -210,7 +256,7 @@ def order_neurons(moment: Tensor, output: Tensor, block: int | None = None) -> N
         diagonal = inverse.diagonal()
         # Beyond the moment's condition number it is rounding that makes an entry this small, and a neuron free.
         score = weight.square().sum(-1) / diagonal.clamp_min(1e-16 * float(diagonal.amax()))
-        drop = score.argsort()[: min(block, len(left))]
+        drop = choose(score, left)
         keep = torch.ones(len(left), dtype=torch.bool, device=left.device)
         keep[drop] = False
         middle = torch.linalg.solve(inverse[drop][:, drop], torch.cat([weight[drop], inverse[drop]], -1))
@@ -222,9 +268,7 @@ def order_neurons(moment: Tensor, output: Tensor, block: int | None = None) -> N
         weight = weight[keep] - cross @ dropped_weight
         inverse = inverse[keep][:, keep] - cross @ dropped_inverse[:, keep]
         left = left[keep]
-    order = torch.cat(removed).flip(0)
-    errors = torch.cat(costs).cumsum(0).flip(0)
-    return NeuronOrder(order, torch.cat([errors, errors.new_zeros(1)]))
+    return removed, costs
 
 
 def refit_neurons(moment: Tensor, output: Tensor, keep: Tensor, ridge: float = REFIT_RIDGE) -> Tensor:

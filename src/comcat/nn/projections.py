@@ -116,13 +116,22 @@ class HeadOutput(nn.Module):
 
     Args:
         by_component: its input holds the first component of every head, then the second of every head, and so on.
+        placed: it takes components of its own choice instead of the first ones: ``places`` (a buffer) holds, for every
+            input of ``linear``, where it is found.
     """
 
-    def __init__(self, linear: Any, heads: int, narrow: int, wide: int, by_component: bool = False) -> None:
+    places: Tensor | None
+
+    def __init__(
+        self, linear: Any, heads: int, narrow: int, wide: int, by_component: bool = False, placed: bool = False
+    ) -> None:
         super().__init__()
         self.linear = linear
         self.heads, self.narrow, self.wide = heads, narrow, wide
         self.by_component = by_component
+        self.register_buffer("places", None)
+        if placed:
+            self.register_buffer("places", torch.zeros(heads * narrow, dtype=torch.int64, device=linear.weight.device))
 
     @property
     def weight(self) -> Tensor:
@@ -142,6 +151,8 @@ class HeadOutput(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(..., heads * wide) to (..., D_out); (B, heads * wide, H, W) for a 1x1 convolution."""
+        if self.places is not None:
+            return self.linear(z.index_select(1 if isinstance(self.linear, nn.Conv2d) else -1, self.places))
         if self.narrow == self.wide:
             return self.linear(z)
         if self.by_component:
@@ -149,6 +160,12 @@ class HeadOutput(nn.Module):
         if isinstance(self.linear, nn.Conv2d):
             return self.linear(z.unflatten(1, (self.heads, self.wide))[:, :, : self.narrow].flatten(1, 2))
         return self.linear(z.unflatten(-1, (self.heads, self.wide))[..., : self.narrow].flatten(-2))
+
+    def place(self, components: Tensor) -> None:
+        """Set ``places``: the components (heads, narrow) of a wide head that are taken."""
+        at = torch.arange(self.heads, device=components.device)[:, None]
+        at = (components * self.heads + at).mT if self.by_component else at * self.wide + components
+        self.places = at.flatten()
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, narrow={self.narrow}, wide={self.wide}"

@@ -64,6 +64,8 @@ def _free(layer: Layer) -> bool:
 def _why(layer: Layer) -> str:
     if "pairs" in layer.full:
         return "its rotary queries and keys keep the width that the angles are for"
+    if "channels" in layer.full:
+        return "an operation on the channels of the values expects all of them"
     return next(iter(layer.dense_parts.values()), "its projections are no linear layers of one width")
 
 

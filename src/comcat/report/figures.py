@@ -32,7 +32,7 @@ def kept_by_part(report: Report) -> tuple[list[str], dict[str, dict[str, Kept]]]
             rows.append(row)
         for part, kept in _parts(layer).items():
             parts.setdefault(part, {})[row] = kept
-    return rows, {part: parts[part] for part in ("qk", "vo", "ffn", "head") if part in parts}
+    return rows, {part: parts[part] for part in ("qk", "vo", "channels", "ffn", "head") if part in parts}
 
 
 def _parts(layer: LayerReport) -> dict[str, Kept]:
@@ -96,7 +96,8 @@ def draw_spectra(summaries: Sequence[SpectrumSummary], path: str | Path | IO[byt
     Raises:
         ComcatError: matplotlib is not installed.
     """
-    parts = [p for p in ("qk", "vo", "fc1", "fc2", "neurons", "head") if any(s.part == p for s in summaries)]
+    there = {summary.part for summary in summaries}
+    parts = [p for p in ("qk", "vo", "channels", "fc1", "fc2", "neurons", "head") if p in there]
     columns = min(3, len(parts))
     lines = -(-len(parts) // columns)
     figure = new_figure(1 + 3.1 * columns, 1.3 + 2.6 * lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 # A compressed layer is shown by what was kept of it, e.g. "qk 24/64  vo 20/64".
-PART_NAMES = {"qk": "QK", "vo": "VO", "fc1": "fc1", "fc2": "fc2", "neurons": "neurons", "rank": "rank"}
+PART_NAMES = {"qk": "QK", "vo": "VO"}
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 

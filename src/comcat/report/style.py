@@ -11,6 +11,7 @@ from .text import one_line
 COLORS = {
     "qk": "#3a6ea5",
     "vo": "#2a9d8f",
+    "channels": "#6aa84f",
     "ffn": "#e08e45",
     "fc1": "#e08e45",
     "fc2": "#c1666b",
@@ -20,6 +21,7 @@ COLORS = {
 TITLES = {
     "qk": "queries and keys (QK)",
     "vo": "values and output (VO)",
+    "channels": "values and output, channels",
     "ffn": "feed-forward (FFN)",
     "fc1": "FFN, first layer",
     "fc2": "FFN, second layer",
