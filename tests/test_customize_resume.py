@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +165,58 @@ def test_another_base_is_noticed(undisturbed, monkeypatch):
 
 def test_a_damaged_checkpoint_is_passed_over(undisturbed, place):
     learn(place, 5)
-    newest = place / "run" / "checkpoints" / "step-00000004" / "adapter.safetensors"
+    newest = place / "run" / "checkpoints" / "step-00000004" / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     notes: list[str] = []
     assert learn(place, resume=True, note=notes.append) == undisturbed[1]
     assert len(notes) == 1
     assert "the checkpoint of step 4 is damaged and passed over" in notes[0]
+
+
+def test_a_checkpoint_of_format_1_is_resumed(undisturbed, place, monkeypatch):
+    done, wanted, log = undisturbed
+    saved = state.read(done / "run" / "checkpoints" / "step-00000004")
+    new = {"format", "step", "files", "random", "scalars"}
+    plain = {**{key: value for key, value in saved.plain.items() if key not in new}, "optimizer": {}}
+    moments = {"|".join(key.rsplit(".", 1)): t for key, t in saved.tensors["optimizer"].items()}
+    shutil.copytree(done / "run" / "class-images", place / "run" / "class-images")
+    shutil.copy(done / "run" / "metrics.jsonl", place / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "FORMAT", 1)
+        tensors = {"adapter": saved.tensors["model"], "optimizer": moments}
+        state.write(place / "run", state.Saved(4, tensors, plain), 1)
+    assert learn(place, resume=True) == wanted
+    assert (place / "run" / "metrics.jsonl").read_text() == log
+
+
+class Counting(torch.optim.Optimizer):
+    """An optimizer as bitsandbytes has them: its entries are of its own names, and one of them is a Python number."""
+
+    def __init__(self, groups: Any, betas: tuple[float, float]) -> None:
+        super().__init__(groups, {"betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    if not state:
+                        state.update(step=0, state1=torch.zeros_like(p))
+                    state["step"] += 1
+                    state["state1"].lerp_(p.grad, 0.1)
+                    p.sub_(state["state1"], alpha=group["lr"] / state["step"])
+
+
+def test_an_optimizer_of_another_package(place, monkeypatch):
+    optim = types.ModuleType("bitsandbytes.optim")
+    optim.AdamW8bit = Counting  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
+    wanted = learn(place, optimizer="adamw8bit", class_prompt=None)
+    (place / "run").rename(place / "before")
+    learn(place, 5, optimizer="adamw8bit", class_prompt=None)
+    assert learn(place, resume=True, optimizer="adamw8bit", class_prompt=None) == wanted
 
 
 def test_a_run_is_not_started_over_another(undisturbed):
@@ -253,9 +301,9 @@ def test_checkpoints_hold_what_is_needed(undisturbed):
     """And no weights of the base."""
     place, _, log = undisturbed
     saved = state.read(place / "run" / "checkpoints" / "step-00000007")
-    names = set(saved.tensors["adapter"])
+    names = set(saved.tensors["model"])
     assert "token.text_encoder" in names
-    assert {key.partition("|")[0] for key in saved.tensors["optimizer"]} == names
+    assert {key.rpartition(".")[0] for key in saved.tensors["optimizer"]} == names
     tensors: dict[str, Tensor] = {key: t for part in saved.tensors.values() for key, t in part.items()}
     assert all(t.isfinite().all() for t in tensors.values())
     assert len(saved.plain["losses"]) == 7

@@ -231,6 +231,24 @@ def test_sums_of_another_kind_are_refused(undisturbed, tmp_path, meter):
         train(again, settings(), resume=True)
 
 
+@pytest.mark.parametrize("unreached", [False, True])
+def test_a_checkpoint_of_format_1_is_resumed(undisturbed, tmp_path, monkeypatch, unreached):
+    """It has no moments of what no gradient has reached."""
+    out, _, weights = undisturbed
+    saved = state.read(out / "checkpoints" / "step-00000006")
+    plain = {key: value for key, value in saved.plain.items() if key not in ("format", "files", "step", "scalars")}
+    moments = dict(saved.tensors["optimizer"])
+    if unreached:
+        moments = {key: t for key, t in moments.items() if not key.startswith("head.bias.")}
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "FORMAT", 1)
+        state.write(tmp_path / "out", state.Saved(6, {**saved.tensors, "optimizer": moments}, plain), 1)
+    _, got = train(tmp_path / "out", settings(), resume=True)
+    same = {name for name in weights if torch.equal(weights[name], got[name])}
+    assert unreached == ("head.bias" not in same)
+    assert unreached or same == set(weights)
+
+
 @pytest.mark.parametrize("file", ["state.json", "model.safetensors", "random.safetensors"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "torn"])
 def test_every_file_is_checked(undisturbed, tmp_path, file, damage):

@@ -64,8 +64,9 @@ def search(
 
 def same_checkpoint(a: Path, b: Path) -> None:
     first, second = state.read(a), state.read(b)
-    assert first.tensors.keys() == second.tensors.keys() == {"model", "optimizer", "random", "ranks"}
-    assert first.tensors["ranks"].keys() == {"logits", "step", "exp_avg", "exp_avg_sq"}
+    wanted = {"model", "optimizer", "random", "ranks-model", "ranks-optimizer"}
+    assert first.tensors.keys() == second.tensors.keys() == wanted
+    assert first.tensors["ranks-model"].keys() == {"logits"}
     for stem, tensors in first.tensors.items():
         assert tensors.keys() == second.tensors[stem].keys()
         assert all(torch.equal(tensors[name], second.tensors[stem][name]) for name in tensors), stem
@@ -73,6 +74,8 @@ def same_checkpoint(a: Path, b: Path) -> None:
 
 
 LAST = Path("checkpoints", "step-00000017")
+#: What checkpoints of format 1 do not say, or say of themselves.
+NEW = {"format", "step", "files", "scalars", "ranks-optimizer", "ranks-scalars"}
 
 
 @pytest.fixture(scope="module", params=["two-sided", "exact"])
@@ -91,7 +94,7 @@ def test_resume_is_exact(undisturbed: tuple[Path, Plan, SearchConfig], tmp_path:
     for i, stop in enumerate((4, 9, 16)):
         with pytest.raises(KeyboardInterrupt, match=r"the checkpoint of step \d+ is in .*; continue with --resume"):
             search(again, config, stop=stop, resume=bool(i), num_workers=2 * (i % 2))
-        assert state.checkpoints(again)[0][0] == 3 * ((stop - 1) // 3)
+        assert state.checkpoints(again)[0][0] == 3 * (stop // 3)
     assert search(again, config, resume=True) == plan
     same_checkpoint(out / LAST, again / LAST)
     assert records(again) == records(out)
@@ -101,13 +104,29 @@ def test_resume_is_exact(undisturbed: tuple[Path, Plan, SearchConfig], tmp_path:
     assert records(again) == records(out)
 
 
+@pytest.mark.parametrize("step", [3, 12])
+def test_a_checkpoint_of_format_1_is_resumed(
+    undisturbed: tuple[Path, Plan, SearchConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    out, plan, config = undisturbed
+    saved = state.read(out / "checkpoints" / f"step-{step:08d}")
+    tensors, plain = dict(saved.tensors), {k: v for k, v in saved.plain.items() if k not in NEW}
+    tensors["ranks"] = dict(tensors.pop("ranks-model"))
+    tensors["ranks"] |= {key.removeprefix("logits."): t for key, t in tensors.pop("ranks-optimizer").items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "FORMAT", 1)
+        state.write(tmp_path / "out", state.Saved(step, tensors, plain), 1)
+    assert search(tmp_path / "out", config, resume=True) == plan
+    same_checkpoint(out / LAST, tmp_path / "out" / LAST)
+
+
 def test_seeds(undisturbed: tuple[Path, Plan, SearchConfig], tmp_path: Path) -> None:
     out, plan, config = undisturbed
     assert search(tmp_path / "same", config) == plan
     same_checkpoint(out / LAST, tmp_path / "same" / LAST)
     other = SearchConfig.from_dict({**config.to_dict(), "seed": 1})
     search(tmp_path / "other", other, start=Plan(plan.layers))
-    first, second = (state.read(place / LAST).tensors["ranks"]["logits"] for place in (out, tmp_path / "other"))
+    first, second = (state.read(place / LAST).tensors["ranks-model"]["logits"] for place in (out, tmp_path / "other"))
     assert not torch.equal(first, second)
 
 
@@ -116,7 +135,7 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed: tuple[Path, Plan, Sear
     again, notes = tmp_path / "out", list[str]()
     with pytest.raises(KeyboardInterrupt):
         search(again, config, stop=8)
-    newest = again / "checkpoints" / "step-00000006" / "ranks.safetensors"
+    newest = again / "checkpoints" / "step-00000006" / "ranks-model.safetensors"
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
     newest.write_bytes(content)
@@ -200,5 +219,5 @@ def test_two_processes(tmp_path: Path) -> None:
         assert a["step"] == b["step"]
         assert (a["loss"] or 0) == pytest.approx(b["loss"] or 0, rel=1e-5)
         assert a["cost"] == pytest.approx(b["cost"], rel=1e-5)
-    first, second = (state.read(place / "checkpoints" / "step-00000006").tensors["ranks"] for place in (one, two))
+    first, second = (state.read(place / "checkpoints" / "step-00000006").tensors["ranks-model"] for place in (one, two))
     torch.testing.assert_close(first["logits"], second["logits"], rtol=1e-4, atol=1e-5)

@@ -14,8 +14,7 @@ from ..planning.plan import Plan
 from ..training.engine import Run, Task, not_finite
 from ..training.loaders import Batches
 from ..training.losses import Loss
-from ..training.process import agree
-from ..training.snapshot import MOMENTS, Snapshot, check_moments
+from ..training.snapshot import Snapshot, Trained, as_module
 from ..training.state import Saved
 from .search_config import SearchConfig
 from .space import SearchSpace
@@ -41,7 +40,6 @@ class Alternation(Task):
 
     stage: ClassVar = "search"
     log_name: ClassVar = LOG_NAME
-    counts_first: ClassVar = True
 
     def __init__(
         self,
@@ -61,7 +59,12 @@ class Alternation(Task):
         self.rank_optimizer = torch.optim.AdamW(
             self.ranks.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.5, 0.999)
         )
-        self.snapshot = Snapshot(accelerator, self.gated, self.weight_optimizer, None)
+        logits = as_module({"logits": self.ranks.logits})
+        self.snapshot = Snapshot(
+            accelerator,
+            Trained(accelerator, self.gated, self.weight_optimizer),
+            Trained(accelerator, logits, self.rank_optimizer, prefix="ranks-"),
+        )
         self.total = max(2, int(config.epochs * len(batches)))
         if config.max_steps is not None:
             self.total = min(self.total, config.max_steps)
@@ -181,24 +184,7 @@ class Alternation(Task):
         return self.space.as_plan(self.space.solve(widths.tolist()), expected_cost=cost)
 
     def take(self, step: int, plain: dict[str, Any]) -> Saved:
-        saved = self.snapshot.take(step, plain)
-        logits = self.ranks.logits
-        moments = self.rank_optimizer.state[logits].items()
-        ranks = {name: value.detach().cpu().clone() for name, value in [("logits", logits), *moments]}
-        return Saved(step, {**saved.tensors, "ranks": ranks}, saved.plain)
+        return self.snapshot.take(step, plain)
 
     def restore(self, saved: Saved) -> None:
         self.snapshot.restore(saved)
-        ranks: dict[str, Tensor] = agree(self.accelerator, dict(saved.tensors.get("ranks", {})))
-        logits = self.ranks.logits
-        with torch.no_grad():
-            logits.copy_(ranks.pop("logits"))
-        if set(ranks) != MOMENTS:
-            raise ValueError("the optimizer of its ranks has other moments")
-        check_moments("the ranks", logits, ranks)
-        if not logits.isfinite().all():
-            raise ValueError("its ranks are not finite")
-        # AdamW's counter stays on the CPU, as it keeps it.
-        self.rank_optimizer.state[logits] = {
-            name: value if name == "step" else value.to(logits) for name, value in ranks.items()
-        }

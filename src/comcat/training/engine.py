@@ -16,6 +16,7 @@ from ..progress import Progress
 from . import state
 from .fresh_or_resumed import interrupted
 from .log import METRICS, Log
+from .older_layouts import current
 from .process import on_main
 from .state import Saved
 
@@ -31,12 +32,10 @@ class Task(ABC):
         config: settings, with ``log_every``, ``checkpoint_every`` and ``keep_checkpoints``.
         total: steps in all; per_epoch: steps in an epoch.
         stage: the name of its progress; log_name: the file of its log.
-        counts_first: whether a step counts as done before its log and its checkpoint are written.
     """
 
     stage: ClassVar[str] = "train"
     log_name: ClassVar[str] = METRICS
-    counts_first: ClassVar[bool] = False
     accelerator: Accelerator
     config: Any
     total: int
@@ -109,7 +108,7 @@ class Run:
         self.saved_step: int | None = None
         if saved is not None:
             with state.restoring(saved):
-                task.restore(saved)
+                task.restore(current(saved))
             self.step = self.saved_step = saved.step
         self.log = Log(out if main else None, self.step, note, task.log_name)
 
@@ -134,8 +133,6 @@ class Run:
 
     def _after_step(self) -> None:
         task, config = self.task, self.task.config
-        if task.counts_first:
-            self._count()
         save = self.out is not None and (self.step == task.total or self.step % config.checkpoint_every == 0)
         log, evaluate = task.logs(self.step, save), task.evaluates(self.step)
         task.check(self.step, log or save or evaluate, self.saved_step)
@@ -145,12 +142,8 @@ class Run:
             task.evaluate(self.step, self.log)
         if save:
             self._save()
-        if not task.counts_first:
-            self._count()
-
-    def _count(self) -> None:
-        if self.progress:
-            self.progress(self.task.stage, self.step, self.task.total)
+        if self.progress:  # a step that is told is whole: what an interruption leaves includes it
+            self.progress(task.stage, self.step, task.total)
 
     def write_line(self) -> None:
         self.log.write(self.step, self.step / self.task.per_epoch, self.task.line(self.step))

@@ -132,4 +132,4 @@ class FinetuneTask(Task):
         self.history = [Milestone.from_dict(entry) for entry in saved.plain["history"]]
 
     def _load_student(self) -> None:
-        self.student.load_state_dict(self.trainer.snapshot.weights())
+        self.student.load_state_dict(self.trainer.trained.weights())

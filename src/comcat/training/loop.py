@@ -22,7 +22,7 @@ from .finetune_config import FinetuneConfig
 from .losses import Loss, Terms, feature_loss, terms
 from .randomness import MIXUP, isolated
 from .schedule import Steps, fall, learning_rate
-from .snapshot import Snapshot
+from .snapshot import Snapshot, Trained
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -73,7 +73,8 @@ class StudentTrainer:
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.average = Average(self.model, config.ema) if config.ema is not None else None
-        self.snapshot = Snapshot(accelerator, self.model, self.optimizer, self.average)
+        self.trained = Trained(accelerator, self.model, self.optimizer, self.average)
+        self.snapshot = Snapshot(accelerator, self.trained)
         self.teacher = teacher
         self._teacher: Any = teacher
         self._run: Any = self.model

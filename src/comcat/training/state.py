@@ -1,7 +1,7 @@
 """Checkpoints of a run on disk: safetensors and JSON, complete or not there, newest first.
 
 out/checkpoints/step-00000123/
-    model.safetensors  average.safetensors  optimizer.safetensors  random.safetensors
+    model.safetensors  average.safetensors  optimizer.safetensors  random.safetensors  (see comcat.training.snapshot)
     state.json         everything else, and the size and SHA-256 of the tensor files and of itself
 """
 
@@ -28,7 +28,7 @@ from ..storage.manifest import Manifest, remove_emptied
 from ..storage.owned import CHECKPOINT, strangers
 from ..storage.reader import TENSOR_LIMIT, digest, parse_tensors, read_bytes, read_json
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "checkpoints"
 _STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")

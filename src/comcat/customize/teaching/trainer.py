@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,10 +12,9 @@ from torch import Tensor, nn
 
 from ...errors import TrainingError
 from ...storage import reader
-from ...training.process import agree
 from ...training.schedule import fall
+from ...training.snapshot import Snapshot, Trained, as_module
 from ...training.state import Saved
-from ...wording import some
 from ..adapter.attached import Adapter
 from .customize_config import CustomizeConfig
 from .examples import PhotoExample, Photos
@@ -60,6 +58,8 @@ class AdapterTrainer:
         self._text: dict[str, Text] = {}
         self.trains_text = bool(config.text_encoder_rank or adapter.token)
         self.optimizer = self._new_optimizer()
+        module = as_module(self.parameters)
+        self.snapshot = Snapshot(accelerator, Trained(accelerator, module, self.optimizer))
         self.losses: list[float] = []
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
@@ -195,70 +195,17 @@ class AdapterTrainer:
         return any(not torch.equal(p.detach().cpu(), self._start[name]) for name, p in self.parameters.items())
 
     def take(self, step: int, plain: dict[str, Any]) -> Saved:
-        """Everything a checkpoint holds. Random numbers depend on the step alone and need no state."""
-        names = {id(p): name for name, p in self.parameters.items()}
-        state, scalars = {}, {}
-        for parameter, values in self.optimizer.state.items():
-            for key, value in values.items():
-                if isinstance(value, Tensor):
-                    state[f"{names[id(parameter)]}|{key}"] = value.detach().cpu().clone()
-                else:
-                    scalars[f"{names[id(parameter)]}|{key}"] = value
-        scaler = self.accelerator.scaler
-        tensors = {"adapter": {n: p.detach().cpu().clone() for n, p in self.parameters.items()}, "optimizer": state}
-        more = {"optimizer": scalars, "scaler": scaler.state_dict() if scaler is not None else None}
-        return Saved(step, tensors, json.loads(json.dumps({**plain, **more, "losses": self.losses})))
+        """Everything a checkpoint holds."""
+        return self.snapshot.take(step, {**plain, "losses": [*self.losses]})
 
-    @torch.no_grad()
     def restore(self, saved: Saved) -> None:
         """Continue from a checkpoint, whose tensors only the main process needs to hold.
 
         Raises:
             TrainingError: it holds other tensors than this run has.
         """
-        # Every process holds the whole adapter.
-        saved = replace(saved, tensors=agree(self.accelerator, saved.tensors))
-        self._check_tensors(saved)
-        for name, parameter in self.parameters.items():
-            parameter.copy_(saved.tensors["adapter"][name])
-        for source in (saved.tensors["optimizer"], saved.plain["optimizer"]):
-            for key, value in source.items():
-                name, _, entry = key.partition("|")
-                parameter = self.parameters[name]
-                # AdamW keeps its counter on the CPU.
-                on_device = isinstance(value, Tensor) and entry != "step"
-                self.optimizer.state[parameter][entry] = value.to(parameter.device) if on_device else value
+        self.snapshot.restore(saved)
         self.losses = list(saved.plain["losses"])
-        if self.accelerator.scaler is not None and saved.plain["scaler"]:
-            self.accelerator.scaler.load_state_dict(saved.plain["scaler"])
-
-    def _check_tensors(self, saved: Saved) -> None:
-        """Raise TrainingError unless a checkpoint's tensors are those that :meth:`take` makes of this run."""
-        found = saved.tensors["adapter"]
-        wrong = [name for name in {*found, *self.parameters} if name not in found or name not in self.parameters]
-        wrong += [n for n, p in self.parameters.items() if n in found and found[n].shape != p.shape]
-        wrong += [n for n, t in found.items() if t.dtype != torch.float32 or not t.isfinite().all()]
-        kept: dict[str, Any] = {**saved.tensors["optimizer"], **saved.plain["optimizer"]}
-        for key, value in kept.items():
-            name, _, entry = key.partition("|")
-            like = self.parameters.get(name)
-            fits = like is not None and (not isinstance(value, Tensor) or bool(value.isfinite().all()))
-            if self.config.optimizer == "adamw":
-                shape = {"step": torch.Size([]), "exp_avg": getattr(like, "shape", None)}
-                shape["exp_avg_sq"] = shape["exp_avg"]
-                fits = fits and isinstance(value, Tensor) and value.shape == shape.get(entry, 0)
-                fits = fits and value.dtype == torch.float32 and (entry != "step" or 0 <= float(value) <= 2**31)
-                fits = fits and (entry != "exp_avg_sq" or bool((value >= 0).all()))
-            if not fits:
-                wrong.append(key)
-        if self.config.optimizer == "adamw":
-            entries = [f"{name}|{entry}" for name in self.parameters for entry in ("step", "exp_avg", "exp_avg_sq")]
-            wrong += [entry for entry in entries if entry not in kept]
-        if wrong:
-            raise TrainingError(
-                f"the checkpoint of step {saved.step} does not fit this run: {some(wrong)}. Remove it to continue from "
-                "the one before, or start again"
-            )
 
 
 @dataclass(frozen=True)
@@ -267,7 +214,6 @@ class _Plain:
 
     config: dict[str, Any]
     run: dict[str, Any]
-    optimizer: dict[str, float | int | bool | None]
     scaler: dict[str, float | int] | None
     losses: list[float]
 
@@ -275,10 +221,10 @@ class _Plain:
 def check_saved(saved: Saved) -> None:
     """Raise TrainingError unless a checkpoint is one of a customization run, with one loss for every step."""
     what = f"the checkpoint of step {saved.step}"
+    if "losses" not in saved.plain:
+        raise TrainingError(f"{what} is not one of a customization run; start again with another --out")
     plain = {key: saved.plain[key] for key in _Plain.__dataclass_fields__ if key in saved.plain}
     reader.validated(_Plain, plain, what, TrainingError)
-    if saved.tensors and not {"adapter", "optimizer"} <= set(saved.tensors):
-        raise TrainingError(f"{what} is not one of a customization run; start again with another --out")
     if type(saved.step) is not int or saved.step < 1 or len(plain["losses"]) != saved.step:
         raise TrainingError(f"{what} is damaged: it has {len(plain['losses'])} losses. Remove it, or start again")
 
