@@ -60,6 +60,7 @@ PUBLIC = [
     "search",
     "spectra",
     "throughput",
+    "write_report",
 ]
 MODULES = [
     module.name

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .prepared import Prepared, prepare
     from .rank_search.run import search
     from .rank_search.search_config import SearchConfig
+    from .report.page import write_report
     from .stock_export import Stock, export_stock
     from .storage.checkpoint import load, save
     from .training.finetuning import FinetuneConfig, FinetuneResult, finetune
@@ -86,6 +87,7 @@ __all__ = [
     "search",
     "spectra",
     "throughput",
+    "write_report",
 ]
 
 # Where the names above live; they are imported on first use, PyTorch and timm with them.
@@ -127,6 +129,7 @@ _lazy.package(
         "search": "rank_search.run",
         "spectra": "planning.spectra",
         "throughput": "evaluation.measure",
+        "write_report": "report.page",
     },
 )
 

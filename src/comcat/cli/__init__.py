@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .adapter_command import app as adapter
 from .compress_command import compress
+from .console import remember_command
 from .customize_command import customize
 from .demo_command import demo, demo_customize
 from .evaluate_command import evaluate
 from .finetune_command import finetune
 from .generate_command import generate
 from .inspect_command import inspect
+from .report_command import report
 from .run_command import run
+
+
+class _Remembering(TyperGroup):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        remember_command(args)
+        return super().parse_args(ctx, args)
+
 
 app = typer.Typer(
     name="comcat",
+    cls=_Remembering,
     help="Make attention-based vision models small, and make them yours.",
     no_args_is_help=True,
     add_completion=False,
@@ -31,6 +42,7 @@ app.command()(finetune)
 app.command()(run)
 app.command()(evaluate)
 app.command()(inspect)
+app.command()(report)
 app.command()(customize)
 app.command()(generate)
 app.add_typer(adapter, name="adapter")

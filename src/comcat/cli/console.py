@@ -6,6 +6,7 @@ import errno
 import functools
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -33,6 +34,18 @@ from ..report.text import one_line, printable
 from ..wording import some
 
 Command = TypeVar("Command", bound=Callable[..., None])
+
+_given: list[str] = []
+
+
+def remember_command(arguments: Iterable[str]) -> None:
+    """Keep what was typed behind ``comcat``."""
+    _given[:] = ["comcat", *arguments]
+
+
+def given_command() -> str | None:
+    """The command that runs, as a shell takes it; None outside the command line."""
+    return shlex.join(_given) or None
 
 
 class PlainConsole(Console):

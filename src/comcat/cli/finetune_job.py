@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DataError, ModelError
 from .console import Screen
 from .inputs import Reading, report_skipped
+from .making import made_with
 
 if TYPE_CHECKING:
     from torch import nn
@@ -211,6 +212,7 @@ class FinetuneJob:
     def _document(self) -> dict[str, Any]:
         o, history = self.options, self.result.history
         return {
+            **made_with(self.student),
             "model": str(o.model),
             "out": str(o.out),
             "data": self.reading.data,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from . import timings
 from .console import Screen
 from .inputs import Reading, declared_classes, report_skipped
-from .making import make, told
+from .making import made_with, make, told
 
 if TYPE_CHECKING:
     import torch
@@ -358,6 +358,7 @@ class CompressJob:
         """The outcome for machines: the ``--json`` document and ``report.json``."""
         made = self.calibration
         return {
+            **made_with(self.model),
             "model": self.settings.model,
             "out": str(self.settings.out),
             "method": outcome.plan.method,

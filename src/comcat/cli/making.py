@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import Screen
+from .console import Screen, given_command
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,6 +64,14 @@ class StockModel(SmallModel):
         if hasattr(self.model, "save_pretrained"):
             return f"transformers.{type(self.model).__name__}.from_pretrained({str(target)!r})"
         return f"timm.create_model({f'local-dir:{target}'!r}, pretrained=True)"
+
+
+def made_with(model: nn.Module) -> dict[str, Any]:
+    """What it takes to do it again: the command, the versions of the packages that ran, and the model's device."""
+    from ..models.machine import device_name, versions
+
+    device = next(model.parameters()).device
+    return {"command": given_command(), "versions": versions(), "device": device_name(device)}
 
 
 @contextmanager

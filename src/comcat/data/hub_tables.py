@@ -38,6 +38,7 @@ class HubSource:
         self._folders = [place.folder] if place.folder else [Path(path).resolve() for path in own if path]
         self._table = table.select_columns([k for k in (self._image, self._label) if k is not None])
         self.num_classes: int | None = getattr(table.features.get(self._label), "num_classes", None)
+        self.class_names: list[str] | None = getattr(table.features.get(self._label), "names", None)
 
     def __len__(self) -> int:
         return len(self._table)

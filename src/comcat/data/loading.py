@@ -58,6 +58,11 @@ class ImageData(Dataset[Sample]):
         """Classes that the data set itself declares, if it does."""
         return self.source.num_classes
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """Their names, in the order of the labels."""
+        return self.source.class_names
+
     def __len__(self) -> int:
         return len(self.source)
 
@@ -96,6 +101,7 @@ class StreamData:
     labelled: bool = True
     as_is: bool = False
     num_classes: int | None = None
+    class_names: list[str] | None = None
 
     def __len__(self) -> int:
         """Number of images; 0 when the data set does not say."""

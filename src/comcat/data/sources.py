@@ -37,6 +37,7 @@ class ImageSource(Protocol):
 
     name: str
     num_classes: int | None
+    class_names: list[str] | None  # in the order of the labels, where the data set has names
 
     def __len__(self) -> int: ...
     def read(self, index: int) -> tuple[Image.Image, int]: ...
@@ -153,6 +154,7 @@ class FileSource:
             raise DataError(f"{self.name} cannot be read as a set of images: {e}") from e
         classes = self._reader.class_to_idx
         self.num_classes = len(classes) if has_classes else None
+        self.class_names = sorted(classes, key=classes.__getitem__) if has_classes else None
         if not len(self._reader):
             raise DataError(f"the class map names none of the class folders in {self.name}. Check its lines")
 
@@ -194,6 +196,7 @@ class TorchSource:
             raise DataError(f"{data} cannot be read from {root}: {cause}. Check --data-root") from e
         classes = getattr(self._set, "classes", None)
         self.num_classes = len(classes) if classes else None
+        self.class_names = [str(name) for name in classes] if classes else None
 
     def __len__(self) -> int:
         return len(self._set)

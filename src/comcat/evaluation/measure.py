@@ -143,7 +143,7 @@ def evaluate(
     if evaluate is not None:
         counted, nan = CountedBatches(loader), float("nan")
         with (
-            _inference(model, device) as (place, _),
+            inference(model, device) as (place, _),
             torch.autocast(place.type, amp_dtype, enabled=amp_dtype is not None),
         ):
             found_scores = scores(evaluate, model, counted)
@@ -212,9 +212,9 @@ def tally(
     """The work of :func:`evaluate`; None without images."""
     images = timed = 0
     seconds = 0.0
-    total = _length(loader)
+    total = length(loader)
     score: Score | None = None
-    with _inference(model, device) as (device, dtype):
+    with inference(model, device) as (device, dtype):
         read = Outputs(model, outputs, forward=forward)
         for done, batch in enumerate(loader, start=1):
             inputs, labels = images_of(batch, f"batch {done - 1}"), labels_of(batch)
@@ -222,7 +222,7 @@ def tally(
             if read.kind is None:
                 read.kind = _kind_by(labels)
             start = _now(device)
-            output = _forward(model, inputs, amp_dtype, read)[0]
+            output = forward_checked(model, inputs, amp_dtype, read)[0]
             elapsed = _now(device) - start
             kind = str(read.kind)
             labels = check_labels(kind, output, labels)
@@ -273,25 +273,20 @@ def agreement(
     """
     same = kl = cosine = 0.0
     images = 0
-    total = _length(loader)
+    total = length(loader)
     neighbours, score = Neighbours(), None
     with (
         exclusive(model, reference),
-        _inference(model, device) as (device, dtype),
-        _inference(reference, device) as (_, ref_dtype),
+        inference(model, device) as (device, dtype),
+        inference(reference, device) as (_, ref_dtype),
     ):
         read = Outputs(reference, outputs, "classes", forward)
         for done, batch in enumerate(loader, start=1):
             inputs = images_of(batch, f"batch {done - 1}").to(device)
-            theirs = _forward(reference, inputs.to(ref_dtype), None, read)
-            ours = _forward(model, inputs.to(dtype), None, Outputs(model, read.kind, forward=forward))
-            if [t.shape for t in ours] != [t.shape for t in theirs]:
-                raise ModelError(
-                    f"the models have {ours[0].shape[1:].numel()} and {theirs[0].shape[1:].numel()} outputs. Compare "
-                    "models of the same classes"
-                )
+            theirs = forward_checked(reference, inputs.to(ref_dtype), None, read)
+            ours = forward_checked(model, inputs.to(dtype), None, Outputs(model, read.kind, forward=forward))
             kind, count = str(read.kind), len(inputs)
-            ours = tuple(t.to(r.dtype) for t, r in zip(ours, theirs, strict=True))
+            ours = comparable(ours, theirs)
             kl += count * divergence(kind, theirs, ours)
             if read.per_class:
                 same += count * float(double(ours[0].argmax(1) == theirs[0].argmax(1)).mean())
@@ -321,6 +316,16 @@ def agreement(
     )
 
 
+def comparable(ours: tuple[torch.Tensor, ...], theirs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Our outputs in the dtype of theirs; ModelError where they are of another shape."""
+    if [t.shape for t in ours] != [t.shape for t in theirs]:
+        raise ModelError(
+            f"the models have {ours[0].shape[1:].numel()} and {theirs[0].shape[1:].numel()} outputs. Compare models of "
+            "the same classes"
+        )
+    return tuple(t.to(r.dtype) for t, r in zip(ours, theirs, strict=True))
+
+
 def throughput(models: Sequence[nn.Module], images: torch.Tensor, seconds: float = 2.0) -> list[float]:
     """Images per second of each model, measured in turns, so that a busy machine slows all of them alike.
 
@@ -334,7 +339,7 @@ def throughput(models: Sequence[nn.Module], images: torch.Tensor, seconds: float
     """
     times: list[list[float]] = [[] for _ in models]
     with exclusive(*models), contextlib.ExitStack() as stack:
-        places = [stack.enter_context(_inference(model, None)) for model in models]
+        places = [stack.enter_context(inference(model, None)) for model in models]
         begin = time.perf_counter()
         while len(times[0]) < 4 or time.perf_counter() - begin < seconds:
             for model, (device, dtype), spent in zip(models, places, times, strict=True):
@@ -347,7 +352,7 @@ def throughput(models: Sequence[nn.Module], images: torch.Tensor, seconds: float
 
 
 @contextlib.contextmanager
-def _inference(model: nn.Module, device: torch.device | str | None) -> Iterator[tuple[torch.device, torch.dtype]]:
+def inference(model: nn.Module, device: torch.device | str | None) -> Iterator[tuple[torch.device, torch.dtype]]:
     """``model`` in evaluation mode on ``device``; every submodule's mode and the device are restored."""
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     home = first.device
@@ -367,7 +372,7 @@ def _inference(model: nn.Module, device: torch.device | str | None) -> Iterator[
             model.to(home)
 
 
-def _forward(
+def forward_checked(
     model: nn.Module, inputs: torch.Tensor, amp_dtype: torch.dtype | None, read: Outputs
 ) -> tuple[torch.Tensor, ...]:
     """Outputs in at least float32, checked for kind and NaN."""
@@ -381,7 +386,7 @@ def _forward(
     return found
 
 
-def _length(loader: Iterable[Any]) -> int | None:
+def length(loader: Iterable[Any]) -> int | None:
     try:
         return len(loader) or None  # type: ignore[arg-type]
     except TypeError:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import pairwise, product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..layers.base import Choice, Layer
+from ..models.machine import device_name
 from ..models.modes import evaluating, exclusive
 from ..models.running import explained, still
 from ..nn.swap import swapped
@@ -80,7 +79,7 @@ def _measured(
     rest = work.run(rounds, progress)
     times = {key: kind.times() for key, kind in work.kinds.items()}
     return LatencyTable(
-        device=_device_name(parameter.device),
+        device=device_name(parameter.device),
         dtype=str(parameter.dtype).removeprefix("torch."),
         batch_size=batch_size,
         threads=torch.get_num_threads(),
@@ -239,14 +238,3 @@ class _DeviceClock:
 
 def _clock(device: torch.device) -> Any:
     return _HostClock() if device.type == "cpu" else _DeviceClock(device)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

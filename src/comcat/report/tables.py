@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import box
 from rich.console import Group
@@ -78,27 +78,42 @@ def comparison(columns: Sequence[Measured], title: str) -> Group:
         if column is not base:
             table.add_column("kept", justify="right", style="cyan")
 
-    def row(label: str, values: Sequence[str], changes: Sequence[str]) -> None:
-        cells = [values[0]]
-        for value, change in zip(values[1:], changes, strict=True):
+    for row in compared(columns):
+        cells = [row.values[0]]
+        for value, change in zip(row.values[1:], row.changes, strict=True):
             cells += [value, change]
-        table.add_row(label, *cells)
+        table.add_row(row.label, *cells)
+    return _titled(title, table, MAC_NOTE)
 
+
+class Row(NamedTuple):
+    """One figure of several models; ``changes`` has one entry less, the first model is what they are compared to."""
+
+    label: str
+    values: list[str]
+    changes: list[str]
+
+
+def compared(columns: Sequence[Measured]) -> list[Row]:
+    """What a before-and-after table says, in words; figures that a column lacks are left out."""
+    rows = []
     for label, name, shown in (
         ("parameters", "params", fmt.count),
         ("MACs", "macs", fmt.count),
         ("on disk", "bytes", fmt.size),
     ):
         numbers = [getattr(c, name) for c in columns]
-        row(label, [shown(n) for n in numbers], [fmt.percent(n, numbers[0]) for n in numbers[1:]])
+        rows.append(Row(label, [shown(n) for n in numbers], [fmt.percent(n, numbers[0]) for n in numbers[1:]]))
     evaluations = [c.evaluation for c in columns if c.evaluation is not None]
     if len(evaluations) == len(columns):
         for figures in zip(*(e.figures() for e in evaluations), strict=True):
-            row(figures[0].label, [f.shown() for f in figures], [f.change(figures[0]) for f in figures[1:]])
+            changes = [f.change(figures[0]) for f in figures[1:]]
+            rows.append(Row(figures[0].label, [f.shown() for f in figures], changes))
     speeds = [c.speed for c in columns if c.speed is not None]
     if len(speeds) == len(columns):
-        row("images/s", [f"{v:,.0f}" for v in speeds], [f"{v / speeds[0]:.2f} x" for v in speeds[1:]])
-    return _titled(title, table, MAC_NOTE)
+        changes = [f"{v / speeds[0]:.2f} x" for v in speeds[1:]]
+        rows.append(Row("images/s", [f"{v:,.0f}" for v in speeds], changes))
+    return rows
 
 
 def budgets(models: Sequence[Measured], title: str) -> Group:

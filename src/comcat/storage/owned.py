@@ -28,6 +28,7 @@ _MODEL: DirectoryLayout = {
     "plan.json": None,
     "report.json": None,
     "report.png": None,
+    "report.html": None,
     "finetune.json": None,
     "metrics.jsonl": None,
     "search.jsonl": None,
@@ -64,6 +65,7 @@ _STOCK: DirectoryLayout = {
     "plan.json": None,
     "report.json": None,
     "report.png": None,
+    "report.html": None,
 }
 
 MODEL = DirectoryKind("a comcat model", CONFIG_NAME, "comcat_format", _MODEL)
