@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import comcat
 from comcat.errors import ComcatError
+from comcat.hosts.proof import apart
 from comcat.layers.cost import Shape
 from comcat.models.example import Example, example_for
 from common import parser
@@ -111,9 +112,7 @@ def looked_at(model: nn.Module, images: Tensor | None, not_softmax: dict[str, st
                 torch.manual_seed(0)  # some mask at random, in every pass anew
                 outputs.append(tensors(example.run(one)))
         expected, got = outputs
-        found["difference"] = max(
-            float((a - b).abs().max() / a.abs().max().clamp_min(1e-300)) for a, b in zip(expected, got, strict=True)
-        )
+        found["difference"] = max(apart(b, a) for a, b in zip(expected, got, strict=True))
     return found
 
 

@@ -15,11 +15,13 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import transformers.models
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from coverage import Case
+from transformers_settings import CLASSES, ENTRIES, IMAGES, MADE
 
 #: Classes that are called attention and have no softmax over scores of queries and keys.
 NOT_SOFTMAX: dict[str, str] = {
@@ -77,17 +79,6 @@ _PIXELS = ("pixel_values", "pixel_values_videos", "grid_thw")
 _TOWER = ("Model", "Transformer", "Encoder")
 #: Packages that build no model of their own: wrappers around those of timm, or of other packages.
 _OTHER = ("timm_backbone", "timm_wrapper", "vision_encoder_decoder", "vision_text_dual_encoder")
-#: What the rules do not know, by package: the class, and entries of its configuration.
-_CLASSES = {"sam": "SamVisionModel", "sam_hq": "SamHQVisionModel", "sam2": "Sam2VisionModel", "pi0": "PI0Model"}
-_ENTRIES: dict[str, dict[str, Any]] = {
-    "hiera": {"patch_size": [7, 7]},
-    "depth_anything": {"reassemble_hidden_size": 32},
-    "prompt_depth_anything": {"reassemble_hidden_size": 32},
-    "rt_detr": {"encoder_hidden_dim": 256, "d_model": 256},
-    "rt_detr_v2": {"encoder_hidden_dim": 256, "d_model": 256},
-    "radio": {"patch_size": 16},
-    "levit": {"image_size": 64, "patch_size": 16},
-}
 #: One process for all families: they take less time than starting it.
 TOGETHER = True
 
@@ -102,7 +93,8 @@ def cases(family: str) -> Iterator[Case]:
     """The one model of a family, unless nothing in it is attention."""
     model = build(family)
     if any(re.search("ttn|ttention", type(module).__name__) for module in model.modules()):
-        yield Case([f"{family} ({type(model).__name__})"], lambda: (build(family), None))
+        images = torch.randn(IMAGES[family]) if family in IMAGES else None
+        yield Case([f"{family} ({type(model).__name__})"], lambda: (build(family), images))
 
 
 @functools.cache
@@ -131,8 +123,8 @@ def _takes(cls: type[PreTrainedModel], *names: str) -> bool:
 def _chosen(package: str) -> tuple[type[PreTrainedModel], bool]:
     """(The class that is built, whether what counts is the vision tower inside)."""
     found = _classes(package)
-    if package in _CLASSES:
-        return found[_CLASSES[package]], False
+    if package in CLASSES:
+        return found[CLASSES[package]], False
     config: Any = vars(next(iter(found.values())).config_class)
     speaks = any("ForConditionalGeneration" in name or "ForCausalLM" in name for name in found)
     towers = [cls for name, cls in found.items() if re.search("Vision|Visual", name) and name.endswith(_TOWER)]
@@ -150,14 +142,17 @@ def build(package: str) -> nn.Module:
     cls, tower = _chosen(package)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config: Any = cls.config_class()  # type: ignore[misc]
+        made = MADE.get(package, {})
+        config: Any = cls.config_class(**made)  # type: ignore[misc]
         shrink(config)
-        for path, value in _ENTRIES.get(package, {}).items():
+        for name in made:
+            setattr(config, name, getattr(cls.config_class(**made), name))  # type: ignore[misc]
+        for path, value in ENTRIES.get(package, {}).items():
             *inner, last = path.split(".")
             place = config
             for name in inner:
                 place = getattr(place, name)
-            setattr(place, last, value)
+            setattr(place, last, AutoConfig.for_model(**value) if last == "backbone_config" else value)
         if not tower:
             return cls(config)
         return AutoModel.from_config(config.vision_config)  # type: ignore[no-any-return]

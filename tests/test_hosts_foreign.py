@@ -1,6 +1,7 @@
 """Models of transformers, torchvision and open_clip: exact at full rank, and what is built costs what was planned."""
 
 import copy
+import math
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -14,6 +15,8 @@ from torchvision import models
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 import comcat
+from comcat.hosts.proof import NOT_CALLED, apart
+from comcat.layers.cost import Shape
 from comcat.models.example import Example, example_for, given_example
 from comcat.prepared import Prepared
 from conftest import randomize
@@ -30,6 +33,10 @@ SIZES = {
     "patch_size": 7,
 }
 TEXT = {**SIZES, "vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LLAMA = {**TEXT, "model_type": "llama", "num_key_value_heads": 3}
+PLACED = {"image_token_index": 96, "vision_feature_layer": -1}
+RESNET = {"embedding_size": 4, "hidden_sizes": [4, 4, 7, 9], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+DETR = {"layers": 2, "attention_heads": 4, "ffn_dim": 37}
 STAGED = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4}
 
 
@@ -80,6 +87,22 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         depth=2,
         patch_size=7,
     ),
+    "deformable detr": of(
+        "DeformableDetrForObjectDetection",
+        backbone_config={"model_type": "resnet", "out_features": ["stage3", "stage4"], **RESNET},
+        d_model=32,
+        **{f"{place}_{what}": n for place in ("encoder", "decoder") for what, n in DETR.items()},
+        num_queries=5,
+    ),
+    "timesformer": of("TimesformerModel", **{**SIZES, "num_frames": 2}),
+    "mllama": of(
+        "MllamaVisionModel",
+        **SIZES,
+        attention_heads=3,
+        num_global_layers=1,
+        intermediate_layers_indices=[0, 1],
+    ),
+    "llava": of("LlavaModel", text_config=LLAMA, vision_config={"model_type": "clip_vision_model", **SIZES}, **PLACED),
     "torchvision vit": lambda: models.VisionTransformer(28, 7, 2, 3, 24, 37, num_classes=7),
     "torchvision swin": windows,
     "torchvision swin v2": lambda: windows(block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2),
@@ -88,7 +111,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 #: What comcat cannot read off a model yet: on what images it runs.
 IMAGES = {"torchvision vit": (28, 28), "torchvision swin": (40, 44), "torchvision swin v2": (40, 44)}
-IMAGES |= {"torchvision maxvit": (64, 64), "open_clip": (28, 28), "qwen2-vl": (28, 28)}
+IMAGES |= {"torchvision maxvit": (64, 64), "open_clip": (28, 28), "qwen2-vl": (28, 28), "deformable detr": (64, 96)}
 
 
 def prepared(name: str) -> tuple[Prepared, Example]:
@@ -148,6 +171,44 @@ def test_a_layer_that_fails_the_proof_is_named_with_its_difference() -> None:
     assert [layer.name for layer in inventory.layers if layer.kind == "attention"] == ["vit.layers.0.attention"]
     reason = next(entry.reason for entry in inventory.dense if entry.name == "vit.layers.1.attention")
     assert "difference" in reason
+
+
+def test_a_layer_of_a_kind_of_which_others_are_not_called() -> None:
+    """What is not called says nothing of what is, and is named."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused, self.used = MODELS["vit"](), MODELS["vit"]()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.used(x)
+
+    inventory = comcat.prepare(randomize(Two()).double().eval(), example=torch.randn(3, 3, 28, 28)).inventory
+    assert {layer.name.partition(".")[0] for layer in inventory.layers} == {"used"}
+    assert {entry.name.partition(".")[0] for entry in inventory.dense if NOT_CALLED in entry.reason} == {"unused"}
+
+
+def test_differences_of_tensors() -> None:
+    """Infinities at the same places are no difference; NaN where there was none is the largest."""
+    inf, nan = math.inf, math.nan
+    theirs = torch.tensor([2.0, inf, -inf, nan, -4.0])
+    assert apart(theirs, theirs) == 0
+    assert apart(torch.tensor([2.0, inf, -inf, nan, -3.0]), theirs) == 0.25
+    for other in ([2.0, inf, -inf, nan, nan], [2.0, -inf, -inf, nan, -4.0], [2.0, inf, -inf, 0.0, -4.0]):
+        assert apart(torch.tensor(other), theirs) == inf
+    assert apart(torch.tensor([inf]), torch.tensor([1.0])) == inf
+    assert apart(torch.empty(0), torch.empty(0)) == 0
+
+
+def test_deformable_attention_costs_what_its_projections_cost() -> None:
+    ready, _ = prepared("deformable detr")
+    layer = next(one for one in ready.inventory.layers if "MultiscaleDeformable" in type(one.module).__name__)
+    assert set(layer.full) == {"vo"}
+    assert "scores do not come from" in layer.dense_parts["qk"]
+    half, shape = layer.priced({"vo": 4}, Shape(5, 7, 11)), Shape(5, 7, 11)
+    # From 11 tokens of values, and to 5 of the output.
+    assert layer.priced({}, shape).macs - half.macs == 32 * 4 * 4 * (11 + 5)
 
 
 def test_outputs_that_transformers_captures_are_captured_of_the_small_model_too() -> None:

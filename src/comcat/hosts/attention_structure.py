@@ -43,7 +43,7 @@ _FUSED = [
     "qkv", "qkv_proj", "in_proj", "to_qkv", "Wqkv", "query_key_value", "qkv_linear", "proj_qkv", "in_proj_qkv", "pwise",
 ]  # fmt: skip
 #: Of values alone, where the scores come from elsewhere.
-_VALUES = ["v"]
+_VALUES = ["v", "v_proj", "value_proj"]
 _OUTPUTS = [
     "o_proj", "out_proj", "proj", "output_proj", "projection", "projection_layer", "to_out", "to_out.0", "wo", "o",
     "out", "out_lin", "linear", "merge", "final", "dense", "output", "output.dense", "proj.0", "proj.1", "proj.proj",
@@ -192,9 +192,10 @@ def _number(names: list[str], *places: Any) -> int | None:
 
 def _heads(module: nn.Module, holder: nn.Module, stream: Stream, linears: dict[str, Any]) -> Heads | None:
     places = (holder, module, getattr(holder, "config", None), getattr(module, "config", None))
-    num = _number(_HEADS, *places)
     out = size(linears[str(stream.output)])[0]
-    if num is None or out % num:
+    # Where neither their number nor their width is said, there is one.
+    num = _number(_HEADS, *places) or max(1, out // (_number(_WIDTHS[:5], *places) or out))
+    if out % num:
         return None
     value_width, rows = out // num, {one.roles: size(linears[one.path])[1] for one in stream.inputs}
     if ("query",) in rows and rows["query",] % num == 0:

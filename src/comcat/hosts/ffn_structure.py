@@ -16,6 +16,8 @@ from .changed import changed
 
 #: How deep inside a module its own linear layers may lie: ``intermediate.dense``.
 _DEPTH = 2
+#: Around an FFN in a block with more linear layers: the one in front of the hidden units, and the one behind them.
+_PAIRS = (("intermediate.dense", "output.dense"), ("fc1", "fc2"), ("linear1", "linear2"), ("lin1", "lin2"))
 
 
 def ffn_of(name: str, module: nn.Module, taken: Collection[int]) -> FFNLayer | str | None:
@@ -24,12 +26,16 @@ def ffn_of(name: str, module: nn.Module, taken: Collection[int]) -> FFNLayer | s
     Args:
         taken: identities of linear layers that belong to other layers.
     """
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return None  # a list is never called
     linears = {
         path: one
         for path, one in module.named_modules()
         if path and path.count(".") < _DEPTH and _is_linear(one) and id(one) not in taken
     }
     found = _split(linears)
+    for pair in _PAIRS if found is None else ():
+        found = found or _split({path: linears[path] for path in pair if path in linears})
     if found is None:
         return None
     firsts, second = found

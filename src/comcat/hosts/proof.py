@@ -10,6 +10,7 @@ agree to rounding stays dense, and the difference is said.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ ROUNDING = 1e-9
 COARSE = 1e-6
 #: Images in the batch that the model sees: a prime, so that what depends on them can be told from what does not.
 _IMAGES = 3
+#: Why a layer stays dense of which nothing is seen.
+NOT_CALLED = "nothing passes it when the model is called with the example; give another (example=)"
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -38,20 +41,20 @@ def prove(
     Args:
         size: (C, H, W) of the images that the model is shown; example: what it is called with instead.
     """
-    first: dict[Any, Layer] = {}
-    for layer in layers:
-        if layer.proof is not None:
-            first.setdefault(_signature(layer), layer)
+    if all(layer.proof is None for layer in layers):
+        return list(layers), {}
+    shown = example_for(model, size, _IMAGES, seed=0) if example is None else given_example(example, model)
+    called, calls = _calls(model, layers, shown)
     findings = {}
-    if first:
-        shown = example_for(model, size, _IMAGES, seed=0) if example is None else given_example(example, model)
-        calls = _calls(model, list(first.values()), shown)
-        with still(model):
-            for signature, layer in first.items():
-                findings[signature] = _find(layer, calls.get(layer.name), shown.images)
+    with still(model):
+        for signature, (layer, call) in calls.items():
+            findings[signature] = _find(layer, call, shown.images)
     proven: list[Layer] = []
     reasons: dict[str, str] = {}
     for layer in layers:
+        if layer.name not in called:
+            reasons[layer.name] = NOT_CALLED
+            continue
         if layer.proof is not None:
             finding = findings[_signature(layer)]
             if finding.reason is not None:
@@ -69,25 +72,31 @@ def _signature(layer: Layer) -> Any:
     return layer.kind, classes, shapes, tuple(layer.linears)
 
 
-def _calls(model: nn.Module, layers: Sequence[Layer], example: Example) -> dict[str, Call]:
-    """What each of these layers' modules is called with, the first time, in float64 on the host."""
-    calls: dict[str, Call] = {}
+def _calls(
+    model: nn.Module, layers: Sequence[Layer], example: Example
+) -> tuple[set[str], dict[Any, tuple[Layer, Call]]]:
+    """(Layers that the model calls; the first of each signature, and its call in float64 on the host)."""
+    called: set[str] = set()
+    calls: dict[Any, tuple[Layer, Call]] = {}
 
-    def hook(name: str) -> Callable[..., None]:
+    def hook(layer: Layer) -> Callable[..., None]:
+        signature = _signature(layer)
+
         def caught(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if name not in calls:
-                calls[name] = _precise(args), _precise(kwargs)
+            called.add(layer.name)
+            if layer.proof is not None and signature not in calls:
+                calls[signature] = layer, (_precise(args), _precise(kwargs))
 
         return caught
 
-    handles = [layer.module.register_forward_pre_hook(hook(layer.name), with_kwargs=True) for layer in layers]
+    handles = [layer.module.register_forward_pre_hook(hook(layer), with_kwargs=True) for layer in layers]
     try:
         with evaluating(model), torch.no_grad(), explained(example.pixels):
             example.run(model)
     finally:
         for handle in handles:
             handle.remove()
-    return calls
+    return called, calls
 
 
 def _precise(value: Any) -> Any:
@@ -98,12 +107,11 @@ def _precise(value: Any) -> Any:
         return type(value)((key, _precise(one)) for key, one in value.items())
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
         return type(value)(map(_precise, value))
-    return value
+    # What a layer writes keys and values into has to be as it was in every trial.
+    return copy.deepcopy(value) if hasattr(value, "get_seq_length") else value
 
 
-def _find(layer: Layer, call: Call | None, images: int) -> Finding:
-    if call is None:
-        return Finding("nothing passes it when the model is called with the example; give another (example=)")
+def _find(layer: Layer, call: Call, images: int) -> Finding:
     tensors = _tensors(call[0]) or _tensors(call[1])
     if not tensors or not _of_images(tensors[0], images):
         return Finding("what it is given does not depend on the images")
@@ -122,9 +130,10 @@ def _find(layer: Layer, call: Call | None, images: int) -> Finding:
 
 
 def _of_images(x: Tensor, images: int) -> bool:
-    """Whether there is something of every image in it: in the first axis, or in the second of (1, tokens, D)."""
-    shape = x.shape[1:] if x.dim() == 3 and x.shape[0] == 1 else x.shape
-    return len(shape) > 0 and shape[0] % images == 0
+    """Whether there is something of every image in it: in the first axis, or in the second of (1 or tokens, B, D)."""
+    if x.dim() == 3 and (x.shape[1] == images or (x.shape[0] == 1 and x.shape[1] % images == 0)):
+        return True
+    return x.dim() > 0 and x.shape[0] % images == 0
 
 
 def _disturb(module: nn.Module) -> None:
@@ -175,12 +184,24 @@ class Trial:
         reference = reference or self.reference
         if other is None or reference is None or [o.shape for o in other] != [r.shape for r in reference]:
             return float("inf")
-        worst = 0.0
-        for ours, theirs in zip(other, reference, strict=True):
-            if theirs.is_floating_point() and theirs.numel():
-                apart = float((ours - theirs).abs().nan_to_num(posinf=1e300).max())
-                worst = max(worst, apart / float(theirs.abs().nan_to_num(posinf=1e300).max().clamp_min(1e-300)))
-        return worst
+        pairs = zip(other, reference, strict=True)
+        return max((apart(ours, theirs) for ours, theirs in pairs if theirs.is_floating_point()), default=0.0)
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference of two tensors, relative to the largest finite entry of the second.
+
+    Infinities (of a mask, say) and NaN must stand at the same places; where they do not, it is infinite.
+    """
+    finite = theirs.isfinite()
+    a, b = (t.masked_fill(finite, 0) for t in (ours, theirs))
+    if not torch.equal(a.nan_to_num(), b.nan_to_num()) or not torch.equal(a.isnan(), b.isnan()):
+        return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    a, b = ours[finite], theirs[finite]
+    worst = float((a - b).abs().max() / b.abs().max().clamp_min(1e-300))
+    return worst if math.isfinite(worst) else float("inf")
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -291,6 +291,8 @@ class AttentionLayer(Layer):
         products = 2 * np.maximum(qk, vo) if self.fused else qk + vo
         if self.fixed:
             products = h.width + h.value_width
+        if not any("query" in one.roles for one in self.stream.inputs):
+            products = 0  # what brings values together is the host's own, and stays as it is
         macs = macs + shape.tokens * (h.num * vo * out + shape.sequence * h.num * products)
         return Cost(params, macs)
 

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-
-#: Tokens of text, at most.
-_TOKENS = 11
+from .transformers_inputs import Inputs
 
 
 @dataclass(frozen=True)
@@ -102,14 +100,14 @@ def example_for(model: Any, size: Sequence[int], images: int = 1, seed: int | No
         made = torch.zeros(shape) if seed is None else torch.randn(shape, generator=generator)
         return made.to(parameter.device, parameter.dtype)
 
-    tokens = generator, parameter.device
     config, names = getattr(model, "config", None), _arguments(model)
     if hasattr(config, "model_type") and hasattr(model, "main_input_name"):
-        return _transformers(config, names, size, images, pixels, tokens)
+        wanted = Inputs(model, names, size, images, pixels, generator, parameter.device).arguments()
+        return Example((pixels(images, *size),) if wanted is None else (), wanted or {}, images)
     if {"image", "text"} <= set(names) and hasattr(model, "encode_text"):  # open_clip
         shape = images, getattr(model, "context_length", 77)
-        text = torch.randint(1, max(2, getattr(model, "vocab_size", 0)), shape, generator=generator).to(tokens[1])
-        return Example((pixels(images, *size), text), {}, images)
+        text = torch.randint(1, max(2, getattr(model, "vocab_size", 0)), shape, generator=generator)
+        return Example((pixels(images, *size), text.to(parameter.device)), {}, images)
     return Example((pixels(images, *size),), {}, images)
 
 
@@ -118,53 +116,3 @@ def _arguments(model: nn.Module) -> list[str]:
         return list(inspect.signature(model.forward).parameters)
     except (TypeError, ValueError):
         return []
-
-
-def _transformers(
-    config: Any, names: list[str], size: Sequence[int], images: int, pixels: Any, tokens: tuple[Any, Any]
-) -> Example:
-    vision = getattr(config, "vision_config", config)
-    patch = _number(vision, "patch_size", 16)
-    grid = [max(1, n // patch) for n in size[1:]]
-    merge = _number(vision, "spatial_merge_size", 1)
-    kwargs: dict[str, Any] = {}
-    if "grid_thw" in names:  # patches of all images in one row, as Qwen2-VL has them
-        grid = [max(merge, n // merge * merge) for n in grid]
-        deep = _number(vision, "temporal_patch_size", 1)
-        width = size[0] * deep * patch * patch
-        kwargs[names[0]] = pixels(images * grid[0] * grid[1], width)
-        kwargs["grid_thw"] = torch.tensor([[1, *grid]] * images, device=tokens[1])
-    elif "spatial_shapes" in names:  # NaFlex: patches, as many as the image has
-        kwargs["pixel_values"] = pixels(images, grid[0] * grid[1], size[0] * patch * patch)
-        kwargs["pixel_attention_mask"] = torch.ones(images, grid[0] * grid[1], dtype=torch.int64, device=tokens[1])
-        kwargs["spatial_shapes"] = torch.tensor([grid] * images, device=tokens[1])
-        if "pixel_attention_mask" not in names:
-            kwargs["attention_mask"] = kwargs.pop("pixel_attention_mask")
-    elif "pixel_values_videos" in names and "pixel_values" not in names:
-        kwargs["pixel_values_videos"] = pixels(images, _frames(vision), *size)
-    elif "pixel_values" in names:
-        frames = [_frames(vision)] if hasattr(vision, "num_frames") else []
-        kwargs["pixel_values"] = pixels(images, *frames, *size)
-    else:
-        return Example((pixels(images, *size),), {}, images)
-    text = getattr(config, "text_config", config)
-    vocabulary = _number(text, "vocab_size", 0)
-    if "input_ids" in names and vocabulary:
-        kwargs["input_ids"] = _text(images, _number(text, "max_position_embeddings", 77), vocabulary, *tokens)
-    return Example((), kwargs, images)
-
-
-def _frames(config: Any) -> int:
-    return _number(config, "num_frames", _number(config, "frames_per_clip", 1))
-
-
-def _number(config: Any, name: str, default: int) -> int:
-    value = getattr(config, name, None)
-    if isinstance(value, (tuple, list)) and value:
-        value = value[-1]
-    return value if type(value) is int and value > 0 else default
-
-
-def _text(count: int, length: int, vocabulary: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    shape = (count, min(length, _TOKENS))
-    return torch.randint(1, max(2, vocabulary), shape, generator=generator).to(device)

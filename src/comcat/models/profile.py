@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -42,12 +43,16 @@ class Profile:
         return asdict(self) | {"modules": {name: cost._asdict() for name, cost in self.modules.items()}}
 
 
+#: What configurations of transformers call the size of an image.
+_CONFIGURED = ("image_size", "input_size", "crop_size", "max_img_size")
+
+
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     """(C, H, W) that the model was built for.
 
     What was recorded with a model of another library than timm; else the size of its patch embedding, else
-    ``config.image_size`` (transformers) or ``image_size`` (torchvision, open_clip), else that of ``pretrained_cfg``
-    (timm), each of the outermost module that has one; (3, 224, 224) where none does.
+    ``config.image_size`` or a like name (transformers) or ``image_size`` (torchvision, open_clip), else that of
+    ``pretrained_cfg`` (timm), each of the outermost module that has one; (3, 224, 224) where none does.
     """
     made: Any = getattr(getattr(model, "comcat", None), "source", None) or getattr(model, "comcat_source", None)
     if made is not None and made.library != "timm" and len(size := _sizes(made.config.get("input_size"))) == 3:
@@ -63,8 +68,8 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     for embed in embeds:
         if len(size := _sizes(getattr(embed, "img_size", None))) in (1, 2):
             return (channels, size[0], size[-1])
-    for config in [getattr(module, "config", None) for module in modules]:
-        if len(size := _sizes(getattr(config, "image_size", None))) in (1, 2):
+    for config, name in product([getattr(module, "config", None) for module in modules], _CONFIGURED):
+        if len(size := _sizes(getattr(config, name, None))) in (1, 2):
             return (getattr(config, "num_channels", channels), size[0], size[-1])
     for module in modules:
         if len(size := _sizes(getattr(module, "image_size", None))) in (1, 2):

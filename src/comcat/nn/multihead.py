@@ -87,9 +87,9 @@ class SeparateMultihead(nn.Module):
         if not batched:
             query, key, value = (x.unsqueeze(axis) for x in (query, key, value))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        if not self.batch_first:  # what is recorded of the projections is one sequence after the other
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         projected = [self.q_proj(query), self.k_proj(key), self.v_proj(value)]
-        if not self.batch_first:
-            projected = [x.transpose(0, 1) for x in projected]
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)
         mask = self._mask(attn_mask, key_padding_mask, q)
         dropout = self.dropout if self.training else 0.0
