@@ -54,7 +54,7 @@ class Bar(NamedTuple):
     label: str
 
 
-class Part(NamedTuple):
+class PartShown(NamedTuple):
     """One part of one layer in the table of layers."""
 
     key: str
@@ -67,7 +67,7 @@ class Part(NamedTuple):
 class LayerRow(NamedTuple):
     name: str
     kind: str
-    parts: list[Part]
+    parts: list[PartShown]
     params: tuple[str, str, float]  # before, after, share in percent
     macs: tuple[str, str, float]
     error: str
@@ -84,7 +84,7 @@ class Panel(NamedTuple):
     even: float | None
 
 
-class Shown(NamedTuple):
+class SampleShown(NamedTuple):
     """A sample as it is drawn: the picture, and lines of (whose answer, the answer, its probability)."""
 
     picture: str
@@ -176,7 +176,7 @@ def _layers(facts: Facts, spectra: Sequence[SpectrumSummary]) -> list[LayerRow]:
             found = by_part.get((layer.name, "head" if part == "rank" else part))
             curve = spectrum_curve(layer.name, found.tail, kept) if found else None
             key = {"rank": "head"}.get(part, part)
-            parts.append(Part(key, fmt.PART_NAMES.get(part, part), kept, layer.full[part], curve))
+            parts.append(PartShown(key, fmt.PART_NAMES.get(part, part), kept, layer.full[part], curve))
         rows.append(
             LayerRow(
                 layer.name,
@@ -300,14 +300,14 @@ def _samples(extras: Extras) -> dict[str, Any] | None:
     }
 
 
-def _shown(sample: Sample, extras: Extras) -> Shown:
+def _shown(sample: Sample, extras: Extras) -> SampleShown:
     answers = []
     if sample.dense is not None and sample.small is not None:
         for who, (number, probability) in (("dense", sample.dense), ("small", sample.small)):
             answers.append((who, class_name(number, extras.names), f"{100 * probability:.0f} %"))
         if sample.label is not None:
             answers.append(("truth", class_name(sample.label, extras.names), ""))
-    return Shown(data_uri(sample.image, *extras.pixels), answers, f"{sample.divergence:.3g}")
+    return SampleShown(data_uri(sample.image, *extras.pixels), answers, f"{sample.divergence:.3g}")
 
 
 def class_name(number: int, names: Sequence[str] | None) -> str:
