@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .transformers_inputs import Inputs
+from .transformers_inputs import TransformersInputs
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def example_for(model: Any, size: Sequence[int], images: int = 1, seed: int | No
 
     config, names = getattr(model, "config", None), _arguments(model)
     if hasattr(config, "model_type") and hasattr(model, "main_input_name"):
-        wanted = Inputs(model, names, size, images, pixels, generator, parameter.device).arguments()
+        wanted = TransformersInputs(model, names, size, images, pixels, generator, parameter.device).arguments()
         return Example((pixels(images, *size),) if wanted is None else (), wanted or {}, images)
     if {"image", "text"} <= set(names) and hasattr(model, "encode_text"):  # open_clip
         shape = images, getattr(model, "context_length", 77)

@@ -44,7 +44,7 @@ def explained(images: Tensor, kind: type[ComcatError] = ModelError) -> Iterator[
                 "smaller batches, or another device"
             ) from error
         raise _refusal(images, kind, error) from error
-    except (AssertionError, ValueError, TypeError, IndexError, KeyError) as error:
+    except (AssertionError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise _refusal(images, kind, error) from error
 
 

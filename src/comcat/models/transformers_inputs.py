@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .modes import evaluating
+from .running import explained
 
 #: Tokens of text, at most.
 _TOKENS = 11
@@ -24,6 +25,8 @@ _PATCHES: dict[str, Callable[[int, int, int], tuple[int, ...]]] = {
     "kimi_k25_vision": lambda count, channels, patch: (count, channels, patch, patch),
     "paddleocr_vl_vision": lambda count, channels, patch: (1, count, channels, patch, patch),
 }
+#: Patches of all images in one row, but one row for each when the model is called.
+_PADDED = ("colqwen2",)
 #: Two images are compared.
 _PAIRS = ("superglue", "lightglue", "efficientloftr")
 #: Patches in a row for each image, without more.
@@ -31,7 +34,7 @@ _ROWS = ("molmo2_vision",)
 
 
 @dataclass
-class Inputs:
+class TransformersInputs:
     """Of one call.
 
     Attributes:
@@ -49,7 +52,7 @@ class Inputs:
 
     @property
     def config(self) -> Any:
-        return self.model.config
+        return getattr(self.model.config, "vlm_config", None) or self.model.config
 
     @property
     def vision(self) -> Any:
@@ -125,6 +128,8 @@ class Inputs:
         form = _PATCHES.get(getattr(self.vision, "model_type", ""))
         width = channels * deep * self.patch**2
         values = self.pixels(*(form(count, channels, self.patch) if form else (count, width)))
+        if self.model.config.model_type in _PADDED:
+            values = values.unflatten(0, (self.images, -1))
         return {name: values, grid: torch.tensor([[1, *self.grid]] * self.images, device=self.device)}
 
     @property
@@ -170,12 +175,15 @@ class Inputs:
 
     def _features(self, found: Mapping[str, Any]) -> int:
         """Of one image, as many as the model has to put in place of tokens."""
-        model: Any = self.model if hasattr(self.model, "get_image_features") else getattr(self.model, "model", None)
-        if not hasattr(model, "get_image_features"):
+        model: Any = next((one for one in self.model.modules() if hasattr(one, "get_image_features")), None)
+        if model is None:
             return 0
         taken = inspect.signature(model.get_image_features).parameters
-        with evaluating(self.model), torch.no_grad():
-            made = model.get_image_features(**{name: value for name, value in found.items() if name in taken})
+        given = {name: value for name, value in found.items() if name in taken}
+        if self.model.config.model_type in _PADDED:
+            given["pixel_values"] = given["pixel_values"].flatten(0, 1)
+        with explained(found["pixel_values"]), evaluating(self.model), torch.no_grad():
+            made = model.get_image_features(**given)
         made = getattr(made, "pooler_output", made)
         if isinstance(made, (tuple, list)):
             return sum(len(one) for one in made) // self.images
