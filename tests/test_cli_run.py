@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,48 @@ def test_our_recipes(file: Path) -> None:
     assert f"comcat run recipes/{file.name}" in file.read_text()
 
 
+def test_a_metric_and_a_stock_model(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scored by a function of one's own before and after; plain transformers loads what comes of it."""
+    import transformers as tf
+
+    shape = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = tf.ViTConfig(**shape, image_size=8, patch_size=4, num_labels=3)
+    randomize(tf.ViTForImageClassification(config)).save_pretrained(tmp_path / "dense")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("run_scores.py").write_text(
+        "def share(model, loader):\n    return {'images': sum(len(x) for x, _ in loader)}\n"
+    )
+    recipe = {
+        **{name: TINY[name] for name in ("finetune", "batch_size")},
+        "model": str(tmp_path / "dense"),
+        "budget": {"params": 0.7},
+        "compress": {"calibration_images": 20},
+        "metric": "run_scores:share",
+        "stock": True,
+    }
+    Path("r.yaml").write_text(yaml.safe_dump(recipe))
+    given = ["run", "r.yaml", "--data", place / "data", "--out", "out", "--workers", 0]
+    given += ["--mean", 0.5, 0.5, 0.5, "--std", 0.5, 0.5, 0.5]
+    result = Result(given)
+    assert result.code == 0, result.err
+    assert "for its own library, without comcat: out/stock" in result.out
+    document = json.loads(Path("out/finetuned/finetune.json").read_text())
+    assert (document["before"], document["after"]) == (
+        {"outputs": "metric", "metrics": {"images": 12}, "images": 12},
+    ) * 2
+    assert json.loads(Path("out/stock/report.json").read_text()) == document
+    small = {name: tf.ViTForImageClassification.from_pretrained(f"out/{name}") for name in ("compressed", "stock")}
+    assert small["stock"].config.intermediate_size < 48
+    shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in small.values()]
+    assert shapes[0] == shapes[1]
+    tuned = comcat.load("out/finetuned").state_dict()
+    assert all(torch.equal(value, tuned[name]) for name, value in small["stock"].state_dict().items())
+    shutil.rmtree("out/finetuned")
+    Path("r.yaml").write_text(yaml.safe_dump({**recipe, "stock": False}))
+    refused(Result([*given, "--resume"]), "compressed' was not made without 'stock: true'; use another --out")
+
+
 def changed(**sections: Any) -> dict[str, Any]:
     return {**TINY, **sections}
 
@@ -164,6 +207,10 @@ def changed(**sections: Any) -> dict[str, Any]:
         (changed(batch_size="many"), "batch_size is 'many', but must be a number of images"),
         (changed(budget={"params": "11M"}), "a budget is a number, not '11M'"),
         (changed(budget={"params": 0.01}), "out of reach"),
+        (changed(metric=3), "metric is 3, but must be a text such as mine:iou"),
+        (changed(metric="nowhere:iou"), "there is no module 'nowhere' in the working directory"),
+        (changed(stock="yes"), "stock is 'yes', but must be true or false"),
+        (changed(stock=True), "one width for all layers, and learned ranks differ; leave 'search' or 'stock' out"),
         ({"model": NAME}, "names no budget; see the folder recipes"),
         ({"search": {}}, "names no model and no budget"),
         ("{", "is not valid YAML"),

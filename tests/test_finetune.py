@@ -126,11 +126,18 @@ def test_a_metric_of_ones_own(tmp_path):
     def norm(model, batches):
         return sum(float(model(x).norm()) for x, _ in batches)
 
+    def other(model, batches):
+        return 1.0
+
     config = FinetuneConfig(**{**PLAIN, "max_steps": 3})
     result = comcat.finetune(student, None, data, data, config, out=tmp_path, evaluate=norm)
     assert [list(entry.evaluation.metrics) for entry in result.history] == [["norm"]] * len(result.history)
     again = comcat.evaluate(student, data, evaluate=norm)
     assert result.final.metrics == pytest.approx(again.metrics, rel=1e-4)
+    with pytest.raises(TrainingError, match="metric was 'norm' and is now 'other'"):
+        comcat.finetune(student, None, data, data, config, out=tmp_path, resume=True, evaluate=other)
+    with pytest.raises(TrainingError, match="a metric needs images to be computed on; give eval_loader"):
+        comcat.finetune(student, None, data, None, config, evaluate=norm)
 
 
 def test_distilled_students_learn_with_both_classifiers(tmp_path):

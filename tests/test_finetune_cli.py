@@ -111,6 +111,28 @@ def test_interrupted_and_resumed(place, tmp_path, monkeypatch):
     assert not list((tmp_path / "out").glob(".*"))
 
 
+def test_a_metric_of_ones_own(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    body = "def first(model, loader):\n    return sum(float((model(x).argmax(1) == 0).sum()) for x, _ in loader)\n"
+    Path("tune_scores.py").write_text(body + "def none(model, loader):\n    pass\n")
+    options = [*QUICK, "--max-steps", 2, "--metric"]
+    result = finetune(place, tmp_path / "out", *options, "tune_scores:first")
+    assert result.code == 0, result.err
+    assert "first" in result.out
+    document = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    assert document["after"]["metrics"].keys() == {"first"}
+    again = Result(["evaluate", "out", "--data", place / "data", "--metric", "tune_scores:first", "--json"])
+    assert json.loads(again.out)["metrics"] == document["after"]["metrics"]
+    for name, message in (
+        ("tune_scores:none", "the metric 'none' returned NoneType, which is no number"),
+        ("tune_scores:second", "'tune_scores' has no function 'second'"),
+        ("nowhere:first", "there is no module 'nowhere'"),
+    ):
+        refused(finetune(place, tmp_path / "other", *options, name), message)
+    refused(finetune(place, tmp_path / "no", *options, "x:y", "--no-eval"), "goes without --no-eval", code=2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

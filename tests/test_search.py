@@ -226,3 +226,61 @@ def test_other_hosts() -> None:
     for precision in ("bf16", "no"):
         plan = comcat.search(model, Budget(params=0.7), loader(model), settings(precision=precision))
         assert comcat.profile(comcat.compress(model, plan)).params <= 0.7 * comcat.profile(model).params
+
+
+# -- the user's own measure and call --------------------------------------------------------------------------------
+
+
+class Named(nn.Module):
+    """A model that is called by another name, beside what ``forward`` would run."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+    def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * tokens.sum()
+
+
+def encode(model: Any, x: torch.Tensor) -> torch.Tensor:
+    return model.encode(x)
+
+
+def test_a_forward_of_ones_own(host: nn.Module) -> None:
+    """The same plan as of the model that is called as usual."""
+    config = settings(max_steps=2)
+    usual = comcat.search(host, HALF, loader(host), config, calibration=calibrated(host, fisher=True))
+    named = comcat.prepare(Named(host), (images(host, 1), torch.ones(1, 2)))
+    statistics = comcat.calibrate(named, images(host, 96, seed=2).split(32), fisher=True, forward=encode)
+    plan = comcat.search(named, HALF, loader(host), config, calibration=statistics, forward=encode)
+    assert {f"inner.{name}": choice for name, choice in usual.layers.items()} == plan.layers
+
+
+def test_features_with_a_forward_need_no_calibration() -> None:
+    inner = vit(dtype=torch.float32, num_classes=0, **HOST)
+    model = comcat.prepare(Named(inner), (images(inner, 1), torch.ones(1, 2)))
+    x = images(inner, 26)
+    data = DataLoader(TensorDataset(x, torch.arange(26)), batch_size=4)
+    plan = comcat.search(model, HALF, data, settings(max_steps=2, outputs="features"), forward=encode)
+    assert plan.method == "search"
+
+
+def test_scores_of_the_start_and_of_the_end(host: nn.Module, statistics: comcat.Calibration) -> None:
+    seen = []
+
+    def first_class(model: nn.Module, batches: Any) -> float:
+        seen.append(comcat.profile(model).params)
+        return sum(float((model(x).argmax(1) == 0).float().sum()) for x, _ in batches)
+
+    start = comcat.plan(host, HALF, statistics, "uniform")
+    given: Any = {"calibration": statistics, "start": start, "eval_loader": [(images(host, 5), torch.arange(5))]}
+    plan = comcat.search(host, HALF, loader(host), settings(max_steps=2), evaluate=first_class, **given)
+    assert {"first_class", "start first_class"} <= set(plan.estimate)
+    assert seen == [start.estimate["params"], plan.estimate["params"]]
+    usual = comcat.search(host, HALF, loader(host), settings(max_steps=2), **given)
+    assert {"top-1", "start top-1", "top-5"} <= set(usual.estimate)
+    assert Plan.from_json(usual.to_json()) == usual
+    assert usual.layers == plan.layers

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import comcat
-from comcat import DataError, SearchConfig, TrainingError
+from comcat import DataError, MetricError, SearchConfig, TrainingError
 from comcat.data import load_dataset
 from comcat.data.training_set import training_loader
 from conftest import images, vit
@@ -146,3 +146,21 @@ def test_sharded_weights_are_refused(host: nn.Module, monkeypatch: pytest.Monkey
     monkeypatch.setattr("accelerate.Accelerator.is_fsdp2", property(lambda self: True))
     with pytest.raises(comcat.TrainingError, match="run it without FSDP"):
         comcat.search(host, comcat.Budget(params=0.5), loader(host), settings())
+
+
+def test_metrics_that_do_not_work(host: nn.Module, statistics: comcat.Calibration, tmp_path: Path) -> None:
+    """Known before the first step."""
+    given: Any = {"calibration": statistics, "out": tmp_path}
+    with pytest.raises(TrainingError, match="a metric needs images to be computed on; give eval_loader"):
+        comcat.search(host, HALF, loader(host), settings(), evaluate=lambda model, batches: 1.0, **given)
+    same = loader(host)
+    with pytest.raises(DataError, match="the search and the evaluation read the same data set"):
+        comcat.search(host, HALF, same, settings(), eval_loader=same, **given)
+    batches = [(images(host, 3), torch.arange(3))]
+    for metric, message in (
+        (lambda model, loader: 1 / 0, "raised ZeroDivisionError"),
+        (lambda model, loader: None, "which is no number"),
+    ):
+        with pytest.raises(MetricError, match=message):
+            comcat.search(host, HALF, loader(host), settings(), eval_loader=batches, evaluate=metric, **given)
+    assert not (tmp_path / "checkpoints").exists()

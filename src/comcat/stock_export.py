@@ -71,18 +71,7 @@ class Stock:
 
     def write(self, folder: Path, processor: str | Path | None = None) -> None:
         """The files of :meth:`save`, into a directory that is there."""
-        model = copy.deepcopy(self.model).cpu()
-        if hasattr(model, "save_pretrained") and hasattr(model, "config"):
-            _quietly(lambda: model.save_pretrained(folder))  # type: ignore[operator]
-        else:
-            from timm.models._hub import save_for_hf
-
-            try:
-                save_for_hf(model, str(folder), safe_serialization=True)
-            except ValueError as error:
-                raise ModelError(f"timm cannot describe the model in a file: {error}") from error
-        if processor is not None:
-            _copy_processor(Path(processor), folder)
+        write_plain(self.model, folder, processor)
         self.plan.save(folder / "plan.json")
         document = {"settings": self.settings, "notes": self.notes, **self.report.to_dict()}
         (folder / "report.json").write_text(json.dumps(document, indent=1, default=str) + "\n")
@@ -138,6 +127,26 @@ def export_stock(
         stock.pretrained_cfg = stock.default_cfg = copy.deepcopy(dense.pretrained_cfg)
     report: Any = small.comcat.report  # type: ignore[union-attr]
     return Stock(stock.train(dense.training), settings, plan, report, notes)
+
+
+def write_plain(model: nn.Module, folder: Path, processor: str | Path | None = None) -> None:
+    """A model of transformers or timm as its own library writes it, into a directory that is there.
+
+    Raises:
+        ModelError: the library cannot describe it in a file, or ``processor`` is no ``preprocessor_config.json``.
+    """
+    model = copy.deepcopy(model).cpu()
+    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
+        _quietly(lambda: model.save_pretrained(folder))  # type: ignore[operator]
+    else:
+        from timm.models._hub import save_for_hf
+
+        try:
+            save_for_hf(model, str(folder), safe_serialization=True)
+        except ValueError as error:
+            raise ModelError(f"timm cannot describe the model in a file: {error}") from error
+    if processor is not None:
+        _copy_processor(Path(processor), folder)
 
 
 def _scale(module: nn.Module) -> float:

@@ -52,6 +52,7 @@ def finetune(
     eval_split: Annotated[str | None, _o(opt.DATA, "Split to evaluate on; validation, val or test.")] = None,
     eval_images: opt.EvalImages = None,
     no_eval: Annotated[bool, opt.Option("--no-eval", help="Do not evaluate.", rich_help_panel=opt.DATA)] = False,
+    metric: opt.MetricOption = None,
     data_root: opt.DataRoot = None,
     class_map: opt.ClassMap = None,
     skip_bad_images: opt.SkipBad = False,
@@ -77,6 +78,8 @@ def finetune(
         raise typer.BadParameter(
             "takes auto or cpu; choose GPUs with CUDA_VISIBLE_DEVICES or accelerate launch", param_hint="--device"
         )
+    if metric is not None and no_eval:
+        raise typer.BadParameter("goes without --no-eval", param_hint="--metric")
     args = parse_model_args(teacher_arg)
     given["feature_blocks"] = _parse_blocks(given["feature_blocks"])
     check_input_file(config, "--config")
@@ -105,6 +108,7 @@ def finetune(
                 workers=workers,
                 cpu=device == "cpu",
                 keep_checkpoints=keep_all,
+                metric=metric,
             ),
             Reading(str(data), data_root, class_map, skip_bad_images, mean, std, crop_pct, interpolation),
             settings,

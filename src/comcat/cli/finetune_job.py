@@ -26,7 +26,11 @@ DOCUMENT = "finetune.json"
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """The options of the command that are no settings of the training itself."""
+    """The options of the command that are no settings of the training itself.
+
+    Attributes:
+        plain: where to write the trained model as its own library does, too; of a stock model.
+    """
 
     model: Path
     out: Path
@@ -42,6 +46,8 @@ class FinetuneOptions:
     workers: int | None
     cpu: bool
     keep_checkpoints: bool
+    metric: str | None = None
+    plain: Path | None = None
 
 
 class FinetuneJob:
@@ -61,8 +67,11 @@ class FinetuneJob:
         """Student, teacher and data, checked before the long work."""
         import comcat
 
+        from ..evaluation.metric import load_metric
+
         o = self.options
         self._check_out()
+        self.metric = load_metric(o.metric) if o.metric else None
         self.student: nn.Module = comcat.load_model(str(o.model))
         self.cost = comcat.profile(self.student)
         self._open_data()
@@ -108,7 +117,7 @@ class FinetuneJob:
         self.places: tuple[str | None, str | None] = (train.split, None)
         if not o.evaluate:
             return
-        evaluation = self.reading.open_labelled(o.eval_split, config, self.student, screen)
+        evaluation = self.reading.open_labelled(o.eval_split, config, self.student, screen, o.metric is not None)
         if evaluation.split == train.split:
             what = f"the split {train.split!r}" if train.split else f"{train.name}, which has no splits"
             raise DataError(
@@ -179,6 +188,7 @@ class FinetuneJob:
             progress=self.screen.progress,
             note=self.screen.warn if process_index() == 0 else None,
             cpu=o.cpu,
+            evaluate=self.metric,
         )
         if process_index() == 0:
             self._write()
@@ -195,6 +205,8 @@ class FinetuneJob:
         from ..storage.manifest import Manifest
 
         out = self.options.out
+        if self.options.plain is not None:
+            self._write_plain(self.options.plain)
         temporary.sweep(out)
         manifest = Manifest(out)
         adopt = self.options.resume and (out / CONFIG_NAME).exists()  # written by a version without records
@@ -206,6 +218,19 @@ class FinetuneJob:
                 if adopt and path.name not in manifest.files:
                     manifest.record(path.name)
                 manifest.take(path, path.name)
+
+    def _write_plain(self, target: Path) -> None:
+        """Before the model that ends the run, so that an interruption in between leaves a run to resume."""
+        from ..stock_export import write_plain
+        from ..storage.atomic import atomic_directory
+        from ..storage.owned import STOCK
+
+        source = self.options.model
+        processor = source / "preprocessor_config.json"
+        with atomic_directory(target, True, STOCK) as stage:
+            write_plain(self.student, stage, processor if processor.is_file() else None)
+            (stage / "plan.json").write_bytes((source / "plan.json").read_bytes())
+            (stage / "report.json").write_text(json.dumps(self._document(), indent=1, default=str) + "\n")
 
     # -- the outcome -----------------------------------------------------------------------------------------
 
@@ -252,4 +277,6 @@ class FinetuneJob:
         out.print(tables.comparison(columns, f"{self.options.model}, {result.steps:,} steps, {place}"))
         target = self.options.out
         self.screen.say("written to ", (target, "bold"), f"; in Python: comcat.load({str(target)!r})")
+        if self.options.plain is not None:
+            self.screen.say("for its own library, without comcat: ", (self.options.plain, "bold"))
         self.screen.result(document)

@@ -259,7 +259,7 @@ class CompressJob:
         import comcat
 
         return comcat.search(
-            self.model,
+            self.prepared,
             budget,
             self.search_batches,
             search.config,

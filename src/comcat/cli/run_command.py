@@ -16,14 +16,18 @@ from .inputs import Reading, check_input_file, parse_count, parse_device
 if TYPE_CHECKING:
     from ..planning.plan import Budget
 
-COMPRESSED, FINETUNED = "compressed", "finetuned"
-_SECTIONS = ("model", "model_args", "budget", "compress", "search", "finetune", "batch_size")
+COMPRESSED, FINETUNED, PLAIN = "compressed", "finetuned", "stock"
+_SECTIONS = ("model", "model_args", "budget", "compress", "search", "finetune", "batch_size", "metric", "stock")
 _COMPRESS = ("method", "parts", "rank_multiple", "calibration_images", "latency_batch")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A recipe file: the model, its budget, and the settings of every stage as plain data.
+
+    Attributes:
+        metric: ``module:function`` that scores before and after, in place of the outputs' kind.
+        stock: whether the small model is of the dense one's own class, so that its library loads it without comcat.
 
     Raises:
         TrainingError: a section or setting that does not exist, or of the wrong kind.
@@ -36,6 +40,8 @@ class Recipe:
     search: dict[str, Any] = field(default_factory=dict)
     finetune: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 64
+    metric: str | None = None
+    stock: bool = False
 
     def __post_init__(self) -> None:
         from ..errors import ComcatError, TrainingError
@@ -51,6 +57,15 @@ class Recipe:
         check_fields(self.compress, list(_COMPRESS))
         if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
             raise TrainingError(f"the recipe's batch_size is {self.batch_size!r}, but must be a number of images")
+        if self.metric is not None and not isinstance(self.metric, str):
+            raise TrainingError(f"the recipe's metric is {self.metric!r}, but must be a text such as mine:iou")
+        if not isinstance(self.stock, bool):
+            raise TrainingError(f"the recipe's stock is {self.stock!r}, but must be true or false")
+        if self.stock and self.method == "search":
+            raise TrainingError(
+                "the recipe's stock model has one width for all layers, and learned ranks differ; "
+                "leave 'search' or 'stock' out"
+            )
         parts = self.compress.get("parts", [])
         if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
             raise TrainingError(f"the recipe's parts are {parts!r}, but must be a list such as [qk, vo, ffn]")
@@ -62,6 +77,11 @@ class Recipe:
                 check(getattr(self, name))
             except ComcatError as error:
                 raise TrainingError(f"the recipe's '{name}': {error}") from error
+
+    @property
+    def method(self) -> str | None:
+        """How ranks are chosen; learned where there are settings for that."""
+        return self.compress.get("method", "search" if self.search else None)
 
     @classmethod
     def read(cls, file: Path) -> Recipe:
@@ -188,10 +208,14 @@ class _Stages:
     seed: int
 
     def check_compressed(self) -> None:
-        """Raise TrainingError if what an earlier start compressed had another budget."""
+        """Raise TrainingError if what an earlier start compressed had another budget or form."""
         from ..errors import TrainingError
         from ..planning.plan import Plan
+        from ..storage.atomic import CONFIG_NAME
 
+        if self.recipe.stock == (self.out / COMPRESSED / CONFIG_NAME).exists():
+            form = "with" if self.recipe.stock else "without"
+            raise TrainingError(f"'{self.out / COMPRESSED}' was not made {form} 'stock: true'; use another --out")
         made = Plan.load(self.out / COMPRESSED / "plan.json").budget
         asked = {self.budget.unit: self.budget.value, "of": self.budget.of}
         if made != asked:
@@ -206,11 +230,10 @@ class _Stages:
         from .searching import Search, read_config
 
         recipe, made = self.recipe, self.recipe.compress
-        method = made.get("method", "search" if recipe.search else None)
         folder = self.out / "search"
         target = parse_device(self.device)
         search = None
-        if method == "search":
+        if recipe.method == "search":
             search = Search(
                 config=read_config(None, {**recipe.search, "seed": self.seed}),
                 folder=folder,
@@ -224,7 +247,7 @@ class _Stages:
             model=recipe.model,
             out=self.out / COMPRESSED,
             overwrite=False,
-            method=method,
+            method=recipe.method,
             parts=tuple(made.get("parts", ("qk", "vo", "ffn", "head"))),
             rank_multiple=made.get("rank_multiple"),
             # Kept, so that a resumed search goes on with the same timings.
@@ -242,6 +265,8 @@ class _Stages:
             workers=self.workers,
             seed=self.seed,
             search=search,
+            metric=recipe.metric,
+            stock=recipe.stock,
         )
         job = CompressJob(self.screen, settings, self.reading, self.budget, None)
         job.load(self.checkpoint, recipe.model_args, target)
@@ -272,6 +297,8 @@ class _Stages:
             workers=self.workers,
             cpu=self.device == "cpu",
             keep_checkpoints=False,
+            metric=self.recipe.metric,
+            plain=self.out / PLAIN if self.recipe.stock else None,
         )
         self.job = FinetuneJob(self.screen, options, self.reading, config, augmentation)
         self.job.prepare()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..evaluation.outputs import Outputs
+from ..evaluation.outputs import Forward, Outputs
 from ..planning.plan import Plan
 from ..training.engine import Run, Task, not_finite
 from ..training.loaders import Batches
@@ -49,8 +49,9 @@ class Alternation(Task):
         accelerator: Accelerator,
         loss: Loss,
         dense: nn.Module | None,
+        forward: Forward | None = None,
     ) -> None:
-        self.loss, self.dense = loss, dense
+        self.loss, self.dense, self.forward = loss, dense, forward
         self.space, self.batches, self.config, self.accelerator = space, batches, config, accelerator
         self.ranks = space.ranks.to(accelerator.device)
         weights = [p for p in space.gated.parameters() if p.requires_grad]
@@ -95,7 +96,7 @@ class Alternation(Task):
             return self.loss.labelled(_full(outputs), labels)
         assert self.dense is not None
         with torch.no_grad():
-            dense = Outputs(self.dense, self.loss.kind)(self.dense(images), len(images))
+            dense = Outputs(self.dense, self.loss.kind, forward=self.forward).run(images)
         return self.loss.soft([_full(one) for one in outputs], dense)
 
     def _weight_step(self, index: int, images: Tensor, labels: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..evaluation.outputs import Outputs
+from ..evaluation.outputs import Forward, Outputs
 from ..layers.base import Layer
 from ..layers.factors import Factors
 from ..models.running import explained
@@ -26,7 +26,7 @@ class GatedModel(nn.Module):
         parts: (layer, part, candidates) per row of the distribution, the rows of a layer together.
 
     Attributes:
-        kind: of the outputs.
+        kind: of the outputs; how: the model is called, ``model(images)`` where it is None.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class GatedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.kind = "classes"
+        self.how: Forward | None = None
         self.model = copy.deepcopy(model).eval()
         layers = {layer.name: layer for layer, _, _ in parts}
         for name, layer in layers.items():
@@ -82,5 +83,22 @@ class GatedModel(nn.Module):
         with torch.autocast(images.device.type, enabled=False):  # the weights are few; they stay exact
             weights = self.weights(self.masks(probabilities))
         with explained(images):
-            found = Outputs(self.model, self.kind)(functional_call(self.model, weights, (images,)), len(images))
+            found = Outputs(self.model, self.kind)(self._called(weights, images), len(images))
         return found if self.kind == "features" else found[0]
+
+    def _called(self, weights: dict[str, Tensor], images: Tensor) -> Any:
+        if self.how is None:
+            return functional_call(self.model, weights, (images,))
+        named = {f"model.{name}": value for name, value in weights.items()}
+        return functional_call(_Called(self.model, self.how), named, (images,))
+
+
+class _Called(nn.Module):
+    """A model whose own ``forward`` is not what is wanted."""
+
+    def __init__(self, model: nn.Module, how: Forward) -> None:
+        super().__init__()
+        self.model, self.how = model, how
+
+    def forward(self, images: Tensor) -> Any:
+        return self.how(self.model, images)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,14 @@ from torch import nn
 from ..calibration.collect import calibrate
 from ..calibration.statistics import Calibration
 from ..errors import ComcatError, TrainingError
+from ..evaluation.metric import Metric
+from ..evaluation.outputs import Forward
 from ..layers.base import USUAL_PARTS
 from ..models.modes import exclusive
-from ..models.wrappers import check_plain
 from ..planning.latency import LatencyTable
 from ..planning.plan import FORMAT as PLAN_FORMAT
 from ..planning.plan import Budget, Plan
+from ..prepared import Prepared, prepared
 from ..progress import Progress
 from ..storage.manifest import Manifest
 from ..training.answers import answers_of, unit
@@ -45,6 +47,7 @@ from ..training.randomness import SAMPLE, isolated
 from ..training.state import restoring
 from .alternation import LOG_NAME, Alternation
 from .halves import refuse_evaluation_data, sample_batches, sample_images
+from .scoring import PlanScores
 from .search_config import SearchConfig
 from .space import SearchSpace
 from .start import best_training_free
@@ -57,7 +60,7 @@ UNIT_IMAGES = 256
 
 
 def search(
-    model: nn.Module,
+    model: nn.Module | Prepared,
     budget: Budget,
     train_loader: Any,
     config: SearchConfig | None = None,
@@ -73,11 +76,14 @@ def search(
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
     cpu: bool = False,
+    eval_loader: Iterable[Any] | None = None,
+    evaluate: Metric | None = None,
+    forward: Forward | None = None,
 ) -> Plan:
     """Learn the widths of every layer on labelled training images.
 
     Args:
-        model: the dense model; it is not changed.
+        model: the dense model, or what :func:`comcat.prepare` made of it; it is not changed.
         budget, parts, rank_multiple, input_size, latency: as for :func:`comcat.plan`; the budget is met within 0.5 %.
         train_loader: a DataLoader with random access over (image, label) pairs of the TRAINING split; half of its
             batches train the weights, half the ranks.
@@ -89,21 +95,29 @@ def search(
         resume: continue the search in ``out`` from its newest checkpoint, bit by bit.
         progress: called as ``progress("search", batches done, batches in all)``.
         note: called with remarks. cpu: do not use a GPU.
+        eval_loader: batches to score the models of the starting and of the learned plan on, before any fine-tuning.
+            The plan's ``estimate`` then holds every score by its name, and ``start NAME``. No rank is chosen by them.
+        evaluate: a metric of your own for that, as of :func:`comcat.evaluate`; every process computes it.
+        forward: how the model is called, as in :func:`comcat.calibrate`.
 
     Raises:
-        DataError: the loader reads an evaluation split, or has no labels.
+        DataError: the loader reads an evaluation split, or the data set of ``eval_loader``, or has no labels.
+        MetricError: ``evaluate`` raises, or returns no finite number.
         BudgetError: out of reach, or not below the dense model. TrainingError: as for :func:`comcat.finetune`.
     """
     config = config or SearchConfig()
-    check_plain(model)
-    refuse_evaluation_data(train_loader)
-    refuse_half(model, "model")
+    ready = prepared(model)
+    dense = ready.model
+    refuse_evaluation_data(train_loader, eval_loader)
+    if evaluate is not None and eval_loader is None:
+        raise TrainingError("a metric needs images to be computed on; give eval_loader")
+    refuse_half(dense, "model")
     directory = Path(out) if out is not None else None
     remark = note or (lambda text: None)
     with ExitStack() as stack:
         # Outermost: word of a dead worker can arrive while the rest is put away.
         stack.enter_context(explained(how_to_go_on(directory)))
-        stack.enter_context(exclusive(model))
+        stack.enter_context(exclusive(dense))
         accelerator = stack.enter_context(accelerated(config.precision, config.seed, cpu))
         if getattr(accelerator, "is_fsdp2", False):
             raise TrainingError(
@@ -112,21 +126,24 @@ def search(
             )
         stack.enter_context(alone(accelerator, directory))
         saved = open_run(accelerator, directory, resume, remark)
-        answers = answers_of(model, "model", config.outputs or (calibration.outputs if calibration else None))
+        said = config.outputs or (calibration.outputs if calibration else None)
+        answers = answers_of(dense, "model", said, forward)
         batches = Batches(train_loader, accelerator, config.seed, answers)
         if calibration is None:
             with isolated(SAMPLE, config.seed):  # augmentations draw the same in every process
                 sample = sample_images(train_loader, CALIBRATION_IMAGES, config.seed)
-                calibration = calibrate(model, sample, fisher=True, progress=progress, outputs=answers.kind)
+                calibration = calibrate(
+                    ready, sample, fisher=True, progress=progress, outputs=answers.kind, forward=forward
+                )
         with isolated(SAMPLE, config.seed):
             sampled = sample_batches(train_loader, UNIT_IMAGES, config.seed)
-            loss = Loss(answers.kind, agree(accelerator, unit(answers, model, sampled)))
+            loss = Loss(answers.kind, agree(accelerator, unit(answers, dense, sampled, forward)))
         if start is None and saved is not None:
             with restoring(saved):
                 start = Plan.from_dict({"comcat_plan": PLAN_FORMAT, "layers": saved.plain["run"]["start"]})
         if start is None:
             start = best_training_free(
-                model,
+                ready,
                 budget,
                 calibration,
                 parts=parts,
@@ -135,10 +152,11 @@ def search(
                 latency=latency,
                 ffn=config.ffn,
                 progress=progress,
+                forward=forward,
             )
         start = agree(accelerator, start)
         space = SearchSpace(
-            model,
+            ready,
             budget,
             start,
             calibration,
@@ -150,7 +168,7 @@ def search(
             input_size=input_size,
             latency=latency,
         )
-        space.gated.kind = answers.kind
+        space.gated.kind, space.gated.how = answers.kind, forward
         planner = space.planner
         fixed = {
             **batches.description,
@@ -163,14 +181,22 @@ def search(
             fixed["outputs"] = answers.kind
         if saved is not None:
             check_same(saved.plain, config, fixed)
-        dense = None
+        teacher = None
         if answers.kind == "features":
-            dense = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
-        task = Alternation(space, batches, config, accelerator, loss, dense)
+            teacher = copy.deepcopy(dense).to(accelerator.device).eval().requires_grad_(False)
+        judge, before = None, {}
+        if eval_loader is not None:  # a metric that does not work is known before the search
+            judge = PlanScores(ready, calibration, eval_loader, answers.kind, evaluate, forward, progress)
+            before = judge.of(start)
+        task = Alternation(space, batches, config, accelerator, loss, teacher, forward)
         Run(task, fixed, directory, saved, progress, remark).go()
         if directory is not None and accelerator.is_main_process:
             _draw(directory, task.names(), remark)
-        return task.plan()
+        learned = task.plan()
+        if judge is not None:
+            after = judge.of(learned)
+            learned.estimate |= after | {f"start {name}": value for name, value in before.items()}
+        return learned
 
 
 def _draw(out: Path, names: list[str], note: Callable[[str], None]) -> None:

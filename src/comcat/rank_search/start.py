@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..calibration.statistics import Calibration
+from ..evaluation.outputs import Forward
 from ..layers.base import USUAL_PARTS
 from ..planning.choice import divergences
 from ..planning.latency import LatencyTable
@@ -28,13 +29,14 @@ def best_training_free(
     latency: LatencyTable | None = None,
     ffn: str = "auto",
     progress: Progress | None = None,
+    forward: Forward | None = None,
 ) -> Plan:
     """The plan of method ``auto``; without held-out images that of the default method or of ``probe``.
 
     Of these it is the one that diverges less from the dense model on the calibration's probe images; without any, the
     default method decides.
     """
-    rest = (parts, rank_multiple, input_size, progress, latency, ffn)
+    rest = (parts, rank_multiple, input_size, progress, latency, ffn, forward)
     default = default_method(calibration)
     ready = prepared(model)
     first = plan(ready, budget, calibration, default, *rest)
@@ -42,7 +44,7 @@ def best_training_free(
         return first
     probed = plan(ready, budget, calibration, "probe", *rest)
     multiple = default_multiple(budget) if rank_multiple is None else rank_multiple
-    planner = Planner(ready, budget, calibration, default, parts, multiple, input_size, None, latency)
+    planner = Planner(ready, budget, calibration, default, parts, multiple, input_size, None, latency, ffn, forward)
     [divergence] = divergences(planner, [first], probe_images(calibration, planner.dense["macs"]))
     first.estimate["divergence"] = divergence
     return first if divergence <= probed.estimate["divergence"] else probed

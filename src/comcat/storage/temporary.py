@@ -102,12 +102,13 @@ def new(path: Path, directory: bool) -> Iterator[Path]:
             if hold.sure or (hold.held and not hold.works):
                 break
             hold.release()  # another process took it for one that was left behind
+    place = Path(os.path.realpath(temporary))  # as is asked for
     if directory:
-        _stages.add(temporary)
+        _stages.add(place)
     try:
         yield temporary
     finally:
-        _stages.discard(temporary)
+        _stages.discard(place)
         remove(temporary)
         hold.release()
 

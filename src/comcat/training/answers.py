@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, ModelError
-from ..evaluation.outputs import Outputs, Spread
+from ..evaluation.outputs import Forward, Outputs, Spread
 from ..evaluation.scores import check_labels
 from ..models.modes import evaluating
 from ..models.profile import default_input_size
@@ -50,18 +50,18 @@ class Answers:
         return check_labels(self.kind, output, labels, "Train")
 
 
-def answers_of(model: nn.Module, role: str, kind: str | None = None) -> Answers:
-    """The answers of a model to one image.
+def answers_of(model: nn.Module, role: str, kind: str | None = None, forward: Forward | None = None) -> Answers:
+    """The answers of a model to one image; ``forward`` as of :class:`~comcat.evaluation.outputs.Outputs`.
 
     Raises:
         ModelError: it does not answer in this kind, or does not run on images of the size it is made for.
     """
     parameter = next(model.parameters())
     image = torch.zeros(1, *default_input_size(model), dtype=parameter.dtype, device=parameter.device)
-    outputs = Outputs(model, kind, unknown="classes")
+    outputs = Outputs(model, kind, "classes", forward)
     with explained(image), torch.no_grad(), evaluating(model):
         try:
-            found = outputs(model(image), 1)
+            found = outputs.run(image)
         except ModelError as error:
             raise ModelError(f"the {role} does not answer as it should: {error}") from error
     shapes = tuple(tuple(tensor.shape[1:]) for tensor in found)
@@ -69,7 +69,9 @@ def answers_of(model: nn.Module, role: str, kind: str | None = None) -> Answers:
     return Answers("values" if depth else str(outputs.kind), shapes)
 
 
-def unit(answers: Answers, model: nn.Module | None, batches: Iterable[Any]) -> list[Tensor] | None:
+def unit(
+    answers: Answers, model: nn.Module | None, batches: Iterable[Any], forward: Forward | None = None
+) -> list[Tensor] | None:
     """The spread of the answers of ``model`` to ``batches``, or of their labels; None for kinds that need none.
 
     Returns:
@@ -86,7 +88,7 @@ def unit(answers: Answers, model: nn.Module | None, batches: Iterable[Any]) -> l
         parameter = next(model.parameters())
         images = images.to(parameter.device, parameter.dtype)
         with explained(images), torch.no_grad(), evaluating(model):
-            spread.add(Outputs(model, answers.kind)(model(images), len(images)))
+            spread.add(Outputs(model, answers.kind, forward=forward).run(images))
     found = spread.result()
     if not all(bool(torch.isfinite(one).all()) for one in found):
         raise DataError("the outputs or labels of the training images are not finite. Check the images and the weights")

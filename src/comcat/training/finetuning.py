@@ -18,8 +18,9 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import TrainingError
 from ..evaluation.measure import Evaluation
-from ..evaluation.metric import Metric
+from ..evaluation.metric import Metric, name_of
 from ..models.modes import frozen, placed
 from ..models.wrappers import check_plain
 from ..progress import Progress
@@ -114,6 +115,8 @@ def finetune(
     """
     config = config or FinetuneConfig()
     check_plain(student)
+    if evaluate is not None and eval_loader is None:
+        raise TrainingError("a metric needs images to be computed on; give eval_loader")
     begin = time.perf_counter()
     notes: list[str] = []
 
@@ -143,6 +146,8 @@ def finetune(
         fixed = {**batches.description, "teacher": digest(teacher)}
         if answers.kind != "classes":  # as runs of earlier versions were, which do not say so
             fixed["outputs"] = answers.kind
+        if evaluate is not None:  # its history is compared from the first evaluation to the last
+            fixed["metric"] = name_of(evaluate)
         if saved is not None:
             check_same(saved.plain, config, fixed)
         stack.enter_context(placed(student, accelerator.device))
