@@ -101,7 +101,7 @@ class Calibration:
                 raise CalibrationError(
                     f"the calibration has no statistics of '{layer.name}': it was made for another model"
                 )
-            required, optional = layer.moment_shapes(), layer.gradient_shapes()
+            required, optional = layer.moment_shapes(), layer.optional_shapes()
             for name, shape in (required | optional).items():
                 there = tuple(moments[name].shape) if name in moments else None
                 if there != shape and (there is not None or name in required):

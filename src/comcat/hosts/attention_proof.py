@@ -242,22 +242,20 @@ def _truncated(
     places: dict[Role, Tensor] = {}
     if "qk" in choice or "pairs" in choice:
         if "pairs" in choice:
-            pairs = torch.arange(choice["pairs"]).expand(heads.groups, -1)
-            of_keys = pair_places(pairs, heads.width, str(layer.rotary))
-            places |= {"query": spread(of_keys, heads.num), "key": of_keys}
+            kept = pair_places(torch.arange(choice["pairs"]), heads.width, str(layer.rotary))
+            places |= {"query": kept.expand(heads.num, -1), "key": kept.expand(heads.groups, -1)}
         else:
-            of_keys = torch.arange(choice["qk"]).expand(heads.groups, -1)
-        of_queries = spread(of_keys, heads.num)
+            kept = torch.arange(choice["qk"])
         small = replace(
             small,
-            query=_rows(w.query, of_queries),
-            key=_rows(w.key, of_keys),
-            query_bias=None if w.query_bias is None else w.query_bias.gather(1, of_queries),
-            key_bias=None if w.key_bias is None else w.key_bias.gather(1, of_keys),
+            query=w.query[:, kept],
+            key=w.key[:, kept],
+            query_bias=None if w.query_bias is None else w.query_bias[:, kept],
+            key_bias=None if w.key_bias is None else w.key_bias[:, kept],
         )
-        mask = torch.zeros(heads.num, heads.width, dtype=torch.float64).scatter(1, of_queries, 1.0)
+        mask = torch.zeros(heads.width, dtype=torch.float64).index_fill(0, kept, 1.0)
         bias = None if w.query_bias is None else w.query_bias * mask
-        dense = replace(dense, query=w.query * mask[..., None], query_bias=bias)
+        dense = replace(dense, query=w.query * mask[:, None], query_bias=bias)
     if "vo" in choice:
         r = choice["vo"]
         bias = None if w.value_bias is None else w.value_bias[:, :r]

@@ -3,7 +3,7 @@
 The host says where the four matrices are (:class:`~comcat.layers.heads.Stream`), how many heads there are, which of the
 products exist, and how the layer runs with narrower ones. Where queries and keys are rotated between projection and
 product (rotary embedding), the parts of the query-key product that exist by themselves are pairs of components: the
-part is then called ``pairs``, and the pairs are chosen, not mixed.
+part is then called ``pairs``: all heads keep the same ones, refitted to stand in for those that go.
 
 Where an operation on single channels stands between values and output projection (an activation, a gate, a filter per
 channel), their product does not exist, but a channel is a unit as a neuron of an FFN is:
@@ -27,6 +27,7 @@ from .cost import Cost, Shape
 from .gates import AttentionGates, LayerGates
 from .heads import Heads, HeadWeights, Places, Role, Stream, split_output
 from .recording import Recorder, ShapeCounter, as_rows
+from .rotation import find_tables, turn_rows
 
 if TYPE_CHECKING:
     from ..hosts.kept_forward import KeptForward
@@ -188,6 +189,10 @@ class AttentionLayer(Layer):
             return shapes
         return {"q": (h.num, h.width, h.width), "k": (h.groups, h.width, h.width), **shapes}
 
+    def optional_shapes(self) -> dict[str, tuple[int, ...]]:
+        turn = {"turn": (self.heads.groups, self.heads.width, self.heads.width)} if self.rotary else {}
+        return turn | self.gradient_shapes()
+
     def gradient_shapes(self) -> dict[str, tuple[int, ...]]:
         h, out = self.heads, size(self.output)[1]
         square = (h.num, h.width, h.width)
@@ -204,6 +209,8 @@ class AttentionLayer(Layer):
         handles = [self.output.register_forward_hook(recorder.inputs("z", "out_grad", self.channels, self._by_head))]
         if "qk" in self.dense_parts:
             return handles
+        if self.rotary:
+            handles.append(self.running.register_forward_pre_hook(self._turns(recorder), with_kwargs=True))
         for one in self.stream.inputs:
             if "query" in one.roles or "key" in one.roles:
                 hook = self._hook(recorder, one)
@@ -226,6 +233,19 @@ class AttentionLayer(Layer):
                 recorder.add("k", k.permute(2, 0, 1, 3).flatten(1, 2), centred=True, second=True)
             if "query" in rows and recorder.fisher and out.requires_grad:
                 out.register_hook(lambda g: self._add_gradient(recorder, one, rows["query"], g))
+
+        return hook
+
+    def _turns(self, recorder: Recorder) -> Any:
+        """A hook for the layer, which takes the angles from what it is called with."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            values = [*args, *kwargs.values()]
+            tables = find_tables(values, self.heads.width, str(self.rotary))
+            x = next((value for value in values if isinstance(value, Tensor)), None)
+            if tables is not None and x is not None:
+                rows = turn_rows(tables, x.shape[-2], self.heads.groups)
+                recorder.add("turn", rows.expand(self.heads.groups, -1, -1), centred=True, second=True)
 
         return hook
 

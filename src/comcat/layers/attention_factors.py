@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..linalg import factorize
 from ..linalg.factorize import ChannelOrder, Projection, QKFactors
-from ..linalg.rotary import PairOrder, order_pairs, pair_places
+from ..linalg.rotary import PairOrder, Turns, order_pairs, pair_places, refit_pairs
 from ..models.running import double
 from .base import Choice
 from .factors import Factors, Moments
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class AttentionFactors(Factors["AttentionLayer"]):
     """Moments: ``q`` (H, d, d), ``k`` (G, d, d), ``z`` (H d_v, H d_v) and ``z_mean`` (H d_v,).
 
-    Optional: ``qk_rows``, ``qk_cols`` (H, d, d) and ``out_grad`` (D_out, D_out).
+    Optional: ``qk_rows``, ``qk_cols`` (H, d, d), ``out_grad`` (D_out, D_out), and of rotated pairs ``turn`` (G, d, d).
     """
 
     def __init__(self, layer: AttentionLayer, moments: Moments | None = None) -> None:
@@ -40,10 +40,24 @@ class AttentionFactors(Factors["AttentionLayer"]):
         m = self.moments
         if not m:
             query, key, _ = self.heads.free_moments()
+            key = self._seen(key)
         else:
-            query, key = _loss_metric(m) if "qk_rows" in m else (m["q"], m["k"])
+            query, key = m["q"], self._seen(m["k"])
+            if "qk_rows" in m:
+                query, key = _loss_metric(m, key)
         groups = self.layer.heads.groups
         return grouped(query, groups), grouped(key, groups)
+
+    def _seen(self, key: Tensor) -> Tensor:
+        """A moment of keys as the queries see them."""
+        return key if self.layer.rotary is None else self._turns.seen(key, self.layer.rotary)
+
+    @cached_property
+    def _turns(self) -> Turns:
+        """How pairs turn apart; freely where that is not known."""
+        if "turn" in self.moments:
+            return Turns.of(self.moments["turn"])
+        return Turns.free(self.layer.heads.width // 2, self.heads.query)
 
     @cached_property
     def qk(self) -> QKFactors:
@@ -52,7 +66,7 @@ class AttentionFactors(Factors["AttentionLayer"]):
 
     @cached_property
     def pairs(self) -> PairOrder:
-        """Rotated pairs of components per group, most worth keeping first."""
+        """Rotated pairs of components, most worth keeping first."""
         assert self.layer.rotary is not None
         return order_pairs(*self._metrics, self.layer.rotary)
 
@@ -105,12 +119,12 @@ class AttentionFactors(Factors["AttentionLayer"]):
         return [*products, *(moment for part, moment in values.items() if part in choice)]
 
     def _energy(self, part: str) -> Tensor:
+        if part == "pairs":
+            return self.pairs.gains
         # Heads of one layer share a rank: a component of the layer is one component of every head.
-        if part == "vo":
-            return self.vo.gains.sum(0)
         if part == "channels":
             return -self.channels.errors.diff()
-        return (self.qk.gains if part == "qk" else self.pairs.gains).sum(0)
+        return (self.vo if part == "vo" else self.qk).gains.sum(0)
 
     def _build(self, choice: Choice) -> dict[str, nn.Module]:
         new, layer = self.layer.empty(choice), self.layer
@@ -129,20 +143,15 @@ class AttentionFactors(Factors["AttentionLayer"]):
         query, key = heads.query, heads.key
         query_bias, key_bias = heads.query_bias, heads.key_bias
         places: dict[Role, Tensor] = {}
-        if "qk" in choice:
-            q_map, k_map = self.qk.q_map[..., : choice["qk"]], self.qk.k_map[..., : choice["qk"]]
+        if "qk" in choice or "pairs" in choice:
+            if "qk" in choice:
+                q_map, k_map = self.qk.q_map[..., : choice["qk"]], self.qk.k_map[..., : choice["qk"]]
+            else:
+                q_map, k_map, kept = self._pair_maps(choice["pairs"])
+                places |= {"query": kept.expand(layer.heads.num, -1), "key": kept.expand(layer.heads.groups, -1)}
             q_map = spread(q_map, layer.heads.num)
             query, key = q_map.mT @ double(query), k_map.mT @ double(key)
             query_bias, key_bias = _mapped(query_bias, q_map), _mapped(key_bias, k_map)
-        elif "pairs" in choice:
-            assert layer.rotary is not None
-            kept = self.pairs.order[:, : choice["pairs"]].sort(-1).values  # (G, r)
-            of_keys = pair_places(kept, layer.heads.width, layer.rotary)  # (G, 2 r)
-            of_queries = spread(of_keys, layer.heads.num)
-            query, key = _taken(query, of_queries), _taken(key, of_keys)
-            query_bias = None if query_bias is None else query_bias.gather(1, of_queries)
-            key_bias = None if key_bias is None else key_bias.gather(1, of_keys)
-            places |= {"query": of_queries, "key": of_keys}
         value, value_bias = heads.value, heads.value_bias
         output, output_bias = heads.output, heads.output_bias
         if "vo" in choice:
@@ -156,6 +165,15 @@ class AttentionFactors(Factors["AttentionLayer"]):
             output, output_bias = self._refitted(keep)
         small = HeadWeights(query, key, value, query_bias, key_bias, value_bias, output, output_bias)
         return small, places
+
+    def _pair_maps(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Maps (G, d, 2 r) of queries and keys to the pairs that are kept, and the components (2 r,) that these are."""
+        layout = str(self.layer.rotary)
+        kept = self.pairs.order[:count].sort().values
+        m = self.moments
+        query, key = (m["q"], m["k"]) if m else self.heads.free_moments()[:2]
+        maps = refit_pairs(grouped(query, self.layer.heads.groups), key, kept, self._turns, layout)
+        return *maps, pair_places(kept, self.layer.heads.width, layout)
 
     def _weights_at(self, width: int, scale: float) -> dict[str, Tensor]:
         layer = self.layer
@@ -212,7 +230,7 @@ def _taken(weight: Tensor, places: Tensor) -> Tensor:
     return weight.gather(1, places[..., None].expand(-1, -1, weight.shape[-1]))
 
 
-def _loss_metric(m: Moments) -> tuple[Tensor, Tensor]:
+def _loss_metric(m: Moments, seen: Tensor) -> tuple[Tensor, Tensor]:
     """Query-key metric in units of the loss: with ``A = Q^T dL/dQ`` per image, ``dL = <P - I, A>``.
 
     Its second moment is taken as a Kronecker product, ``E[A A^T] x E[A^T A] / tr E[A A^T]``. A tenth of the
@@ -221,7 +239,7 @@ def _loss_metric(m: Moments) -> tuple[Tensor, Tensor]:
     rows, cols = double(m["qk_rows"]), double(m["qk_cols"])
     trace = rows.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp_min(1e-300)
     mixed = []
-    for metric, moment in ((rows, double(m["q"])), (cols, spread(double(m["k"]), len(cols)))):
+    for metric, moment in ((rows, double(m["q"])), (cols, spread(double(seen), len(cols)))):
         ratio = _trace(metric) / _trace(moment).clamp_min(1e-300)
         mixed.append(0.9 * metric + 0.1 * ratio * moment)
     return mixed[0], mixed[1] / trace

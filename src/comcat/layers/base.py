@@ -127,6 +127,10 @@ class Layer(ABC):
     def gradient_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the moments that a calibration with output gradients holds besides."""
 
+    def optional_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of all moments that a calibration may hold for this layer besides."""
+        return self.gradient_shapes()
+
     def shape_hooks(self, counter: ShapeCounter) -> list[Any]:
         """Hooks by which the data that one image brings here is counted; returns their handles."""
         first = next(iter(self.linears.values()))

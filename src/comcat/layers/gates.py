@@ -103,9 +103,8 @@ class AttentionGates(LayerGates):
             self.register_parameter(role, as_parameter(getattr(full, role), like))
             self.register_parameter(f"{role}_bias", None if bias is None else as_parameter(bias, like))
         self.register_buffer("order", None)
-        if "pairs" in parts:  # component j of the part is this place of a head
-            places = pair_places(factors.pairs.order, heads.width, str(layer.rotary))
-            self.order = spread(places, heads.num).to(like.device)
+        if "pairs" in parts:  # component j of the part is this place of a head; what is kept in the end is refitted
+            self.order = pair_places(factors.pairs.order, heads.width, str(layer.rotary)).to(like.device)
         weight, covariance = full.output.flatten(0, 1), None  # (H d_v, D_out)
         mean = torch.zeros_like(weight[:, 0])
         if factors.moments and "vo" in parts:
@@ -145,11 +144,9 @@ class AttentionGates(LayerGates):
         mask = masks.get(self.qk_part) if role == "query" else None
         if mask is None:
             return weight, bias
-        if self.order is None:
-            gate = mask.expand(len(weight), -1)
-        else:
-            both = torch.cat([mask, mask]).expand(len(weight), -1)
-            gate = torch.zeros_like(weight[..., 0]).scatter(1, self.order, both)
+        if self.order is not None:
+            mask = torch.zeros_like(weight[0, :, 0]).scatter(0, self.order, torch.cat([mask, mask]))
+        gate = mask.expand(len(weight), -1)
         return weight * gate[..., None], None if bias is None else bias * gate
 
 
