@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import BudgetError, PlanError
 from ..models.modes import evaluating
 from .plan import Plan
+from .probing import probing_macs
 
 if TYPE_CHECKING:
     from .planner import Planner
@@ -89,4 +90,4 @@ def divergences(planner: Planner, plans: Sequence[Plan], images: Tensor) -> list
 def affordable(planner: Planner) -> bool:
     """Whether what a probing planner has yet to measure is worth the wait."""
     device = next(planner.model.parameters()).device.type
-    return planner.probing_macs() <= AFFORDABLE["cpu" if device == "cpu" else "other"]
+    return probing_macs(planner) <= AFFORDABLE["cpu" if device == "cpu" else "other"]

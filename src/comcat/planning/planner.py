@@ -12,34 +12,32 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import Tensor, nn
 
-from ..calibration.statistics import SAME, Calibration
+from ..calibration.statistics import Calibration
 from ..errors import PlanError
 from ..evaluation.outputs import Forward
 from ..layers.base import USUAL_PARTS, Choice, Inventory, Layer, check_parts
-from ..models.modes import evaluating, exclusive
+from ..models.modes import exclusive
 from ..models.running import exact, still
 from ..prepared import Prepared, prepared
 from ..progress import Progress
-from ..wording import some
 from .allocate import Options, allocate, layer_options, out_of_reach
 from .choice import best_plan
-from .curves import Curve, probed_curve, spectrum_curve, uniform_curve
+from .curves import Curve, spectrum_curve, uniform_curve
 from .latency import LatencyTable
 from .plan import Budget, Plan
-from .probe import Prober, probe_images, probe_key
+from .probe import Prober
+from .probing import probed_plan
+from .uninformative import refuse_zero_gradients
 from .units import UNITS, Unit, unit_of, units_with
 
 METHODS = ("uniform", "spectrum", "probe", "auto")
 #: Forms of the FFN: the better one for each layer, or one for all.
 FFN_FORMS = ("auto", "low-rank", "neurons")
-#: A divergence up to this is rounding.
-_NOTHING = 1e-12
 Curves = dict[str, dict[str, Curve]]
 Solution = tuple[dict[str, Choice], float]
 
@@ -223,7 +221,7 @@ class Planner:
     def refuse_unreachable(self) -> None:
         """Before anything is measured: whether the smallest widths of all parts meet the budget."""
         flat = {
-            layer.name: {part: np.zeros(full + 1) for part, full in self._parts(layer).items()}
+            layer.name: {part: np.zeros(full + 1) for part, full in self.full_widths(layer).items()}
             for layer in self.inventory.layers
         }
         options = self._options(flat)
@@ -234,8 +232,11 @@ class Planner:
     def plan(self) -> Plan:
         self.refuse_unreachable()
         if self.method == "probe":
-            return self._probed()
-        self._refuse_zero_gradients()
+            return probed_plan(self)
+        if self.method == "spectrum" and self.calibration is not None and self.calibration.fisher:
+            refuse_zero_gradients(
+                self.calibration, [layer for layer in self.inventory.layers if self.full_widths(layer)]
+            )
         curves = {layer.name: self._unmeasured(layer) for layer in self.inventory.layers}
         return self.as_plan(self.solve(curves))
 
@@ -279,31 +280,18 @@ class Planner:
 
     def _unmeasured(self, layer: Layer) -> dict[str, Curve]:
         """Curves that need no images."""
-        parts = self._parts(layer)
+        parts = self.full_widths(layer)
         if self.method == "uniform":
             return {part: uniform_curve(layer, part) for part in parts}
         fisher = self.calibration is not None and self.calibration.fisher
         return {part: spectrum_curve(self.factors[layer.name], part, fisher) for part in parts}
 
-    def _parts(self, layer: Layer) -> Choice:
+    def full_widths(self, layer: Layer) -> Choice:
         """Full widths of the layer's parts that may be reduced."""
         parts = layer.selected(self.parts)
         if "neurons" in parts and self.ffn != "auto":
             parts = {part: width for part, width in parts.items() if (part == "neurons") == (self.ffn == "neurons")}
         return parts
-
-    # -- probing --------------------------------------------------------------------------------------------------
-
-    def _probed(self) -> Plan:
-        assert self.calibration is not None
-        images = probe_images(self.calibration, self.dense["macs"])
-        with evaluating(self.model):
-            prober = self.prober(images)
-            prober.record(self.inventory)
-            curves = self._measure(prober, len(images))
-            choices, loss = self.solve(curves)
-            divergence = prober.measure_all(self.modules(choices))
-        return self.as_plan((choices, loss), divergence=divergence)
 
     def modules(self, choices: Mapping[str, Choice]) -> dict[str, nn.Module]:
         """The small modules of these choices, by name."""
@@ -313,87 +301,7 @@ class Planner:
             for name, module in self.factors[layer].build(choice).items()
         }
 
-    def probing_macs(self) -> float:
-        """About what probing costs that is yet to be measured; replayed blocks halve it."""
-        assert self.calibration is not None
-        images = len(probe_images(self.calibration, self.dense["macs"]))
-        known = [found for key, found in self.calibration.probes.items() if key.partition(",")[0] == f"n={images}"]
-        new = [one for one in self._work() if not any(probe_key(*one) in found for found in known)]
-        return len(new) * images * self.dense["macs"] / 2
-
     def prober(self, images: Tensor) -> Prober:
         """Of the dense model; outputs as in the calibration."""
         kind = self.calibration.outputs if self.calibration is not None else None
         return Prober(self.model, images, kind, forward=self.forward)
-
-    def _work(self) -> list[tuple[Layer, str, int]]:
-        """What probing measures: layers, their parts, and widths."""
-        return [
-            (layer, part, width)
-            for layer in self.inventory.layers
-            for part in self._parts(layer)
-            for width in layer.widths(part, layer.levels[part])
-        ]
-
-    def _measure(self, prober: Prober, images: int) -> Curves:
-        """One curve per part from a few measured levels; what the calibration already knows is not measured again."""
-        assert self.calibration is not None
-        known: dict[str, float] = {}
-        if self.calibration.distance(self.model, self.inventory).relative <= SAME:  # they are probes of this model
-            kind = "" if prober.outputs.per_class else f",{prober.outputs.kind}"
-            known = self.calibration.probes.setdefault(f"n={images}{kind}", {})
-        work = self._work()
-        measured: dict[tuple[str, str], dict[int, float]] = {}
-        for done, (layer, part, width) in enumerate(work):
-            key = probe_key(layer, part, width)
-            if key not in known:
-                known[key] = prober.measure(layer, self.factors[layer.name], {part: width})
-            measured.setdefault((layer.name, part), {})[width] = known[key]
-            if self.progress:
-                self.progress("probe", done + 1, len(work))
-        inner = [one for one in work if one[0].in_block] or work
-        self._refuse_flat([known[probe_key(*one)] for one in inner], str(prober.outputs.kind))
-        curves: Curves = {layer.name: {} for layer in self.inventory.layers}
-        for (name, part), points in measured.items():
-            curves[name][part] = probed_curve(self.factors[name], part, points)
-        return curves
-
-    # -- measures that tell nothing --------------------------------------------------------------------------------
-
-    def _refuse_zero_gradients(self) -> None:
-        if self.method != "spectrum" or self.calibration is None or not self.calibration.fisher:
-            return
-        moments, zero, layers = self.calibration.moments, [], []
-        for layer in self.inventory.layers:
-            gradients = [name for name in layer.gradient_shapes() if name in moments[layer.name]]
-            if self._parts(layer) and gradients:
-                layers.append(layer)
-                if not any(bool(moments[layer.name][name].any()) for name in gradients):
-                    zero.append(layer)
-        inner = [layer for layer in layers if layer.in_block] or layers
-        if layers and all(layer in zero for layer in inner):
-            which = "every gradient of the calibration" + (
-                "" if len(zero) == len(layers) else ", but the classifier's,"
-            )
-            raise PlanError(
-                f"{which} is zero, so no layer can be told from another: the outputs, taken for "
-                f"{self.calibration.outputs or 'classes'}, do not depend on the images. Calibrate again with the "
-                "right outputs= and a trained classifier, or choose the method 'uniform'"
-            )
-        if zero:
-            names = some(f"'{layer.name}'" for layer in zero)
-            warnings.warn(
-                f"every gradient of {len(zero)} of {len(layers)} layers is zero ({names}): the outputs do not depend "
-                "on them, and they are cut first. If they should, calibrate again with the right outputs=",
-                stacklevel=5,
-            )
-
-    def _refuse_flat(self, measured: list[float], kind: str) -> None:
-        bad = [value for value in measured if not np.isfinite(value)]
-        if not measured or (not bad and max(measured) > _NOTHING):
-            return
-        what = "not finite" if bad else "zero at every cut"
-        raise PlanError(
-            f"the measured divergence is {what}, so no layer can be told from another: outputs that are {kind} do not "
-            "change with the weights. Calibrate again with the right outputs=, or choose the method 'uniform'"
-        )
