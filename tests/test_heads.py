@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from comcat.layers.heads import Heads, HeadWeights, Stream, frozen
+from comcat.layers.heads import Heads, HeadWeights, Stream, unwrapped
 from comcat.nn.added import AddedProduct
 
 H, d, D, D_out, r = 3, 5, 13, 11, 2
@@ -36,7 +36,7 @@ def test_wrapped_projections_are_those_inside() -> None:
     wrapped = layer(**{name: Wrapped(module) for name, module in plain.named_children()})
     x = torch.randn(7, D)
     (one, values), (other, again) = added(plain, x), added(wrapped, x)
-    assert frozen(wrapped.q) is plain.q
+    assert unwrapped(wrapped.q) is plain.q
     for name in ("query", "key", "value", "value_bias"):
         assert getattr(one, name).data_ptr() == getattr(other, name).data_ptr()
     torch.testing.assert_close(values.flatten(1), plain.get_submodule("v")(x))

@@ -27,7 +27,7 @@ from comcat.customize.pictures import save_png
 from comcat.customize.teaching.customize_config import CustomizeConfig
 from comcat.customize.teaching.examples import Photos
 from comcat.customize.teaching.families import family_of
-from comcat.customize.teaching.guards import frozen
+from comcat.customize.teaching.guards import frozen_pipeline
 from comcat.customize.teaching.material import shapes_for
 from comcat.customize.teaching.objective import Objective
 from comcat.customize.teaching.photos import METADATA, find_photos
@@ -148,7 +148,7 @@ class Contest:
             self.pipe.unet = copy.deepcopy(original)  # the base stays for the others
         config = replace(self.config, lr=method.lr)
         try:
-            with accelerated("no", self.seed, cpu=True) as accelerator, frozen(self.pipe):
+            with accelerated("no", self.seed, cpu=True) as accelerator, frozen_pipeline(self.pipe):
                 material = self._material(config)
                 with peak_memory() as peak:
                     handle = self._adapter(method, config)

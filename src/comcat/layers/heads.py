@@ -145,14 +145,14 @@ class HeadWeights:
         weights: dict[str, Tensor] = {}
         biases: dict[str, Tensor] = {}
         for one in stream.inputs:
-            linear = frozen(module.get_submodule(one.path))
+            linear = unwrapped(module.get_submodule(one.path))
             rows = heads.split(linear.weight.detach().flatten(1).mT, one)  # (D, heads, width)
             weights |= {role: part.movedim(0, -1) for role, part in rows.items()}
             if linear.bias is not None:
                 biases |= heads.split(linear.bias.detach(), one)  # type: ignore[arg-type]
         if output is None and stream.output is not None:
             output = module.get_submodule(stream.output)
-        out = None if output is None else frozen(output)
+        out = None if output is None else unwrapped(output)
         width = heads.num * heads.value_width
         columns = weights["value"].new_empty(width, 0) if out is None else out.weight.detach().flatten(1).mT[:width]
         for role in ("query", "key"):  # such as have no matrix here belong to no product
@@ -182,7 +182,7 @@ class HeadWeights:
         return gram(self.query), gram(self.key), gram(self.value)
 
 
-def frozen(linear: nn.Module) -> Any:
+def unwrapped(linear: nn.Module) -> Any:
     """A linear layer itself, also where PEFT has wrapped it."""
     return getattr(linear, "base_layer", linear)
 

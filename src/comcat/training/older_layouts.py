@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .snapshot import fill
+from .snapshot import fill_moments
 from .state import Saved
 
 
@@ -35,7 +35,7 @@ def current(saved: Saved) -> Saved:
     moments: dict[str, dict[str, Any]] = {}
     for key, value in tensors["optimizer"].items():
         moments.setdefault(key.rpartition(".")[0], {})[key.rpartition(".")[2]] = value
-    fill(moments, names, tensors["model"])
+    fill_moments(moments, names, tensors["model"])
     tensors["optimizer"] = {f"{name}.{key}": t for name, values in moments.items() for key, t in values.items()}
     if "ranks" in tensors:
         ranks = dict(tensors.pop("ranks"))

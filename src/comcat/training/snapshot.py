@@ -74,7 +74,7 @@ class Trained:
             self._optimizer.state.clear()
         groups, moments = state.get("param_groups", []), {} if fresh else state.get("state", {})
         if self._is_adamw:
-            fill(moments, [name for group in groups for name in group["params"]], model)
+            fill_moments(moments, [name for group in groups for name in group["params"]], model)
         kept = {f"{name}.{key}": value for name, values in moments.items() for key, value in values.items()}
         tensors["optimizer"] = {key: value.clone() for key, value in kept.items() if isinstance(value, Tensor)}
         plain = {"optimizer": groups, "scalars": {k: v for k, v in kept.items() if not isinstance(v, Tensor)}}
@@ -194,7 +194,7 @@ def as_module(parameters: Mapping[str, nn.Parameter]) -> nn.Module:
     return root
 
 
-def fill(moments: dict[str, dict[str, Any]], names: list[str], weights: Mapping[str, Tensor]) -> None:
+def fill_moments(moments: dict[str, dict[str, Any]], names: list[str], weights: Mapping[str, Tensor]) -> None:
     """Zeros for parameters that no gradient has reached, which have no moments: PyTorch takes these for damaged."""
     for name in names:
         if name not in moments:

@@ -73,7 +73,7 @@ def components(pipe: Any) -> dict[str, nn.Module]:
     return {name: model, **text_encoders(pipe)}
 
 
-def fingerprint(attentions: Mapping[str, AddableAttention]) -> str:
+def architecture_digest(attentions: Mapping[str, AddableAttention]) -> str:
     """SHA-256 of the attention layers of a component: names, kinds, heads and widths."""
     content = json.dumps([attention.signature() for attention in attentions.values()], separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()

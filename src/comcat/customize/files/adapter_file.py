@@ -26,7 +26,7 @@ from ...storage.reader import read_tensors
 from ...wording import some
 from ..adapter import attached as adapters_
 from ..adapter.attached import Adapter
-from ..adapter.components import DENOISERS, components, denoiser, find_addable, fingerprint, text_encoders
+from ..adapter.components import DENOISERS, architecture_digest, components, denoiser, find_addable, text_encoders
 from ..adapter.tokens import Token, check_new
 from .contents import check_checksum, not_finite, pack
 from .header import KEY, STORAGES, Entry, Header, Part, Storage
@@ -89,7 +89,7 @@ def header(handle: Adapter, storage: Storage = "float32") -> Header:
             name: Entry(rank, _signature(attentions[name]), _biases(handle.layers[component, name]))
             for name, rank in layers.items()
         }
-        parts[component] = Part(type(models[component]).__name__, fingerprint(attentions), entries)
+        parts[component] = Part(type(models[component]).__name__, architecture_digest(attentions), entries)
     token = handle.token
     name = getattr(pipe, "name_or_path", None) or getattr(models[denoiser(pipe)[0]], "name_or_path", None)
     base = str(handle.info.get("base") or name or "")
@@ -271,7 +271,7 @@ def _add_layers(handle: Adapter, component: str, part: Part, path: Path, dtype: 
 
 
 def _signature(attention: AddableAttention) -> str:
-    return fingerprint({attention.name: attention})[:16]
+    return architecture_digest({attention.name: attention})[:16]
 
 
 def _base(handle: Adapter) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...hosts.addable import AddableAttention
-from ...layers.heads import frozen
+from ...layers.heads import unwrapped
 from ...layers.recording import Moment
 from ...linalg.factorize import whitening
 from ...models.running import double
@@ -65,7 +65,7 @@ class InputMoments:
 
         def root(path: str, bias_of: str, with_bias: bool = True) -> Tensor:
             moment = self._moments[component, f"{attention.name}.{path}"]
-            biased = with_bias and frozen(attention.linear(bias_of)).bias is not None
+            biased = with_bias and unwrapped(attention.linear(bias_of)).bias is not None
             return whitening(_with_ones(moment) if biased else moment.second, SHARE)
 
         if part == "vo":

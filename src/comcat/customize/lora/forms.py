@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...hosts.addable import AddableAttention
-from ...layers.heads import Heads, HeadWeights, Stream, frozen
+from ...layers.heads import Heads, HeadWeights, Stream, unwrapped
 from ...models.running import double
 from ...nn.added import AddedLayer, AddedProduct
 from .algebra import HeadUpdate, LoraWeights, lora_of_columns, lora_of_rows, update_of_columns, update_of_rows
@@ -70,7 +70,7 @@ def form_of(attention: AddableAttention, model: nn.Module, part: ProductName, ke
         lefts.add(f"{attention.name}.{stream.value}", weights.value, weights.value_bias)
         if output is not None:
             path, linear = output
-            rights.add(path, weights.output, columns=frozen(linear).in_features)
+            rights.add(path, weights.output, columns=unwrapped(linear).in_features)
     return Form(lefts.matrix, rights.matrix, tuple(lefts.blocks), tuple(rights.blocks))
 
 
@@ -100,7 +100,7 @@ def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def has_key_biases(attention: AddableAttention) -> bool:
     """Whether keys of different streams have different biases."""
-    linears = [frozen(attention.linear(stream.key)) for stream in attention.streams]
+    linears = [unwrapped(attention.linear(stream.key)) for stream in attention.streams]
     return len(linears) > 1 and any(linear.bias is not None for linear in linears)
 
 

@@ -17,7 +17,7 @@ from ..adapter.components import denoiser
 
 
 @contextlib.contextmanager
-def frozen(pipe: Any) -> Iterator[None]:
+def frozen_pipeline(pipe: Any) -> Iterator[None]:
     """No weight of the base wants a gradient inside; modes, flags and gradient checkpointing come back as they were."""
     model: Any = denoiser(pipe)[1]
     checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))
@@ -33,7 +33,7 @@ def frozen(pipe: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def placed(pipe: Any, device: torch.device) -> Iterator[None]:
+def placed_pipeline(pipe: Any, device: torch.device) -> Iterator[None]:
     """The pipeline on ``device``; every part is back where it was, and of the dtype it had, afterwards.
 
     Raises:

@@ -19,12 +19,12 @@ from ...training.engine import Run
 from ...training.fresh_or_resumed import alone, open_run
 from ...training.process import accelerated, on_main
 from ..adapter.attached import Adapter, add_adapter, remove_adapter
-from ..adapter.components import denoiser, find_addable, fingerprint
+from ..adapter.components import architecture_digest, denoiser, find_addable
 from ..generation import check_words
 from .concept_task import Teaching
 from .customize_config import CustomizeConfig
 from .families import family_of
-from .guards import explained_memory, frozen, placed
+from .guards import explained_memory, frozen_pipeline, placed_pipeline
 from .material import Note, check_token, class_photos, concept_photos, find_token, identity
 from .objective import Objective
 from .trainer import check_saved
@@ -98,8 +98,8 @@ def train(
         saved = open_run(accelerator, folder, resume, note)
         if saved is not None:
             on_main(accelerator, lambda: check_saved(saved))
-        stack.enter_context(placed(pipe, accelerator.device))
-        stack.enter_context(frozen(pipe))
+        stack.enter_context(placed_pipeline(pipe, accelerator.device))
+        stack.enter_context(frozen_pipeline(pipe))
         base = _base_identity(pipe)
         fixed: dict[str, Any] = {"photos": identity(photos), "base": base, "processes": accelerator.num_processes}
         if saved is not None:  # the class images are not known yet
@@ -160,7 +160,7 @@ def _base_identity(pipe: Any) -> str:
     """Architecture and a sample of the weights: another base model is noticed without reading all of it."""
     component, model = denoiser(pipe)
     attentions, _ = find_addable(component, model)
-    sha = hashlib.sha256(fingerprint(attentions).encode())
+    sha = hashlib.sha256(architecture_digest(attentions).encode())
     ordered = list(attentions.values())
     for attention in (ordered[0], ordered[-1]):
         weight = attention.linear(attention.streams[0].query).weight
