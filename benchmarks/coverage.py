@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import comcat
 from comcat.errors import ComcatError
+from comcat.hosts.attention_proof import NO_PRODUCT
 from comcat.hosts.proof import apart
 from comcat.layers.cost import Shape
 from comcat.models.example import Example, example_for
@@ -39,7 +40,9 @@ from common import parser
 SOURCES = ("timm", "transformers", "torchvision", "open_clip")
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 TABLE = Path(__file__).parents[1] / "docs" / "coverage.md"
-ATTENTION = re.compile(r"attn|attention|MHSA|GPSA|SHSA|SHMA|LiteMLA", re.IGNORECASE)
+ATTENTION = re.compile(r"attn|attention|MHSA|GPSA|SHSA|SHMA|LiteMLA|LambdaLayer", re.IGNORECASE)
+#: How the reasons begin where a product of queries and keys does not exist; that is proven, or known of the class.
+NO_QK = (NO_PRODUCT, "query-key normalization")
 _NO_FFN = re.compile(r"attn|attention|head", re.IGNORECASE)
 _FFN = re.compile(r"mlp|ffn|feed_?forward|swiglu|geglu", re.IGNORECASE)
 
@@ -79,7 +82,8 @@ def looked_at(model: nn.Module, images: Tensor | None, not_softmax: dict[str, st
         reasons = [(entry.cls, entry.reason) for entry in prepared.inventory.dense]
     except ComcatError as error:
         layers, reasons = {}, [(type(model).__name__, str(error))]
-    attention, ffn = [{"modules": 0, "params": 0, "reduced": 0, "qk": 0, "vo": 0, "softmax": 0} for _ in range(2)]
+    counts = ("modules", "params", "reduced", "qk", "vo", "softmax", "qk_possible")
+    attention, ffn = (dict.fromkeys(counts, 0) for _ in range(2))
     others: dict[str, str] = {}
     for kind, pattern, sums in (("attention", ATTENTION, attention), ("ffn", _FFN, ffn)):
         for name, module in modules(model, pattern, {n for n, one in layers.items() if one.kind == kind}):
@@ -96,6 +100,7 @@ def looked_at(model: nn.Module, images: Tensor | None, not_softmax: dict[str, st
                 others[cls] = not_softmax[named]
             else:
                 sums["softmax"] += 1
+                sums["qk_possible"] += layer is None or not layer.dense_parts.get("qk", "").startswith(NO_QK)
             if layer is not None:
                 parts = {layer.part_of(part) for part in layer.full}
                 sums["reduced"] += layer.parts_cost(parts, Shape(1, 1)).params
@@ -193,10 +198,15 @@ def share(rows: list[dict[str, Any]], kind: str, key: str, of: str) -> str:
     """In percent, every name counted once."""
     part = whole = 0.0
     for row in rows:
-        if row.get(kind, {}).get(of):
-            part += len(row["names"]) * min(1.0, row[kind][key] / row[kind][of])
+        if kind in row and (count := counted(row[kind], of)):
+            part += len(row["names"]) * min(1.0, row[kind][key] / count)
             whole += len(row["names"])
     return f"{100 * part / whole:.0f}" if whole else "-"
+
+
+def counted(sums: dict[str, int], of: str) -> int:
+    """Of how many modules; where nobody looked whether a product exists, of all that have a softmax."""
+    return sums.get(of, sums["softmax"])
 
 
 def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
@@ -204,9 +214,11 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
     lines = [
         "<!-- Made by benchmarks/coverage.py; do not edit. -->", "", "# What can be reduced", "",
         "Every structure was built small, its weights disturbed, and compressed at full rank in float64. *Models* "
-        "counts names, *structures* what was built. VO, QK (or rotary pairs): share of the modules with softmax "
-        "attention that have them, in percent; FFN: of the FFNs; *params*: share of the parameters of attention, and "
-        "of FFNs. *Difference*: the largest of the outputs at full rank, relative to the largest output.", "",
+        "counts names, *structures* what was built. VO (or channels): share of the modules with softmax attention that "
+        "have it, in percent; QK (or rotary pairs): of those where a product of queries and keys exists, which is all "
+        "but those of which it is proven that it does not; FFN: of the FFNs; *params*: share of the parameters "
+        "of attention, and of FFNs. *Difference*: the largest of outputs at full rank, relative to the largest output.",
+        "",
     ]  # fmt: skip
     for source, families in results.items():
         lines += [f"## {source}", "", summary([row for rows in families.values() for row in rows]), ""]
@@ -218,7 +230,7 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
                 continue
             worst = max((row["difference"] for row in rows if "difference" in row), default=None)
             cells = [
-                share(rows, "attention", "vo", "softmax"), share(rows, "attention", "qk", "softmax"),
+                share(rows, "attention", "vo", "softmax"), share(rows, "attention", "qk", "qk_possible"),
                 share(rows, "ffn", "vo", "modules"), share(rows, "attention", "reduced", "params"),
                 share(rows, "ffn", "reduced", "params"), "-" if worst is None else f"{worst:.0e}",
             ]  # fmt: skip
@@ -250,13 +262,14 @@ def summary(rows: list[dict[str, Any]]) -> str:
     models = sum(len(row["names"]) for row in soft)
 
     def having(kind: str, key: str, of: str) -> str:
-        count = sum(len(row["names"]) for row in soft if row[kind][key] >= row[kind][of])
+        count = sum(len(row["names"]) for row in soft if row[kind][key] >= counted(row[kind], of))
         return f"{count} ({100 * count / max(models, 1):.0f} %)"
 
     return (
         f"{sum(len(row['names']) for row in rows)} models, {models} with softmax attention. All of their attention has "
-        f"VO in {having('attention', 'vo', 'softmax')}, QK or rotary pairs in {having('attention', 'qk', 'softmax')}; "
-        f"all FFNs can be reduced in {having('ffn', 'vo', 'modules')}."
+        f"VO or channels in {having('attention', 'vo', 'softmax')}, QK or rotary pairs in "
+        f"{having('attention', 'qk', 'softmax')}, and wherever a product of queries and keys exists in "
+        f"{having('attention', 'qk', 'qk_possible')}; all FFNs can be reduced in {having('ffn', 'vo', 'modules')}."
     )
 
 
@@ -300,7 +313,7 @@ def main() -> None:
                 f"{part} {share(done[family], kind, key, of):>3}"
                 for part, kind, key, of in (
                     ("VO", "attention", "vo", "softmax"),
-                    ("QK", "attention", "qk", "softmax"),
+                    ("QK", "attention", "qk", "qk_possible"),
                     ("FFN", "ffn", "vo", "modules"),
                 )
             ]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from timm.layers.attention import AttentionRope
 from timm.models.efficientformer_v2 import Attention2d
+from timm.models.iformer import SHMA
 from torch import Tensor, nn
 
 import comcat
@@ -17,7 +18,7 @@ from comcat.layers.attention import AttentionLayer
 from comcat.linalg.factorize import order_channels
 from comcat.nn.projections import HeadOutput, HeadProjection
 from conftest import VIT, calibrated, images, make, randomize, vit
-from test_hosts_layouts import LEVIT, Queries, named, sized
+from test_hosts_layouts import LEVIT, Queries, halo, made, named
 from test_hosts_timm import gated
 
 #: Of queries on a coarser grid than the output, which is brought back to its size.
@@ -42,9 +43,7 @@ def rotary() -> nn.Module:
 
 def filters() -> nn.Module:
     """A filter on every channel of the values, heads that talk, an activation; projections with batch normalization."""
-    model = Queries()
-    model.attn = Attention2d(14, key_dim=5, num_heads=3, attn_ratio=2, resolution=8, stride=2)
-    return sized(randomize(model), 32)
+    return made(Queries, attn=Attention2d(14, key_dim=5, num_heads=3, attn_ratio=2, resolution=8, stride=2))
 
 
 HOSTS: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -54,6 +53,8 @@ HOSTS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "gate": (gated, "blocks.0.attn"),
     "gate, rotary": (rotary, "blocks.0.attn"),
     "gate, groups": (grouped, "blocks.0.attn"),
+    "gate beside the values": (lambda: made(Queries, attn=SHMA(14)), "attn"),
+    "output projection in the block": (lambda: made(Queries, attn=halo(2)), "attn"),
 }
 
 
@@ -134,7 +135,8 @@ def test_fewer_channels_are_what_zeros_in_the_output_leave(host: tuple[nn.Module
     """Beside narrower queries."""
     model, layer = host
     width = layer.heads.value_width
-    choice = {layer.qk_part: layer.full[layer.qk_part] - 1, "channels": width // 2}
+    scores = {part: layer.full[part] - 1 for part in layer.full if part == layer.qk_part}
+    choice = {**scores, "channels": width // 2}
     calibration = calibrated(model, 24)
     small = comcat.compress(model, comcat.Plan({layer.name: choice}), calibration)
     attention = small.get_submodule(layer.name)
@@ -144,7 +146,7 @@ def test_fewer_channels_are_what_zeros_in_the_output_leave(host: tuple[nn.Module
 
     # The same with the weights of full width: kept rows as they are, all other output weights zero.
     factors = layer.factors(calibration.moments[layer.name])
-    again = comcat.compress(model, comcat.Plan({layer.name: {layer.qk_part: choice[layer.qk_part]}}), calibration)
+    again = comcat.compress(model, comcat.Plan({layer.name: scores}), calibration)
     at = factors.places_of(factors.channels.order[:, : width // 2].sort(-1).values).flatten()
     weight = torch.zeros_like(layer.output.weight.detach())
     weight[:, at] = output.linear.weight.detach()
@@ -185,6 +187,39 @@ def test_a_part_that_is_not_there_is_refused() -> None:
 def test_a_stock_model_keeps_all_channels() -> None:
     with pytest.raises(PlanError, match="an operation on the channels of the values expects all of them"):
         comcat.plan(named("levit_128s", **LEVIT), Budget(params=0.9), parts=("qk", "vo"), method="uniform", stock=True)
+
+
+class Normed(AttentionRope):
+    """Queries and keys between which a norm, or nothing at all, acts."""
+
+    def __init__(self, norm: Callable[[Tensor], Tensor], swapped: bool = False) -> None:
+        super().__init__(15, num_heads=3)
+        self.between, self.swapped = norm, swapped
+
+    def forward(self, x: Tensor, rope: Any = None, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 3, 5)).permute(2, 0, 3, 1, 4)
+        if self.swapped:  # rows of both in both
+            q, k = torch.cat([q[..., :2], k[..., 2:]], -1), torch.cat([k[..., :2], q[..., 2:]], -1)
+            return self.proj(((q @ q.mT + k @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        scores = self.between(q) @ self.between(k).mT
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("norm", "swapped", "reason"),
+    [
+        (nn.functional.normalize, False, "there is no product of queries and keys"),
+        (torch.tanh, False, "there is no product of queries and keys"),
+        (torch.sigmoid, False, "their rows lie elsewhere, or"),  # queries of zero are not without effect there
+        (torch.tanh, True, "their rows lie elsewhere, or"),
+    ],
+)
+def test_that_there_is_no_product_is_proven(norm: Callable[[Tensor], Tensor], swapped: bool, reason: str) -> None:
+    model: Any = vit()
+    model.blocks[0].attn = randomize(Normed(norm, swapped)).double()
+    found = comcat.prepare(model).inventory["blocks.0.attn"]
+    assert tuple(found.full) == ("vo",)
+    assert reason in found.dense_parts["qk"]
 
 
 class Mixed(AttentionRope):

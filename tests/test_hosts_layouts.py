@@ -11,6 +11,9 @@ import timm
 import torch
 from timm.layers.attention2d import MultiQueryAttention2d
 from timm.layers.attention_pool2d import AttentionPool2d
+from timm.layers.halo_attn import HaloAttn
+from timm.models.byobnet import LayerFn, SelfAttnBlock
+from timm.models.iformer import FFN, SHMA, ConvBlock
 from timm.models.nest import Nest
 from timm.models.volo import VOLO
 from torch import Tensor, nn
@@ -23,17 +26,28 @@ from conftest import calibrated, images, make, randomize
 
 
 class Queries(nn.Module):
-    """A convolutional model around attention with one group of keys and values."""
+    """A convolutional model around attention with one group of keys and values, or another on 8 x 8 pixels."""
 
-    def __init__(self, **args: Any) -> None:
+    def __init__(self, attn: nn.Module | None = None, **args: Any) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 14, 4, 4)
-        self.attn = MultiQueryAttention2d(14, 14, num_heads=3, key_dim=5, value_dim=7, **args)
+        self.attn = attn or MultiQueryAttention2d(14, 14, num_heads=3, key_dim=5, value_dim=7, **args)
         self.head = nn.Linear(14, 11)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        return self.head((x + self.attn(x)).mean((2, 3)))
+        return self.head((x + nn.functional.interpolate(self.attn(x), x.shape[-2:])).mean((2, 3)))
+
+
+def halo(stride: int) -> nn.Module:
+    """Attention whose output projection is a layer of its block; queries that skip pixels where ``stride`` is 2."""
+    inner = partial(HaloAttn, block_size=4, halo_size=1, num_heads=2, dim_head=5)
+    return SelfAttnBlock(14, 14, bottle_ratio=4 / 7, stride=stride, layers=LayerFn(self_attn=inner))
+
+
+def beside(block: nn.Module) -> nn.Module:
+    """Attention with a gate in one with the values, and another block after it."""
+    return nn.Sequential(SHMA(14, head_dim_reduction_ratio=2), block)
 
 
 def made(cls: type[nn.Module], **args: Any) -> nn.Module:
@@ -105,6 +119,18 @@ HOSTS = {
         {"OutlookAttention": {("vo",)}, "Attention": {BOTH}, "ClassAttention": {BOTH}},
         {NEURONS},
         saved=False,
+    ),
+    "output projection in the block": Host(
+        lambda: made(Queries, attn=halo(1)), {"SelfAttnBlock": {("channels",)}}, set(), saved=False
+    ),
+    "queries that skip pixels": Host(
+        lambda: made(Queries, attn=halo(2)), {"SelfAttnBlock": {("channels",)}}, set(), saved=False
+    ),
+    "a gate beside the values, an FFN of convolutions": Host(
+        lambda: made(Queries, attn=beside(FFN(14, 3))), {"SHMA": {CHANNELS}}, {LOW}, saved=False
+    ),
+    "a gate beside the values, filters between convolutions": Host(
+        lambda: made(Queries, attn=beside(ConvBlock(14, 3))), {"SHMA": {CHANNELS}}, set(), saved=False
     ),
     "one group": Host(partial(made, Queries), {"MultiQueryAttention2d": {BOTH}}, set(), saved=False),
     "one group, pooled": Host(

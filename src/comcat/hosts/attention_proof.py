@@ -3,6 +3,8 @@
 * It depends on ``W_q W_k^T`` alone if any basis of a head's queries, with the inverse one of its keys, leaves the
   output as it is; and likewise on ``W_v W_o``. Where queries and keys are rotated (rotary embedding) only turns within
   each pair of components do.
+* If neither holds, queries of zero that leave the keys without effect show that the rows were read as they are: then it
+  is the product that does not exist.
 * Where ``W_v W_o`` is not all that it depends on, the channels of the values are free if those that lead nowhere can be
   left out, as with the neurons of an FFN (:mod:`comcat.hosts.ffn_proof`).
 * A stand-in with narrower heads puts out what the original does with weights of that rank.
@@ -24,6 +26,12 @@ from ..linalg.rotary import LAYOUTS, pair_places
 from ..nn.copies import copy_with
 from .attention_structure import attention_of, layer_of, variants
 from .proof import COARSE, ROUNDING, Trial
+
+#: Why queries and keys stay dense where it is known that their product does not exist.
+NO_PRODUCT = (
+    "there is no product of queries and keys: a norm, a position or another operation acts between projections and "
+    "scores"
+)
 
 
 @dataclass(frozen=True)
@@ -86,16 +94,17 @@ def _products(trial: Trial, layer: AttentionLayer) -> _Form:
     rotary, by_channel, dense = None, False, {}
     trial.rounding = _rounding(trial, layer)
     if not any("query" in one.roles for one in layer.stream.inputs):
-        dense["qk"] = "its scores do not come from queries and keys of its own"
+        dense["qk"] = "its scores do not come from queries and keys that are linear layers of its own"
     elif not trial.holds(_turned(layer, "qk")):
         said = trial.said()
         layouts = LAYOUTS if layer.heads.width % 2 == 0 else ()
         rotary = next((one for one in layouts if trial.holds(_turned(layer, "qk", one))), None)
         if rotary is None:
-            dense["qk"] = (
-                "the scores do not follow from the product of queries and keys alone: a norm, a position or another "
-                f"operation acts between projections and scores ({said})"
+            why = (
+                "the scores do not follow from the product of queries and keys alone: their rows lie elsewhere, or a "
+                "norm or another operation acts between projections and scores"
             )
+            dense["qk"] = f"{NO_PRODUCT if _silenced(trial, layer) else why} ({said})"
     if not trial.holds(_turned(layer, "vo")):
         by_channel = layer.heads.value_width > 1 and _channels_are_free(trial, layer)
         if not by_channel:
@@ -105,6 +114,15 @@ def _products(trial: Trial, layer: AttentionLayer) -> _Form:
             )
     by_head = any(one.by_head for one in layer.stream.inputs)
     return _Form(dense, by_head, layer.stream.by_component, rotary, by_channel)
+
+
+def _silenced(trial: Trial, layer: AttentionLayer) -> bool:
+    """Whether keys are without effect where all queries are zero: then the rows are those of queries and keys."""
+    w = layer.weights()
+    bias = None if w.query_bias is None else torch.zeros_like(w.query_bias)
+    silent = replace(w, query=torch.zeros_like(w.query), query_bias=bias)
+    other = replace(silent, key=torch.randn(w.key.shape, generator=torch.Generator().manual_seed(5)).to(w.key))
+    return trial.holds(with_weights(layer, other), trial.run(with_weights(layer, silent)))
 
 
 def _channels_are_free(trial: Trial, layer: AttentionLayer) -> bool:
@@ -264,9 +282,13 @@ def _truncated(
         output[:, r:] = 0
         dense = replace(dense, output=output)
     elif "channels" in choice:
-        places["value"], of_heads = channels, spread(channels, heads.num)
+        places |= {"value": channels, "gate": channels}
+        of_heads = spread(channels, heads.num)
         bias = None if w.value_bias is None else w.value_bias.gather(1, channels)
         small = replace(small, value=_rows(w.value, channels), value_bias=bias, output=_rows(w.output, of_heads))
+        if w.gate is not None:
+            bias = None if w.gate_bias is None else w.gate_bias.gather(1, channels)
+            small = replace(small, gate=_rows(w.gate, channels), gate_bias=bias)
         mask = torch.zeros(heads.num, heads.value_width, dtype=torch.float64).scatter(1, of_heads, 1.0)
         dense = replace(dense, output=w.output * mask[..., None])
     zero = torch.zeros(w.output.shape[-1], dtype=torch.float64)

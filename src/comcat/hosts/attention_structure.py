@@ -31,6 +31,8 @@ _SEPARATE = [
     ("query.proj", "key.proj", "value.proj"), ("q.proj", "k.proj", "v.proj"), ("q.proj", "k", "v"),
     ("to_query", "to_key", "to_value"),
 ]  # fmt: skip
+#: Of query and key, and of values and their gate in one.
+_GATED = [("q", "k", "v_gate")]
 #: Of query, and of keys and values in one.
 _HALF = [
     ("q", "kv"), ("q_proj", "kv_proj"), ("to_q", "to_kv"), ("wq", "wkv"), ("query", "key_value"), ("q.ln", "kv"),
@@ -47,7 +49,7 @@ _VALUES = ["v", "v_proj", "value_proj"]
 _OUTPUTS = [
     "o_proj", "out_proj", "proj", "output_proj", "projection", "projection_layer", "to_out", "to_out.0", "wo", "o",
     "out", "out_lin", "linear", "merge", "final", "dense", "output", "output.dense", "proj.0", "proj.1", "proj.proj",
-    "output.proj", "proj.ln", "upsampling.0",
+    "output.proj", "proj.ln", "upsampling.0", "conv3_1x1.conv",
 ]  # fmt: skip
 _HEADS = [
     "num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "num_head", "nhead", "num_q_heads", "nums_head",
@@ -74,7 +76,7 @@ def attention_of(name: str, module: nn.Module) -> AttentionLayer | str | None:
     if isinstance(form, str):
         return form
     called = module if form is None else form
-    pairs = folds(called) if _has_heads(called) else {}
+    pairs = folds(called) if _has_heads(called) or _is_single(called) else {}
     seen = copy_with(called, pairs) if pairs else called
     stream, holder = _stream(seen)
     if stream is None or holder is None:
@@ -117,6 +119,11 @@ def _has_heads(module: nn.Module) -> bool:
     return _number(_HEADS, module) is not None
 
 
+def _is_single(module: nn.Module) -> bool:
+    """Whether it has queries and keys, and nothing that tells of more heads than one."""
+    return not _has_heads(module) and {"q", "k"} <= dict(module.named_children()).keys()
+
+
 def _changed(module: nn.Module, path: str) -> str | None:
     """Why a linear layer, or one with its batch normalization, is more than that."""
     pair = parts(module)
@@ -154,9 +161,15 @@ def _inputs(holder: nn.Module) -> tuple[Input, ...] | None:
     for names in _SEPARATE:
         if all(_linear(holder, name) for name in names):
             return tuple(Input(name, (role,)) for name, role in zip(names, ROLES, strict=True))
+    for query, key, rest in _GATED:
+        if all(_linear(holder, name) for name in (query, key, rest)):
+            return Input(query, ("query",)), Input(key, ("key",)), Input(rest, ("value", "gate"))
     for query, rest in _HALF:
         if _linear(holder, query) and _linear(holder, rest):
             return Input(query, ("query",)), Input(rest, ("key", "value"))
+    for query, rest in _HALF:
+        if _linear(holder, rest) and isinstance(getattr(holder, query, None), nn.Conv2d):
+            return (Input(rest, ("key", "value")),)  # queries from a filter, such as one that skips pixels
     for scores, value in _SCORES:
         if _linear(holder, scores) and _linear(holder, value):
             return Input(scores, ("query", "key")), Input(value, ("value",))
@@ -200,13 +213,16 @@ def _heads(module: nn.Module, holder: nn.Module, stream: Stream, linears: dict[s
     value_width, rows = out // num, {one.roles: size(linears[one.path])[1] for one in stream.inputs}
     if ("query",) in rows and rows["query",] % num == 0:
         width = rows["query",] // num
-        keys = rows.get(("key",), rows.get(("key", "value"), 0) - rows.get(("value",), 0))
         if ("key",) in rows:
-            groups, rest = divmod(keys, width)
-            fits = not rest and rows["value",] == groups * value_width
+            groups, rest = divmod(rows["key",], width)
+            values = rows["value",] if ("value",) in rows else rows["value", "gate"] // 2
+            fits = not rest and values == groups * value_width
         else:
             groups, rest = divmod(rows["key", "value"], width + value_width)
             fits = not rest
+    elif ("key", "value") in rows:  # queries come from elsewhere
+        groups, (width, rest) = num, divmod(rows["key", "value"] - num * value_width, num)
+        fits = not rest and width > 0
     elif ("value",) in rows:  # beside queries and keys in one, or alone
         groups, rest = divmod(rows["value",], value_width)
         width, more = divmod(rows.get(("query", "key"), 0), num + groups)

@@ -45,9 +45,9 @@ def prove_ffn(found: Layer, trial: Trial) -> Finding:
         small[layer.paths[role]] = _linear_like(linear, linear.weight[rows], bias)
     why = None
     if not trial.holds(copy_with(base, small), reference):
-        if layer.channels == 1 and not _CALLED_FFN.search(type(base).__name__):
-            return Finding(CONVOLUTIONS)
         why = f"hidden units depend on each other: a norm or another operation acts over them ({trial.said()})"
+        if layer.channels == 1 and not (_CALLED_FFN.search(type(base).__name__) or _by_pixel(trial)):
+            return Finding(CONVOLUTIONS)
     return Finding(conclude=lambda one: FFNLayer(one.name, one.module, found.paths, why))
 
 
@@ -64,6 +64,15 @@ def _beside(trial: Trial, layer: FFNLayer) -> bool:
         for hook in hooks:
             hook.remove()
     return len(seen) == 2 and seen[0].shape == seen[1].shape and bool((seen[0] == seen[1]).all())
+
+
+def _by_pixel(trial: Trial) -> bool:
+    """Whether every pixel is treated by itself: the mirrored image comes out mirrored."""
+    args, kwargs = trial.call
+    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or args[0].dim() != 4 or trial.reference is None:
+        return False
+    mirrored = Trial(trial.base, ((args[0].flip(-2, -1),), {}))
+    return trial.holds(trial.base, None if (out := mirrored.reference) is None else [one.flip(-2, -1) for one in out])
 
 
 def _two(linear: Any) -> LowRankLinear:

@@ -51,7 +51,7 @@ class KeptForward:
             placed: whose components go to places of their own within a head of the full width.
         """
         heads = self.heads
-        wide: dict[Role, int] = {role: heads.wide(role) for role in ("query", "key", "value")}
+        wide: dict[Role, int] = {role: heads.wide(role) for role in ("query", "key", "value", "gate")}
         if self.narrow and not placed:
             wide = dict.fromkeys(wide, max(qk, vo))
         children: dict[str, nn.Module] = {}
@@ -79,7 +79,7 @@ class KeptForward:
     ) -> nn.Module | None:
         """A narrow projection, or None where the original stays."""
         linear: Any = self.running.get_submodule(one.path)
-        narrow = {role: vo if role == "value" else qk for role in one.roles}
+        narrow = {role: vo if role in ("value", "gate") else qk for role in one.roles}
         if all(narrow[role] == wide[role] == self.heads.wide(role) for role in one.roles):
             return None
         return HeadProjection(

@@ -179,7 +179,7 @@ class AttentionLayer(Layer):
     def placed(choice: Choice) -> tuple[Role, ...]:
         """Whose components keep their places within a full head at a choice."""
         roles: tuple[Role, ...] = ("query", "key") if "pairs" in choice else ()
-        return (*roles, "value") if "channels" in choice else roles
+        return (*roles, "value", "gate") if "channels" in choice else roles
 
     def moment_shapes(self) -> dict[str, tuple[int, ...]]:
         h = self.heads
@@ -300,7 +300,7 @@ class AttentionLayer(Layer):
         params = macs = 0
         for one in self.stream.inputs:
             linear: Any = self.running.get_submodule(one.path)
-            rows = sum(h.count(role) * (vo if role == "value" else qk) for role in one.roles)
+            rows = sum(h.count(role) * (vo if role in ("value", "gate") else qk) for role in one.roles)
             params = params + rows * (size(linear)[0] + (linear.bias is not None))
             tokens = shape.tokens if "query" in one.roles else shape.keys or shape.tokens
             macs = macs + tokens * rows * size(linear)[0]
@@ -327,7 +327,8 @@ class AttentionLayer(Layer):
     def linear_size(self, part: str) -> tuple[int, int]:
         h, D = self.heads, size(self.running.get_submodule(self.stream.query))[0]
         if part in ("vo", "channels"):
-            return h.groups * D + h.num * size(self.output)[1], self.full.get(part, h.value_width)
+            rows = sum(role in ("value", "gate") for one in self.stream.inputs for role in one.roles)
+            return rows * h.groups * D + h.num * size(self.output)[1], self.full.get(part, h.value_width)
         return (h.num + h.groups) * D * (2 if self.rotary else 1), self.full[part]
 
     def equal_share(self, part: str) -> tuple[int, int]:

@@ -154,16 +154,21 @@ class AttentionFactors(Factors["AttentionLayer"]):
             query_bias, key_bias = _mapped(query_bias, q_map), _mapped(key_bias, k_map)
         value, value_bias = heads.value, heads.value_bias
         output, output_bias = heads.output, heads.output_bias
+        gate, gate_bias = heads.gate, heads.gate_bias
         if "vo" in choice:
             down, up = self.vo.down[..., : choice["vo"]], self.vo.up[..., : choice["vo"], :]
             value, value_bias = down.mT @ double(value), _mapped(value_bias, down)
             output, output_bias = self._output(spread(down, layer.heads.num), spread(up, layer.heads.num))
         elif "channels" in choice:
-            places["value"] = keep = self.channels.order[:, : choice["channels"]].sort(-1).values  # (G, r)
+            places["value"] = places["gate"] = keep = (
+                self.channels.order[:, : choice["channels"]].sort(-1).values
+            )  # (G, r)
             value = _taken(value, keep)
             value_bias = None if value_bias is None else value_bias.gather(1, keep)
+            gate = None if gate is None else _taken(gate, keep)
+            gate_bias = None if gate_bias is None else gate_bias.gather(1, keep)
             output, output_bias = self._refitted(keep)
-        small = HeadWeights(query, key, value, query_bias, key_bias, value_bias, output, output_bias)
+        small = HeadWeights(query, key, value, query_bias, key_bias, value_bias, output, output_bias, gate, gate_bias)
         return small, places
 
     def _pair_maps(self, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -98,10 +98,10 @@ class AttentionGates(LayerGates):
         self.heads, self.stream, self.qk_part, self.vo_part = heads, layer.stream, layer.qk_part, layer.vo_part
         self.shapes = {path: linear.weight.shape for path, linear in layer.linears.items()}
         full, _ = factors.reduced({part: layer.full[part] for part in parts if part not in ("pairs", "channels")})
-        for role in ROLES:
-            bias = getattr(full, f"{role}_bias")
-            self.register_parameter(role, as_parameter(getattr(full, role), like))
-            self.register_parameter(f"{role}_bias", None if bias is None else as_parameter(bias, like))
+        for name in (*ROLES, "gate"):
+            for own in (name, f"{name}_bias"):
+                value = getattr(full, own)
+                self.register_parameter(own, None if value is None else as_parameter(value, like))
         self.register_buffer("order", None)
         if "pairs" in parts:  # component j of the part is this place of a head; what is kept in the end is refitted
             self.order = pair_places(factors.pairs.order, heads.width, str(layer.rotary)).to(like.device)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..models.running import double, wide
 
-Role = Literal["query", "key", "value"]
+#: A gate has one row for every row of the values, whose channel it multiplies.
+Role = Literal["query", "key", "value", "gate"]
 ROLES: tuple[Role, ...] = ("query", "key", "value")
 #: Which components (heads, r) of a full head a role keeps, where they have to stay at their places.
 Places = Mapping[Role, Tensor]
@@ -108,7 +109,7 @@ class Heads:
 
     def wide(self, role: Role) -> int:
         """Width of one head."""
-        return self.value_width if role == "value" else self.width
+        return self.value_width if role in ("value", "gate") else self.width
 
     def split(self, rows: Tensor, one: Input) -> dict[Role, Tensor]:
         """Rows (..., n) in the last axis, as a linear layer puts them out, by role: (..., heads, width)."""
@@ -134,6 +135,8 @@ class HeadWeights:
     value_bias: Tensor | None  # (G, d_v)
     output: Tensor  # (H, d_v, D_out), D_out = 0 where nothing is put out
     output_bias: Tensor | None  # (D_out,)
+    gate: Tensor | None = None  # (G, d_v, D) where it lies beside the values
+    gate_bias: Tensor | None = None  # (G, d_v)
 
     @classmethod
     def of(cls, module: nn.Module, heads: Heads, stream: Stream, output: nn.Module | None = None) -> HeadWeights:
@@ -164,6 +167,7 @@ class HeadWeights:
             value_bias=biases.get("value"),
             output=split_output(columns, heads.num, stream.by_component),
             output_bias=None if out is None or out.bias is None else out.bias.detach(),
+            gate_bias=biases.get("gate"),
         )
 
     def rows(self, one: Input) -> tuple[Tensor, Tensor | None]:
