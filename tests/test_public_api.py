@@ -55,6 +55,7 @@ PUBLIC = [
     "plan",
     "prepare",
     "profile",
+    "push",
     "restore_",
     "save",
     "search",

@@ -17,6 +17,7 @@ from .evaluate_command import evaluate
 from .finetune_command import finetune
 from .generate_command import generate
 from .inspect_command import inspect
+from .push_command import push
 from .report_command import report
 from .run_command import run
 
@@ -43,6 +44,7 @@ app.command()(run)
 app.command()(evaluate)
 app.command()(inspect)
 app.command()(report)
+app.command()(push)
 app.command()(customize)
 app.command()(generate)
 app.add_typer(adapter, name="adapter")
