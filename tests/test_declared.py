@@ -13,8 +13,11 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 #: Imported under another name than they are installed by.
 INSTALLED_AS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "open_clip": "open-clip-torch"}
+INSTALLED_AS |= {"onnx_ir": "onnxscript", "ai_edge_litert": "litert-torch"}  # they come with those
 #: What only an option that names it needs, with a message that says how to install it.
 ASKED_FOR = {"bitsandbytes"}
+#: Extras whose pins may disagree with ours; each has an environment of its own.
+OTHERS = ("executorch", "litert", "coreml")
 OURS = {"comcat", "comcat-demos"}
 
 
@@ -53,7 +56,7 @@ def declared() -> dict[str, set[str]]:
 @pytest.mark.parametrize(
     ("package", "extras"),
     [
-        ("comcat", ["", "data", "plot", "train", "customize", "transformers", "openclip", "onnx", "openvino"]),
+        ("comcat", ["", "data", "plot", "train", "customize", "transformers", "openclip", "onnx", "openvino", *OTHERS]),
         ("comcat_demos", ["", "demo"]),
     ],
 )

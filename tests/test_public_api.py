@@ -24,6 +24,8 @@ PUBLIC = [
     "ComcatError",
     "DataError",
     "Evaluation",
+    "ExportError",
+    "ExportReport",
     "FinetuneConfig",
     "FinetuneResult",
     "LatencyTable",
@@ -46,6 +48,7 @@ PUBLIC = [
     "compress",
     "compress_",
     "evaluate",
+    "export",
     "export_stock",
     "finetune",
     "full_rank_plan",
@@ -55,7 +58,6 @@ PUBLIC = [
     "plan",
     "prepare",
     "profile",
-    "push",
     "restore_",
     "save",
     "search",
@@ -98,7 +100,7 @@ def test_every_module_imports_and_says_what_it_is(name: str) -> None:
 
 def test_errors_form_one_tree() -> None:
     found = [e for e in vars(errors).values() if isinstance(e, type)]
-    assert len(found) == 9
+    assert len(found) == 10
     assert all(issubclass(e, comcat.ComcatError) and e.__doc__ for e in found)
 
 

@@ -15,6 +15,7 @@ from .errors import (
     CheckpointError,
     ComcatError,
     DataError,
+    ExportError,
     MetricError,
     ModelError,
     PlanError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .calibration.statistics import Calibration
     from .compression import LayerReport, Report, compress, compress_, restore_
     from .evaluation.measure import Agreement, Evaluation, agreement, evaluate, throughput
+    from .exporting.exporter import ExportReport, export
     from .models.opening import load_model
     from .models.profile import Profile, profile
     from .planning.latency import LatencyTable
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
     from .rank_search.run import search
     from .rank_search.search_config import SearchConfig
     from .report.page import write_report
-    from .sharing.push import push
     from .stock_export import Stock, export_stock
     from .storage.checkpoint import load, save
     from .training.finetuning import FinetuneConfig, FinetuneResult, finetune
@@ -52,6 +53,8 @@ __all__ = [
     "ComcatError",
     "DataError",
     "Evaluation",
+    "ExportError",
+    "ExportReport",
     "FinetuneConfig",
     "FinetuneResult",
     "LatencyTable",
@@ -74,6 +77,7 @@ __all__ = [
     "compress",
     "compress_",
     "evaluate",
+    "export",
     "export_stock",
     "finetune",
     "full_rank_plan",
@@ -83,7 +87,6 @@ __all__ = [
     "plan",
     "prepare",
     "profile",
-    "push",
     "restore_",
     "save",
     "search",
@@ -100,6 +103,7 @@ _lazy.package(
         "Budget": "planning.plan",
         "Calibration": "calibration.statistics",
         "Evaluation": "evaluation.measure",
+        "ExportReport": "exporting.exporter",
         "FinetuneConfig": "training.finetuning",
         "FinetuneResult": "training.finetuning",
         "LatencyTable": "planning.latency",
@@ -117,6 +121,7 @@ _lazy.package(
         "compress": "compression",
         "compress_": "compression",
         "evaluate": "evaluation.measure",
+        "export": "exporting.exporter",
         "export_stock": "stock_export",
         "finetune": "training.finetuning",
         "full_rank_plan": "planning.plan",
@@ -126,7 +131,6 @@ _lazy.package(
         "plan": "planning.planner",
         "prepare": "prepared",
         "profile": "models.profile",
-        "push": "sharing.push",
         "restore_": "compression",
         "save": "storage.checkpoint",
         "search": "rank_search.run",

@@ -8,6 +8,7 @@
     ├── PlanError           the plan does not fit the model
     ├── CheckpointError     a file or directory cannot be written or read back, or is not comcat's to replace
     ├── MetricError         a metric of the user's raises, or returns no number
+    ├── ExportError         a model cannot be put into a file of another runtime, or computes something else there
     └── TrainingError       training cannot start, go on or be resumed
 
 A message names the cause and the fix. The command line prints it without a traceback.
@@ -44,6 +45,10 @@ class CheckpointError(ComcatError):
 
 class MetricError(ComcatError):
     """A metric of the user's cannot be found, raises, or returns no finite number."""
+
+
+class ExportError(ComcatError):
+    """A model cannot be put into a file of another runtime, or computes something else there."""
 
 
 class TrainingError(ComcatError):

@@ -14,10 +14,10 @@ from .console import remember_command
 from .customize_command import customize
 from .demo_command import demo, demo_customize
 from .evaluate_command import evaluate
+from .export_command import export
 from .finetune_command import finetune
 from .generate_command import generate
 from .inspect_command import inspect
-from .push_command import push
 from .report_command import report
 from .run_command import run
 
@@ -42,9 +42,9 @@ app.command()(compress)
 app.command()(finetune)
 app.command()(run)
 app.command()(evaluate)
+app.command()(export)
 app.command()(inspect)
 app.command()(report)
-app.command()(push)
 app.command()(customize)
 app.command()(generate)
 app.add_typer(adapter, name="adapter")

@@ -33,7 +33,7 @@ def configure(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
             model.pretrained_cfg = {**own, **given, "input_size": size}  # type: ignore[assignment]
         return {**resolve_model_data_config(model), **given, "input_size": size}
     source = recorded_source(model)
-    config = {**image_config(model, home), **(source.config if source else {}), **given, "input_size": size}
+    config = {**said_config(model), **given, "input_size": size}
     missing = [name for name in ("mean", "std") if name not in config]
     if missing:
         raise DataError(
@@ -44,6 +44,16 @@ def configure(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
     known = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
     found = resolve_data_config({}, pretrained_cfg={k: config[k] for k in known if k in config})
     return {**found, "input_size": size}
+
+
+def said_config(model: nn.Module) -> dict[str, Any]:
+    """What the model says of its images and classes, in the words of timm, and nothing that is not said."""
+    home, source = library_of(model), recorded_source(model)
+    own = {} if home is None else image_config(model, home)
+    recorded = source.config if source else {}
+    if home is not None and home.name == "timm":
+        recorded, own = own, recorded  # what the model itself says is what configure() has changed
+    return {**own, **recorded, "input_size": default_input_size(model)}
 
 
 def _record(model: nn.Module, source: Source | None, config: dict[str, Any]) -> None:

@@ -1,0 +1,65 @@
+"""ExecuTorch programs (``.pte``) for phones and boards, lowered to XNNPACK."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from .file_format import FileFormat
+from .tracing import Traced
+
+
+class ExecuTorchFormat(FileFormat):
+    """What XNNPACK does not take stays with ExecuTorch's portable kernels."""
+
+    name = "executorch"
+    title = "ExecuTorch"
+    suffix = ".pte"
+    packages: ClassVar[tuple[str, ...]] = ("executorch",)
+    extra = "executorch"
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
+    why_not: ClassVar[Mapping[str, str]] = {"bf16": "XNNPACK has no bf16 kernels"}
+    dynamic_size = False
+    bounded = True
+    holds_metadata = False
+
+    def write(self, traced: Traced, path: Path, precision: str, metadata: Mapping[str, str]) -> None:
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
+        slice_for_split(traced.program.graph_module.graph)
+        lowered = to_edge_transform_and_lower(traced.program, partitioner=[XnnpackPartitioner()])
+        with open(path, "wb") as file:
+            lowered.to_executorch().write_to_file(file)
+
+    def run(self, path: Path, batches: Iterable[Sequence[np.ndarray]], precision: str) -> list[list[np.ndarray]]:
+        from executorch.runtime import Runtime
+
+        method = Runtime.get().load_program(path).load_method("forward")
+        outputs = [method.execute([torch.from_numpy(one) for one in batch]) for batch in batches]
+        return [[tensor.numpy().copy() for tensor in one] for one in outputs]
+
+
+def slice_for_split(graph: torch.fx.Graph) -> None:
+    """Slices for splits: for those ExecuTorch fixes the number of images to that of the example."""
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.split_with_sizes.default:
+            continue
+        tensor, sizes, axis = (*node.args, 0)[:3]
+        ends = list(accumulate(sizes))
+        for user in list(node.users):
+            end = ends[user.args[1]]
+            with graph.inserting_before(user):
+                piece = graph.call_function(torch.ops.aten.slice.Tensor, (tensor, axis, end - sizes[user.args[1]], end))
+            piece.meta.update(user.meta)
+            user.replace_all_uses_with(piece)
+            graph.erase_node(user)
+        graph.erase_node(node)
+
+
+FORMAT = ExecuTorchFormat()

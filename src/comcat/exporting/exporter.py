@@ -1,0 +1,262 @@
+"""Exporting: a model is traced, written beside its final name, run there, compared with PyTorch, and then named."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ExportError, ModelError
+from ..layers.base import check_finite
+from ..models.example import Example, example_for
+from ..models.opening import load_model
+from ..models.preprocessing import said_config
+from ..models.profile import default_input_size, image_size
+from ..models.running import explained, still
+from ..models.wrappers import check_plain
+from ..nn.low_rank_attention import unpadded
+from ..progress import Progress
+from ..wording import by
+from .file_format import FileFormat
+from .file_metadata import SIDECAR, as_text, describe_file
+from .flat_model import FlatModel
+from .formats import file_format
+from .parity import TOLERANCES, Deviation, arrays, batches_of, calls, compare, given_images, reference
+from .publishing import check_target, publish, staged
+from .tracing import MOST_IMAGES, Traced, blaming, trace
+
+#: Images of the example that an open batch is traced with; no batch of the parity check has so many.
+_TRACED = 3
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """A file, and what it was found to compute.
+
+    Attributes:
+        format, path, bytes: of the file, with those that belong to it.
+        precision: fp32, fp16 or bf16.
+        inputs, outputs: name -> shape, with ``"batch"``, ``"height"`` and ``"width"`` for axes of any size.
+        absolute, relative: the largest difference from the model in float32 under PyTorch, the second in units of the
+            largest value of its output; None where the file cannot run on this machine.
+        tolerance: that ``relative`` was held to; images: how many were compared; batches: in batches of these sizes.
+        real: whether they were given, or random.
+        notes: what the user must know, such as what was not checked.
+    """
+
+    format: str
+    path: str
+    bytes: int
+    precision: str
+    inputs: Mapping[str, tuple[int | str, ...]]
+    outputs: Mapping[str, tuple[int | str, ...]]
+    absolute: float | None
+    relative: float | None
+    tolerance: float
+    images: int
+    batches: tuple[int, ...]
+    real: bool
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def export(
+    model: nn.Module | str | Path,
+    path: str | Path,
+    to: str = "onnx",
+    precision: str = "fp32",
+    *,
+    dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    batch_size: int = 1,
+    input_size: Sequence[int] | None = None,
+    tolerance: float | None = None,
+    images: Any = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write a model to a file of another runtime, after the file has been found to compute the same.
+
+    Inputs are float32 and normalized as the file's metadata says, outputs float32, in every precision.
+
+    Args:
+        model: dense or compressed, of any library that comcat opens; or what :func:`comcat.load_model` takes. It is
+            not changed.
+        path: of the file, with the format's ending; OpenVINO writes its weights beside it.
+        to: ``onnx`` (.onnx), ``openvino`` (.xml), ``torch`` (.pt2), ``executorch`` (.pte), ``litert`` (.tflite) or
+            ``coreml`` (.mlpackage).
+        precision: ``fp32``, ``fp16`` or ``bf16``; not every format has them all.
+        dynamic_batch: take batches of any size; otherwise of ``batch_size`` images.
+        dynamic_size: take images of any size that the model takes.
+        input_size: (C, H, W) of the images, default the model's own.
+        tolerance: largest difference from PyTorch in float32, in units of the largest output;
+            :data:`comcat.exporting.parity.TOLERANCES` by default.
+        images: to compare the outputs on: (N, C, H, W) or batches, normalized; random ones by default.
+        overwrite: replace a file of that name.
+        progress: called as ``progress("export", steps done, steps in all)``.
+
+    Raises:
+        ExportError: the format's package is missing (the message has the pip line); it has no such precision or open
+            axis; an operator that it does not know (named, with the layer); or the file computes something else than
+            the model. Nothing is written then.
+        CheckpointError: the file cannot be written, or is there already.
+        ModelError: a wrapped or quantized model, non-finite weights, or images that it does not take.
+    """
+    path = Path(path)
+    target = check_request(path, to, precision, dynamic_batch, dynamic_size, overwrite)
+    allowed = TOLERANCES[precision] if tolerance is None else tolerance
+    with staged(path) as stage:
+        model = load_model(str(model)) if isinstance(model, (str, Path)) else model
+        check_plain(model)
+        check_finite(model)
+        tell = progress or (lambda *_: None)
+        with still(model):
+            subject = _Subject(model, target, precision, batch_size if not dynamic_batch else None, input_size)
+            subject.open_size = dynamic_size
+            pixels = given_images(images, subject.size)
+            traced = subject.trace()
+            tell("export", 1, 3)
+            file = stage / path.name
+            notes = _write(traced, file, target, precision, describe_file(model, subject.config, to, precision))
+            tell("export", 2, 3)
+            found, batches = subject.compared(traced, file, pixels)
+        if found is None:
+            notes.append(f"not compared with PyTorch: files of {target.title} do not run on this machine")
+        elif not found.relative <= allowed:
+            raise ExportError(
+                f"the file would compute something else than the model: output '{found.output}' differs by "
+                f"{found.relative:.2g} of its largest value, which is more than {allowed:.2g}; nothing was written. "
+                "Give a larger tolerance if that is good enough, or another precision or format"
+            )
+        size = sum(one.stat().st_size for one in stage.rglob("*") if one.is_file())
+        publish(stage, path, overwrite)
+        tell("export", 3, 3)
+    return ExportReport(
+        format=to,
+        path=str(path),
+        bytes=size,
+        precision=precision,
+        inputs=traced.inputs,
+        outputs=traced.outputs,
+        absolute=found.absolute if found else None,
+        relative=found.relative if found else None,
+        tolerance=allowed,
+        images=sum(batches) if found else 0,
+        batches=batches if found else (),
+        real=pixels is not None,
+        notes=notes,
+    )
+
+
+def check_request(
+    path: Path, to: str, precision: str, dynamic_batch: bool, dynamic_size: bool, overwrite: bool
+) -> FileFormat:
+    """The format, if such a file can be written; :func:`export` asks first, before there is a model."""
+    target = file_format(to)
+    target.check(path, precision, dynamic_batch, dynamic_size)
+    check_target(path, overwrite)
+    return target
+
+
+def _write(traced: Traced, file: Path, target: FileFormat, precision: str, metadata: dict[str, Any]) -> list[str]:
+    """The file, with its metadata; what there is to say of it."""
+    notes = target.notes()
+    if "preprocessing" not in metadata:
+        notes.append("the model does not say how its images are normalized, and so the file does not")
+    if target.bounded and traced.open_batch:
+        notes.append(f"{target.title} plans its memory ahead: batches of up to {MOST_IMAGES} images")
+    metadata |= {"inputs": traced.inputs, "outputs": traced.outputs}
+    with quiet(), blaming(traced.program, target.title):
+        target.write(traced, file, precision, as_text(metadata))
+    if not target.holds_metadata:
+        sidecar = file.with_name(file.name + SIDECAR)
+        sidecar.write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+        notes.append(f"{target.title} has no place for metadata: it is in '{sidecar.name}' beside the file")
+    return notes
+
+
+class _Subject:
+    """A model that is exported, and what it is compared on.
+
+    Attributes:
+        flat: in float32 on the CPU, a copy.
+        batch: images in every batch; None leaves their number open.
+        size: (C, H, W); config: what the model says of its images.
+    """
+
+    open_size = False
+
+    def __init__(
+        self, model: nn.Module, target: FileFormat, precision: str, batch: int | None, size: Sequence[int] | None
+    ) -> None:
+        self.target, self.precision, self.batch = target, precision, batch
+        self.size = image_size(size or default_input_size(model))
+        self.config = said_config(model)
+        try:
+            with torch.inference_mode(False):
+                self.copy = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise ModelError(f"the model cannot be copied ({error})") from error
+        self.example = example_for(self.copy, self.size, batch or _TRACED, seed=0)
+        with explained(self.example.pixels), quiet():
+            self.flat = FlatModel(self.copy, self.example)
+
+    def trace(self) -> Traced:
+        """The graph that the format is written from."""
+        dtype = self.target.traced_dtype(self.precision)
+        flat = self.flat if dtype == torch.float32 else self.flat.cast(dtype)
+        with quiet(), nullcontext() if self.target.pads_heads else unpadded():
+            return trace(flat, self.example.images, self.batch is None, self.open_size, self.target.bounded)
+
+    def compared(
+        self, traced: Traced, file: Path, pixels: torch.Tensor | None
+    ) -> tuple[Deviation | None, tuple[int, ...]]:
+        """How far the outputs of the file are from the model's, and the batches that show it."""
+        batches = batches_of(self.batch)
+        examples = calls(self.copy, self.size, batches, pixels, self.config)
+        if self.open_size:
+            examples.append(self._other_size())
+            batches += (1,)
+        wanted = reference(self.flat, examples)
+        with quiet(), blaming(traced.program, self.target.title):
+            got = self.target.run(file, arrays(self.flat, examples), self.precision)
+        return None if got is None else compare(self.flat.output_names, wanted, got), batches
+
+    def _other_size(self) -> Example:
+        """A call of the model with another image size than its own."""
+        channels, height, width = self.size
+        for more in (32, 64, height):  # multiples of usual patches, and of any
+            example = example_for(self.copy, (channels, height + more, width), 1, seed=9)
+            with suppress(ExportError):
+                reference(self.flat, [example])
+                return example
+        raise ExportError(
+            f"the model takes no images but those of {by(self.size)}: leave dynamic_size out; models of timm take "
+            "others with dynamic_img_size=True (--model-arg)"
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Converters speak of their own insides, which says nothing to who exports a model."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,1 +1,0 @@
-"""Giving a compressed model to others: the Hub, and the card that goes with it."""
