@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import comcat
-from comcat.calibration.collect import Reservoir
+from comcat.calibration.sampling import Reservoir
 from comcat.errors import CalibrationError, ModelError
 from comcat.hosts import find_layers
 from comcat.layers.cost import Shape
 from comcat.layers.recording import Moment
+from comcat.models.batches import Batch
 from conftest import calibrated, images, make, swin, vit
 
 ATTN, MLP = "blocks.1.attn", "blocks.1.mlp"
@@ -170,8 +171,10 @@ def test_the_image_sample_is_uniform_and_seeded() -> None:
     for seed in range(400):
         reservoir = Reservoir(5, seed)
         for batch in torch.arange(20.0).split(3):
-            reservoir.add(batch)
-        counts[torch.stack(reservoir.items).long()] += 1
+            reservoir.add(Batch.of_images(batch))
+        kept = reservoir.joined()
+        assert kept is not None
+        counts[kept.pixels.long()] += 1
     assert counts.sum() == 2000
     assert (counts / 400 - 0.25).abs().max() < 0.1
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import comcat
-from comcat.calibration.collect import HeldOut
+from comcat.calibration.sampling import HeldOut
 from comcat.errors import BudgetError, CalibrationError, PlanError
 from comcat.layers.base import PARTS
+from comcat.models.batches import Batch
 from comcat.planning.choice import comparison, divergences
 from comcat.planning.planner import Planner
 from comcat.rank_search.start import best_training_free
@@ -31,8 +32,10 @@ def calibration(host: torch.nn.Module) -> comcat.Calibration:
 def test_kept_images_do_not_depend_on_the_batches(size: int) -> None:
     x = torch.arange(311.0)[:, None, None, None]
     held = HeldOut(5)
-    rest = torch.cat([held.take(batch) for batch in x.split(size)])
-    kept = torch.stack(held.items)
+    left = [held.take(Batch.of_images(batch)) for batch in x.split(size)]
+    rest, batch = torch.cat([one.pixels for one in left if one is not None]), held.joined()
+    assert batch is not None
+    kept = batch.pixels
     assert kept.flatten().tolist() == [256, 260, 264, 268, 272]
     assert sorted([*kept.flatten().tolist(), *rest.flatten().tolist()]) == list(range(311))
     assert held.seen == 311

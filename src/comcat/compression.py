@@ -136,7 +136,7 @@ def compress_(
             parameters of the result are not what the layers add up to. Whatever is raised, nothing has been changed.
     """
     check_plan(plan)
-    ready = prepared(model)
+    ready = prepared(model, calibration)
     with exclusive(ready.model), still(ready.model), torch.inference_mode(False):
         try:
             return _compress(ready, plan, calibration, input_size, keep_original, progress)
@@ -196,7 +196,7 @@ def compress(
     ModelError also where the model cannot be copied.
     """
     check_plan(plan)
-    ready = prepared(model)
+    ready = prepared(model, calibration)
     plan.check(ready.inventory)
     ready.check(calibration)
     ready.factors(calibration)

@@ -19,9 +19,13 @@ from .hosts import find_layers, proven_layers
 from .layers.base import Inventory, check_finite
 from .layers.cost import Shape
 from .layers.factors import Factors
+from .models.batches import Batch
 from .models.example import given_example
 from .models.profile import Profile, default_input_size, image_size, layer_shapes, profile
 from .models.wrappers import check_plain
+
+#: Images that a model is looked at with: a prime, so that what depends on them can be told from what does not.
+_SHOWN = 3
 
 
 class Prepared:
@@ -127,6 +131,14 @@ def prepare(model: nn.Module, example: Any = None) -> Prepared:
     return Prepared(model, example)
 
 
-def prepared(model: nn.Module | Prepared) -> Prepared:
-    """``model``, looked at."""
-    return model if isinstance(model, Prepared) else Prepared(model)
+def prepared(model: nn.Module | Prepared, shown: Batch | Calibration | None = None) -> Prepared:
+    """``model``, looked at.
+
+    Args:
+        shown: what it was calibrated with, which is the example where that is more than images and the model has none.
+    """
+    ready = model if isinstance(model, Prepared) else Prepared(model)
+    batch = shown.sample if isinstance(shown, Calibration) else shown
+    if batch and not batch.alone and ready.example is None and ready._inventory is None:
+        ready.example = (batch if batch.rows is None else batch[:_SHOWN]).call
+    return ready

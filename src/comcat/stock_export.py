@@ -98,7 +98,7 @@ def export_stock(
         ModelError: nothing builds this model, or what was built does not compute what the compressed model does.
         CalibrationError: the calibration belongs to another model.
     """
-    ready = prepared(model)
+    ready = prepared(model, calibration)
     dense = ready.model
     plan.check(ready.inventory)
     settings = stock_widths(ready, plan)

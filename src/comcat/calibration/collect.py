@@ -9,7 +9,9 @@ Optionally second moments of the output gradients (true Fisher: labels sampled f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -18,58 +20,14 @@ from torch import Tensor, nn
 from ..errors import CalibrationError
 from ..evaluation.outputs import Draw, Forward, Outputs
 from ..layers.recording import Recorder, recording
+from ..models.batches import Batch, batch_of, calling
 from ..models.modes import exclusive, frozen
-from ..models.running import exact, explained, images_of
+from ..models.running import exact, explained
 from ..prepared import Prepared, prepared
 from ..progress import Progress
 from .fingerprint import fingerprint
+from .sampling import HeldOut, Reservoir
 from .statistics import Calibration
-
-
-class Reservoir:
-    """A uniform random sample of bounded size from a stream of unknown length (algorithm R)."""
-
-    def __init__(self, size: int, seed: int = 0) -> None:
-        self.size = size
-        self.items: list[Tensor] = []
-        self.seen = 0
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def add(self, batch: Tensor) -> None:
-        for item in batch:
-            self.seen += 1
-            if len(self.items) < self.size:
-                self.items.append(item.cpu().clone())
-            else:
-                place = int(torch.randint(self.seen, (), generator=self.generator))
-                if place < self.size:
-                    self.items[place] = item.cpu().clone()
-
-
-class HeldOut:
-    """Images that are kept from the statistics: of those after the first 256 every fourth, up to ``size``."""
-
-    FIRST, EVERY = 256, 4
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.items: list[Tensor] = []
-        self.seen = 0
-
-    def take(self, batch: Tensor) -> Tensor:
-        """Keep some images of a batch; what is left of it is for the statistics."""
-        places = [
-            place
-            for place in range(max(self.FIRST - self.seen, 0), len(batch))
-            if (self.seen + place - self.FIRST) % self.EVERY == 0
-        ][: self.size - len(self.items)]
-        self.seen += len(batch)
-        if not places:
-            return batch
-        self.items += [batch[place].cpu().clone() for place in places]
-        rest = torch.ones(len(batch), dtype=torch.bool, device=batch.device)
-        rest[places] = False
-        return batch[rest]
 
 
 def calibrate(
@@ -91,8 +49,10 @@ def calibrate(
 
     Args:
         model: a model whose layers comcat knows (see :func:`comcat.hosts.find_layers`); run in evaluation mode.
-        batches: iterable of (B, 3, H, W) tensors, of (images, labels) whose labels are not used, or of dictionaries
-            with ``pixel_values``.
+        batches: iterable of (B, 3, H, W) tensors, of (images, labels) whose labels are not used, of dictionaries
+            (a BatchFeature of transformers, say) with images or with all inputs of the model's ``forward`` by name, or
+            of (args, kwargs). Where images alone do not run the model, the first batch is also the example that it is
+            looked at with, unless ``model`` was prepared with one.
         fisher: also collect output-gradient moments, with one backward pass per batch.
         probe_images: how many images to keep for probing, a random sample of all.
         progress: called as ``progress("calibrate", batches done, batches in all or None)``.
@@ -101,21 +61,31 @@ def calibrate(
         held_out: how many images at most to keep from the statistics, of those after the first 256 every fourth;
             plans are compared on them (method ``auto``). Default half of ``probe_images``.
         forward: called as ``forward(model, images)`` where ``model(images)`` is not what is wanted, such as
-            ``lambda model, images: model.encode_image(images)``. Planning by measurement wants the same one.
+            ``lambda model, images: model.encode_image(images)``; with the dictionary where batches hold more than
+            images. Planning by measurement wants the same one.
 
     Raises:
-        CalibrationError: no images, images of differing sizes, or non-finite images or activations.
+        CalibrationError: no images, images of differing sizes, inputs that do not fit the model's ``forward``, or
+            non-finite images or activations.
         ModelError: nothing to compress, non-finite weights, or outputs that comcat cannot read.
     """
-    ready = prepared(model)
-    with exclusive(ready.model), torch.inference_mode(False):
+    with torch.inference_mode(False):
+        stream = iter(batches)
+        first = [_checked(batch, model, 0, None, forward) for batch in islice(stream, 1)]
+        ready = prepared(model, first[0] if first else None)
+        total = len(batches) if isinstance(batches, Sized) else None
         held = HeldOut(probe_images // 2 if held_out is None else held_out)
-        return _calibrate(ready, batches, fisher, Reservoir(probe_images, seed), held, seed, progress, outputs, forward)
+        sample = Reservoir(probe_images, seed)
+        with exclusive(ready.model):
+            return _calibrate(
+                ready, chain(first, stream), total, fisher, sample, held, seed, progress, outputs, forward
+            )
 
 
 def _calibrate(
     ready: Prepared,
     batches: Iterable[Any],
+    total: int | None,
     fisher: bool,
     sample: Reservoir,
     held: HeldOut,
@@ -127,48 +97,79 @@ def _calibrate(
     model = ready.model
     recorders = [Recorder(layer, fisher) for layer in ready.inventory.layers]
     parameter = next(model.parameters())
-    outputs = Outputs(model, kind, forward=forward)
+    outputs = Outputs(model, kind, forward=calling(forward))
     draw = Draw(outputs, torch.Generator(device=parameter.device).manual_seed(seed))
-    total = len(batches) if isinstance(batches, Sized) else None
-    size: tuple[int, ...] | None = None
+    first: Batch | None = None
     with frozen(model), recording(model, recorders), torch.set_grad_enabled(fisher), exact(parameter.device):
-        for done, batch in enumerate(batches):
-            images = _images(batch, done, size)
-            size = tuple(images.shape[1:])
-            images = held.take(images)
-            if not len(images):  # batches of a single image
+        for done, delivered in enumerate(batches):
+            given = _checked(delivered, model, done, first, forward)
+            first = first or given
+            batch = held.take(given)
+            if batch is None:  # batches of a single image
                 continue
-            sample.add(images)
+            sample.add(batch)
             for recorder in recorders:
-                recorder.images, recorder.counting = len(images), done == 0
-            images = images.to(parameter.device, parameter.dtype)
-            with explained(images, CalibrationError):
-                images.requires_grad_(fisher)
-                found = outputs.run(images)
+                recorder.images, recorder.counting = len(batch), done == 0
+            batch = batch.to(parameter.device, parameter.dtype)
+            with explained(batch.pixels, CalibrationError), _reached(model, batch, fisher) as leaves:
+                found = outputs.run(batch)  # type: ignore[arg-type]
                 if fisher:  # the gradients reach the hooks, nothing is stored
-                    torch.autograd.grad(draw.loss(found), images)
+                    torch.autograd.grad(draw.loss(found), leaves, allow_unused=True)
             if progress:
                 progress("calibrate", done + 1, total)
-    if not sample.seen or size is None:
+    if not sample.seen or first is None:
         raise CalibrationError("no calibration images: the iterable of batches is empty")
     shapes = {recorder.layer.name: recorder.shape(CalibrationError) for recorder in recorders}
-    return Calibration(
+    size = tuple(first.pixels.shape[-3:]) if first.pixels.dim() >= 4 else ready.size()
+    made = Calibration(
         moments={recorder.layer.name: recorder.result(sample.seen) for recorder in recorders},
         shapes=shapes,
-        images=torch.stack(sample.items) if sample.items else torch.empty(0, *size),
+        images=torch.empty(0, *size),
         num_images=held.seen,
-        held_out=torch.stack(held.items) if held.items else None,
         input_size=size,
         fisher=fisher,
         outputs=outputs.kind,
         weights=fingerprint(model),
     )
+    made.keep(sample.joined(), held.joined())
+    return made
 
 
-def _images(batch: Any, index: int, size: tuple[int, ...] | None) -> Tensor:
-    images = images_of(batch, f"batch {index}", CalibrationError)
-    if size is not None and tuple(images.shape[1:]) != size:
-        raise CalibrationError(f"batch {index} holds images {tuple(images.shape[1:])}, but the first held {size}")
-    if not torch.isfinite(images).all():
+@contextmanager
+def _reached(model: nn.Module, batch: Batch, wanted: bool) -> Iterator[list[Tensor]]:
+    """Tensors that every layer's output depends on, for gradients: the pixels, and a zero added to embedded tokens."""
+    if not wanted:
+        yield []
+        return
+    leaves = [batch.pixels.requires_grad_()]
+    handles = []
+    if not all(tensor.is_floating_point() for tensor in batch.tensors.values()):
+        zero = torch.zeros((), device=batch.pixels.device, dtype=batch.pixels.dtype, requires_grad=True)
+        leaves.append(zero)
+        handles = [
+            one.register_forward_hook(lambda module, args, out: out + zero.to(out.dtype))
+            for one in model.modules()
+            if isinstance(one, nn.Embedding)
+        ]
+    try:
+        yield leaves
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _checked(
+    delivered: Any, model: nn.Module | Prepared, index: int, first: Batch | None, forward: Forward | None
+) -> Batch:
+    if isinstance(delivered, Batch):
+        batch = delivered
+    else:
+        dense = model.model if isinstance(model, Prepared) else model
+        batch = batch_of(delivered, dense, f"batch {index}", CalibrationError, forward is None)
+    pixels = batch.pixels
+    if first is not None and pixels.dim() >= 4 and pixels.shape[1:] != first.pixels.shape[1:]:
+        size, before = tuple(pixels.shape[1:]), tuple(first.pixels.shape[1:])
+        raise CalibrationError(f"batch {index} holds images {size}, but the first held {before}")
+    if not torch.isfinite(pixels).all():
         raise CalibrationError(f"batch {index} holds NaN or infinite pixels")
-    return images
+    return batch

@@ -19,16 +19,19 @@ from ..errors import CalibrationError
 from ..evaluation.outputs import KINDS
 from ..layers.base import Inventory
 from ..layers.cost import Shape
+from ..models.batches import Batch
 from ..models.running import wide
 from ..storage.atomic import atomic_file, tensor_bytes
-from ..storage.reader import FLOATS, digest, parse_json, read_tensors, shown, validated
+from ..storage.reader import digest, parse_json, read_tensors, shown, validated
 from ..wording import by
 from .fingerprint import BUCKETS, Distance, Fingerprint, distance, fingerprint
 
-FORMAT = 1
+#: 2 where images are not all that the model is called with; 1 else, which earlier versions read.
+FORMAT = 2
 _SEPARATOR = "::"
 _WEIGHTS = "comcat.weights"
 _HELD_OUT = "comcat.held_out"
+_INPUTS, _HELD_OUT_INPUTS = "comcat.inputs", "comcat.held_out_inputs"
 #: Distances of weights (:mod:`comcat.calibration.fingerprint`) up to which they count as the same, and as a near
 #: relative.
 SAME, NEAR = 1e-5, 0.1
@@ -67,7 +70,9 @@ class Calibration:
     ``probes`` caches measured sensitivities, so that a second plan from the same calibration costs nothing.
     ``outputs`` is the kind of the model's outputs (:data:`comcat.evaluation.outputs.KINDS`) and ``weights`` the
     fingerprint of its weights; both are None in files of earlier versions. ``held_out`` are images, counted in
-    ``num_images``, that the statistics have not seen; None where there are none.
+    ``num_images``, that the statistics have not seen; None where there are none. Where the model is called with more
+    than images, ``images`` is empty and ``inputs`` and ``held_out_inputs`` hold what it is called with; both are None
+    else, and where single images cannot be told apart.
     """
 
     moments: dict[str, dict[str, Tensor]]
@@ -80,13 +85,34 @@ class Calibration:
     outputs: str | None = None
     weights: Fingerprint | None = None
     held_out: Tensor | None = None  # (n, C, H, W)
+    inputs: Batch | None = None
+    held_out_inputs: Batch | None = None
+
+    @property
+    def sample(self) -> Batch:
+        """To probe with, which may be empty."""
+        return self.inputs or Batch.of_images(self.images)
+
+    @property
+    def unseen(self) -> Batch | None:
+        """To compare plans by."""
+        return self.held_out_inputs or (None if self.held_out is None else Batch.of_images(self.held_out))
+
+    def keep(self, sample: Batch | None, unseen: Batch | None) -> None:
+        """Take these for :attr:`sample` and :attr:`unseen`."""
+        if sample is not None:
+            self.images = sample.pixels if sample.alone else self.images
+            self.inputs = None if sample.alone else sample
+        if unseen is not None:
+            self.held_out = unseen.pixels if unseen.alone else None
+            self.held_out_inputs = None if unseen.alone else unseen
 
     def __repr__(self) -> str:
         size = by(self.input_size)
         gradients = "with" if self.fisher else "without"
         return (
             f"Calibration({len(self.moments)} layers, {self.num_images} images of {size}, {gradients} gradients, "
-            f"outputs {self.outputs or 'unknown'}, {len(self.images)} images and {len(self.probes)} results of probing)"
+            f"outputs {self.outputs or 'unknown'}, {len(self.sample)} images and {len(self.probes)} results of probing)"
         )
 
     def check(self, inventory: Inventory, model: nn.Module | None = None) -> None:
@@ -154,8 +180,10 @@ class Calibration:
         tensors["images"] = self.images
         if self.held_out is not None:
             tensors[_HELD_OUT] = self.held_out
+        for key, batch in ((_INPUTS, self.inputs), (_HELD_OUT_INPUTS, self.held_out_inputs)):
+            tensors |= {f"{key}{_SEPARATOR}{name}": t for name, t in (batch.tensors if batch else {}).items()}
         meta = {
-            "format": FORMAT,
+            "format": 1 if self.inputs is None and self.held_out_inputs is None else FORMAT,
             "shapes": self.shapes,
             "num_images": self.num_images,
             "input_size": self.input_size,
@@ -174,7 +202,7 @@ class Calibration:
         Raises:
             CalibrationError: not a calibration file, of a newer version, or damaged.
         """
-        metadata, tensors = read_tensors(path, what="calibration", dtypes=FLOATS, error=CalibrationError)
+        metadata, tensors = read_tensors(path, what="calibration", error=CalibrationError)
         name = f"calibration '{path}'"
         meta = parse_json(metadata.get("comcat_calibration", "null"), name, CalibrationError)
         if not isinstance(meta, dict) or "images" not in tensors:
@@ -197,16 +225,30 @@ class Calibration:
         for key, tensor in tensors.items():
             layer, _, part = key.partition(_SEPARATOR)
             moments.setdefault(layer, {})[part] = tensor
+        inputs, held_out_inputs = (_read(moments.pop(key, None), name) for key in (_INPUTS, _HELD_OUT_INPUTS))
+        if not all(t.is_floating_point() for part in (*moments.values(), {"": images}) for t in part.values()):
+            raise CalibrationError(f"{name} is damaged: it holds statistics that are whole numbers")
         weights = moments.pop(_WEIGHTS, None)
         kind = known.get("outputs")
         if any(t.shape != (BUCKETS + 1,) or t.dtype != torch.float64 for t in (weights or {}).values()) or (
             kind is not None and kind not in KINDS
         ):
             raise CalibrationError(f"{name} is damaged: its weights or outputs; calibrate again")
-        return cls(moments=moments, images=images, weights=weights, held_out=held_out, **known)
+        made = cls(moments=moments, images=images, weights=weights, held_out=held_out, **known)
+        made.keep(inputs, held_out_inputs)
+        return made
 
     def to(self, device: torch.device | str) -> Calibration:
         """A copy with the moments on ``device``, if that has float64; image sample and probe cache are shared."""
         home = wide(device)
         moments = {s: {n: t.to(home) for n, t in ms.items()} for s, ms in self.moments.items()}
         return Calibration(**{**self.__dict__, "moments": moments})
+
+
+def _read(tensors: dict[str, Tensor] | None, name: str) -> Batch | None:
+    """Inputs of a file."""
+    if tensors is None:
+        return None
+    if not any(t.is_floating_point() for t in tensors.values()) or (batch := Batch(tensors)).rows is None:
+        raise CalibrationError(f"{name} is damaged: its inputs are not those of single images")
+    return batch

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from .batches import count_of
+from .running import LABELS
 from .transformers_inputs import TransformersInputs
 
 
@@ -57,7 +59,7 @@ def given_example(example: Any, model: nn.Module) -> Example:
     if isinstance(example, Tensor):
         args = (example,)
     elif isinstance(example, Mapping):
-        kwargs = {key: value for key, value in example.items() if key not in ("labels", "label")}
+        kwargs = {key: value for key, value in example.items() if key not in LABELS}
     elif (
         isinstance(example, tuple)
         and len(example) == 2
@@ -76,9 +78,7 @@ def given_example(example: Any, model: nn.Module) -> Example:
     pixels = made.pixels
     if not pixels.dim() or not len(pixels):
         raise ModelError("an example call needs at least one image")
-    count = len(kwargs["spatial_shapes"]) if "spatial_shapes" in kwargs else len(pixels)
-    count = len(kwargs["grid_thw"]) if "grid_thw" in kwargs else count
-    return Example(made.args, made.kwargs, count)
+    return Example(made.args, made.kwargs, count_of({str(i): one for i, one in enumerate(args)} | kwargs))
 
 
 def _at(value: Any, parameter: Tensor) -> Any:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..errors import BudgetError, PlanError
+from ..models.batches import Batch
 from ..models.modes import evaluating
 from .plan import Plan
 from .probing import probing_macs
@@ -28,7 +29,7 @@ AFFORDABLE = {"cpu": 4e13, "other": 4e15}
 _MEASURING = 4e12
 
 
-def best_plan(planners: Sequence[Planner], images: Tensor) -> Plan:
+def best_plan(planners: Sequence[Planner], images: Batch) -> Plan:
     """The plan whose model diverges least from the dense one on ``images``.
 
     Its estimate names the ``divergence``, and that of the plans which it was chosen from as ``divergence_METHOD``.
@@ -36,7 +37,7 @@ def best_plan(planners: Sequence[Planner], images: Tensor) -> Plan:
     Args:
         planners: of the same model and budget, one for each method. Probing is left out where it takes too long, and a
             method where its smallest widths do not meet the budget (``uniform`` leaves the classifier dense).
-        images: (n, C, H, W), which the statistics have not seen.
+        images: or what else the model is called with, which the statistics have not seen.
 
     Raises:
         BudgetError: no method meets the budget. PlanError: as the methods, or no divergence is finite.
@@ -79,8 +80,8 @@ def comparison(plan: Plan) -> str | None:
     )
 
 
-def divergences(planner: Planner, plans: Sequence[Plan], images: Tensor) -> list[float]:
-    """How far the model of every plan is from the dense one, on ``images`` (n, C, H, W)."""
+def divergences(planner: Planner, plans: Sequence[Plan], images: Batch | Tensor) -> list[float]:
+    """How far the model of every plan is from the dense one, on these inputs or (n, C, H, W) images."""
     with evaluating(planner.model):
         count = max(32, int(_MEASURING / max(planner.dense["macs"], 1)))
         prober = planner.prober(images[:count])

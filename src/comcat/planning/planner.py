@@ -21,6 +21,7 @@ from ..calibration.statistics import Calibration
 from ..errors import PlanError
 from ..evaluation.outputs import Forward
 from ..layers.base import USUAL_PARTS, Choice, Inventory, Layer, check_parts
+from ..models.batches import Batch
 from ..models.modes import exclusive
 from ..models.running import exact, still
 from ..prepared import Prepared, prepared
@@ -90,16 +91,16 @@ def plan(
     method = method or default_method(calibration)
     if method not in METHODS:
         raise PlanError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
-    if method == "probe" and (calibration is None or not len(calibration.images)):
+    if method == "probe" and (calibration is None or not len(calibration.sample)):
         raise PlanError("method 'probe' measures on images: give a calibration made with probe_images > 0")
-    held_out = calibration.held_out if calibration is not None else None
+    held_out = calibration.unseen if calibration is not None else None
     if method == "auto" and held_out is None:
         raise PlanError(
             "method 'auto' compares plans on images that the statistics have not seen, and the calibration has none: "
             "calibrate on more than 256 images with held_out > 0, or choose another method"
         )
     multiple = default_multiple(budget) if rank_multiple is None else rank_multiple
-    ready = prepared(model)
+    ready = prepared(model, calibration)
     dense = ready.model
 
     def planner(method: str) -> Planner:
@@ -108,7 +109,7 @@ def plan(
 
     with exclusive(dense), exact(next(dense.parameters()).device), still(dense):
         if method == "auto" and held_out is not None:
-            probe = ("probe",) if calibration is not None and len(calibration.images) else ()
+            probe = ("probe",) if calibration is not None and len(calibration.sample) else ()
             return best_plan([planner(name) for name in ("uniform", "spectrum", *probe)], held_out)
         return planner(method).plan()
 
@@ -131,9 +132,9 @@ def default_method(calibration: Calibration | None) -> str:
     """A measured choice where there are images for it; else what has been best on the whole."""
     if calibration is None:
         return "uniform"
-    if calibration.held_out is not None:
+    if calibration.unseen is not None:
         return "auto"
-    return "spectrum" if calibration.fisher else "probe" if len(calibration.images) else "uniform"
+    return "spectrum" if calibration.fisher else "probe" if len(calibration.sample) else "uniform"
 
 
 def check_budget(
@@ -301,7 +302,7 @@ class Planner:
             for name, module in self.factors[layer].build(choice).items()
         }
 
-    def prober(self, images: Tensor) -> Prober:
+    def prober(self, images: Batch | Tensor) -> Prober:
         """Of the dense model; outputs as in the calibration."""
         kind = self.calibration.outputs if self.calibration is not None else None
         return Prober(self.model, images, kind, forward=self.forward)

@@ -18,6 +18,7 @@ from ..errors import ModelError
 from ..evaluation.outputs import Forward, Outputs, divergence
 from ..layers.base import Choice, Inventory, Layer
 from ..layers.factors import Factors
+from ..models.batches import Batch, calling
 from ..models.running import explained
 from ..nn.swap import swapped
 
@@ -46,7 +47,7 @@ class Prober:
 
     Args:
         model: the model to change; it is used in evaluation mode and left as it was.
-        images: (n, C, H, W) sample; batch_size: how many at a time.
+        sample: what it is called with, or (n, C, H, W) images; batch_size: how many at a time.
         kind: of the outputs, which says how they are compared (see :mod:`comcat.evaluation.outputs`); None infers it.
         forward: how the model is called, see :class:`~comcat.evaluation.outputs.Outputs`.
 
@@ -57,15 +58,16 @@ class Prober:
     def __init__(
         self,
         model: nn.Module,
-        images: Tensor,
+        sample: Batch | Tensor,
         kind: str | None = None,
         batch_size: int = 64,
         forward: Forward | None = None,
     ) -> None:
         parameter = next(model.parameters())
         self.model = model
-        self.outputs = Outputs(model, kind, forward=forward)
-        self.batches = images.to(parameter.device, parameter.dtype).split(batch_size)
+        self.outputs = Outputs(model, kind, forward=calling(forward))
+        made = Batch.of_images(sample) if isinstance(sample, Tensor) else sample
+        self.batches = list(made.to(parameter.device, parameter.dtype).split(batch_size))
         self.blocks: list[str] = []
         self.recorded: dict[str, list[Tensor]] = {}
         self.reference = self._outputs()
@@ -76,8 +78,8 @@ class Prober:
         for i, batch in enumerate(self.batches):
             if replay is not None and recorded is not None:
                 replay.output = recorded[i]
-            with explained(batch):
-                outputs.append(self.outputs.run(batch))
+            with explained(batch.pixels):
+                outputs.append(self.outputs.run(batch))  # type: ignore[arg-type]
         return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
     def divergence(self, outputs: tuple[Tensor, ...]) -> float:
@@ -154,6 +156,6 @@ def probe_key(layer: Layer, part: str, width: int) -> str:
     return f"{layer.name}/{part}/{width}"
 
 
-def probe_images(calibration: Calibration, macs: int) -> Tensor:
-    """The images to probe with."""
-    return calibration.images[: sample_size(macs, len(calibration.images))]
+def probe_sample(calibration: Calibration, macs: int) -> Batch:
+    """What to probe with."""
+    return calibration.sample[: sample_size(macs, len(calibration.sample))]

@@ -9,7 +9,7 @@ from ..layers.base import Layer
 from ..models.modes import evaluating
 from .curves import Curve, probed_curve
 from .plan import Plan
-from .probe import Prober, probe_images, probe_key
+from .probe import Prober, probe_key, probe_sample
 from .uninformative import refuse_flat
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ Cut = tuple[Layer, str, int]
 def probed_plan(planner: Planner) -> Plan:
     """The plan of measured curves; its estimate names the divergence of the whole."""
     assert planner.calibration is not None
-    images = probe_images(planner.calibration, planner.dense["macs"])
+    images = probe_sample(planner.calibration, planner.dense["macs"])
     with evaluating(planner.model):
         prober = planner.prober(images)
         prober.record(planner.inventory)
@@ -34,7 +34,7 @@ def probed_plan(planner: Planner) -> Plan:
 def probing_macs(planner: Planner) -> float:
     """About what probing costs that is yet to be measured; replayed blocks halve it."""
     assert planner.calibration is not None
-    images = len(probe_images(planner.calibration, planner.dense["macs"]))
+    images = len(probe_sample(planner.calibration, planner.dense["macs"]))
     known = [found for key, found in planner.calibration.probes.items() if key.partition(",")[0] == f"n={images}"]
     new = [cut for cut in _cuts(planner) if not any(probe_key(*cut) in found for found in known)]
     return len(new) * images * planner.dense["macs"] / 2

@@ -38,7 +38,7 @@ def spectra(model: nn.Module | Prepared, calibration: Calibration | None = None)
     Raises:
         CalibrationError: the calibration belongs to another model. ModelError: nothing to compress.
     """
-    ready = prepared(model)
+    ready = prepared(model, calibration)
     ready.check(calibration)
     found = []
     for layer in ready.inventory.layers:

@@ -13,7 +13,7 @@ from ..planning.choice import divergences
 from ..planning.latency import LatencyTable
 from ..planning.plan import Budget, Plan
 from ..planning.planner import Planner, default_method, default_multiple, plan
-from ..planning.probe import probe_images
+from ..planning.probe import probe_sample
 from ..prepared import Prepared, prepared
 from ..progress import Progress
 
@@ -38,13 +38,13 @@ def best_training_free(
     """
     rest = (parts, rank_multiple, input_size, progress, latency, ffn, forward)
     default = default_method(calibration)
-    ready = prepared(model)
+    ready = prepared(model, calibration)
     first = plan(ready, budget, calibration, default, *rest)
-    if default in ("auto", "probe") or not len(calibration.images):
+    if default in ("auto", "probe") or not len(calibration.sample):
         return first
     probed = plan(ready, budget, calibration, "probe", *rest)
     multiple = default_multiple(budget) if rank_multiple is None else rank_multiple
     planner = Planner(ready, budget, calibration, default, parts, multiple, input_size, None, latency, ffn, forward)
-    [divergence] = divergences(planner, [first], probe_images(calibration, planner.dense["macs"]))
+    [divergence] = divergences(planner, [first], probe_sample(calibration, planner.dense["macs"]))
     first.estimate["divergence"] = divergence
     return first if divergence <= probed.estimate["divergence"] else probed
