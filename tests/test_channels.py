@@ -241,6 +241,7 @@ class Mixed(AttentionRope):
         (lambda z: z.softmax(-1), ("qk",)),
         (lambda z: nn.functional.layer_norm(z, (5,)), ("qk",)),
         (lambda z: z * z.roll(1, -1), ("qk",)),  # neighbours
+        (lambda z: torch.cat([z[..., :3], z[..., :1] * z[..., 1:2], z[..., 4:]], -1), ("qk",)),  # a single pair
         (lambda z: z * z.roll(1, -2), ("qk",)),  # the same channel of the next head
         (lambda z: z.roll(1, -2), ("qk",)),  # the heads in another order
     ],

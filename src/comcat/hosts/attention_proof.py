@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -126,12 +127,12 @@ def _silenced(trial: Trial, layer: AttentionLayer) -> bool:
 
 
 def _channels_are_free(trial: Trial, layer: AttentionLayer) -> bool:
-    """Whether a random half of the channels can be left out, and the other half too, where they lead nowhere."""
+    """Whether channels can be left out where they lead nowhere: halves, such that any two are parted once, each way."""
     heads, kept = layer.heads, layer.kept
     assert kept is not None
-    order = _channels(layer)
-    half = heads.value_width // 2
-    for keep in (order[:, :half], order[:, half:]):
+    order, places = _channels(layer), torch.arange(heads.value_width)
+    for bit, side in product(range((heads.value_width - 1).bit_length()), (0, 1)):
+        keep = order[:, (places >> bit) % 2 == side]
         choice = {"channels": keep.shape[1]}
         weights, dense = _truncated(layer, choice, keep)
         small = kept.build(heads.width, layer.vo_width(choice), layer.placed(choice))

@@ -97,7 +97,7 @@ def draw_spectra(summaries: Sequence[SpectrumSummary], path: str | Path | IO[byt
         ComcatError: matplotlib is not installed.
     """
     there = {summary.part for summary in summaries}
-    parts = [p for p in ("qk", "vo", "channels", "fc1", "fc2", "neurons", "head") if p in there]
+    parts = [part for part in TITLES if part in there]
     columns = min(3, len(parts))
     lines = -(-len(parts) // columns)
     figure = new_figure(1 + 3.1 * columns, 1.3 + 2.6 * lines)

@@ -210,7 +210,7 @@ def _panels(facts: Facts, spectra: Sequence[SpectrumSummary]) -> list[Panel]:
         for part, kept in layer.ranks.items()
     }
     panels = []
-    for part in ("qk", "vo", "fc1", "fc2", "neurons", "head"):
+    for part in TITLES:
         found = [s for s in spectra if s.part == part]
         if not found:
             continue
