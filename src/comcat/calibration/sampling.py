@@ -7,7 +7,7 @@ import torch
 from ..models.batches import Batch
 
 
-class _Kept:
+class _SingleImages:
     """Single images of batches; of inputs of varying length those alike the first, which can be joined."""
 
     def __init__(self, size: int) -> None:
@@ -23,7 +23,7 @@ class _Kept:
         return Batch.joined(self.items) if self.items else None
 
 
-class Reservoir(_Kept):
+class Reservoir(_SingleImages):
     """A uniform random sample of bounded size from a stream of unknown length (algorithm R)."""
 
     def __init__(self, size: int, seed: int = 0) -> None:
@@ -42,7 +42,7 @@ class Reservoir(_Kept):
                 self.items[chosen : chosen + 1] = [batch.kept([place]).to("cpu")]
 
 
-class HeldOut(_Kept):
+class HeldOut(_SingleImages):
     """Images that are kept from the statistics: of those after the first 256 every fourth, up to ``size``."""
 
     FIRST, EVERY = 256, 4
