@@ -56,7 +56,14 @@ def declared() -> dict[str, set[str]]:
 @pytest.mark.parametrize(
     ("package", "extras"),
     [
-        ("comcat", ["", "data", "plot", "train", "customize", "transformers", "openclip", "onnx", "openvino", *OTHERS]),
+        (
+            "comcat",
+            [
+                *["data", "plot", "train", "customize", "transformers", "openclip", "detection", "onnx", "openvino"],
+                "",
+                *OTHERS,
+            ],
+        ),
         ("comcat_demos", ["", "demo"]),
     ],
 )

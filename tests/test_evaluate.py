@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from comcat.errors import DataError, ModelError
-from comcat.evaluation.measure import agreement, evaluate, throughput
+from comcat.evaluation.measure import agreement, evaluate
+from comcat.evaluation.speed import throughput
 
 
 class Answers(nn.Module):
@@ -114,6 +115,6 @@ def test_throughput_in_turns(monkeypatch):
             turns.append(seconds)
             return super().forward(x)
 
-    monkeypatch.setattr(import_module("comcat.evaluation.measure"), "_now", lambda device: clock[0])
+    monkeypatch.setattr(import_module("comcat.evaluation.speed"), "now", lambda device: clock[0])
     assert throughput([Takes(0.5), Takes(2.0)], torch.randn(64, 300, 1, 1), seconds=0) == [128, 32]
     assert turns == [0.5, 2] * 4

@@ -11,8 +11,8 @@ from torch import nn
 
 import comcat
 from comcat.errors import DataError, MetricError
-from comcat.evaluation.measure import Evaluation
 from comcat.evaluation.metric import load_metric
+from comcat.evaluation.results import Evaluation
 from conftest import images, vit
 
 

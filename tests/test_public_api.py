@@ -41,6 +41,7 @@ PUBLIC = [
     "Spectrum",
     "Stock",
     "TrainingError",
+    "ZeroShot",
     "__version__",
     "agreement",
     "calibrate",

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from .calibration.collect import calibrate
     from .calibration.statistics import Calibration
     from .compression import LayerReport, Report, compress, compress_, restore_
-    from .evaluation.measure import Agreement, Evaluation, agreement, evaluate, throughput
+    from .evaluation.measure import agreement, evaluate
+    from .evaluation.results import Agreement, Evaluation
+    from .evaluation.speed import throughput
+    from .evaluation.zero_shot import ZeroShot
     from .exporting.exporter import ExportReport, export
     from .models.opening import load_model
     from .models.profile import Profile, profile
@@ -70,6 +73,7 @@ __all__ = [
     "Spectrum",
     "Stock",
     "TrainingError",
+    "ZeroShot",
     "__version__",
     "agreement",
     "calibrate",
@@ -99,10 +103,10 @@ __all__ = [
 _lazy.package(
     __name__,
     {
-        "Agreement": "evaluation.measure",
+        "Agreement": "evaluation.results",
         "Budget": "planning.plan",
         "Calibration": "calibration.statistics",
-        "Evaluation": "evaluation.measure",
+        "Evaluation": "evaluation.results",
         "ExportReport": "exporting.exporter",
         "FinetuneConfig": "training.finetuning",
         "FinetuneResult": "training.finetuning",
@@ -115,6 +119,7 @@ _lazy.package(
         "SearchConfig": "rank_search.search_config",
         "Spectrum": "planning.spectra",
         "Stock": "stock_export",
+        "ZeroShot": "evaluation.zero_shot",
         "agreement": "evaluation.measure",
         "calibrate": "calibration.collect",
         "check_budget": "planning.planner",
@@ -135,7 +140,7 @@ _lazy.package(
         "save": "storage.checkpoint",
         "search": "rank_search.run",
         "spectra": "planning.spectra",
-        "throughput": "evaluation.measure",
+        "throughput": "evaluation.speed",
         "write_report": "report.page",
     },
 )

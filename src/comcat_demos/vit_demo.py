@@ -19,7 +19,8 @@ from comcat.data import calibration_batches, loader
 from comcat.data.loading import ImageData
 from comcat.data.training_set import training_loader
 from comcat.errors import CheckpointError
-from comcat.evaluation.measure import evaluate, throughput
+from comcat.evaluation.measure import evaluate
+from comcat.evaluation.speed import throughput
 from comcat.report import tables
 from comcat.report.tables import Measured
 from comcat.storage.atomic import atomic_directory, claimed_output

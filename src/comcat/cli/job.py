@@ -310,7 +310,8 @@ class CompressJob:
         """Accuracy one after the other, speed in turns."""
         import torch
 
-        from ..evaluation.measure import evaluate, throughput
+        from ..evaluation.measure import evaluate
+        from ..evaluation.speed import throughput
 
         assert self.eval_batches is not None
         measured = []

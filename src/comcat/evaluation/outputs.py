@@ -22,12 +22,15 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..models.libraries import said_classes
+from ..models.running import images_of, labels_of
 
 #: How a model is called where that is not ``model(images)``: a function of both that returns its outputs.
 Forward = Callable[[nn.Module, Tensor], Any]
 KINDS = ("classes", "labels", "values", "features", "maps")
 #: Entries of dictionaries that are the answer, whatever else is there.
 _ANSWERS = ("logits", "out", "predicted_depth")
+#: Of detectors: two answers for every query, and nothing else that they return.
+_DETECTIONS = ("logits", "pred_boxes")
 #: Entries of Transformers' outputs that are not the answer.
 _EXTRAS = (
     "loss", "hidden_states", "attentions", "reshaped_hidden_states", "past_key_values", "cross_attentions",
@@ -66,7 +69,20 @@ class Outputs:
         self.model, self.unknown, self.forward = model, unknown, forward
         self.kind = check_kind(kind)
 
-    def run(self, images: Tensor) -> tuple[Tensor, ...]:
+    def inputs(self, batch: Any, place: str) -> Any:
+        """What :meth:`run` takes of a batch; it has ``to``, ``shape``, ``device`` and ``dtype`` as tensors have."""
+        return images_of(batch, place)
+
+    def labels(self, batch: Any, device: torch.device) -> Any:
+        """The labels of a batch on ``device``."""
+        return labels_of(batch).to(device)
+
+    def tensors(self, found: Any) -> tuple[Tensor, ...]:
+        """Of what :meth:`run` has just returned, all that must be finite."""
+        tensors: tuple[Tensor, ...] = found
+        return tensors
+
+    def run(self, images: Any) -> Any:
         """Call the model with (B, C, H, W) images; the tensors of its outputs, errors as below."""
         raw = self.model(images) if self.forward is None else self.forward(self.model, images)
         return self(raw, len(images))
@@ -78,6 +94,8 @@ class Outputs:
             ModelError: the output holds no tensors of ``count`` images, or none of this kind.
         """
         found = list(_leaves(raw))
+        if {name for name, _ in found} >= {*_DETECTIONS}:
+            found = [(f"{name} of detections", tensor) for name, tensor in found if name in _DETECTIONS]
         found = [(n, t) for n, t in found if t.ndim or n not in _SCALARS or len(found) == 1]
         for name, tensor in found:
             if not tensor.is_floating_point() or tensor.ndim < 1 or len(tensor) != count:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from ..models.modes import exclusive
 from ..models.running import images_of, labels_of
 from ..progress import Progress
-from .measure import Evaluation, NoImagesError, Tally, comparable, forward_checked, inference, length
+from .inference import comparable, forward_checked, inference, length
+from .measure import NoImagesError, Tally
 from .outputs import Outputs, divergence
-from .scores import Score, check_labels
+from .results import Evaluation
+from .tasks import task_for
 
 
 @dataclass(frozen=True)
@@ -102,15 +104,15 @@ def compare(
         read = Outputs(dense, outputs, "classes")
         for done, batch in enumerate(loader, start=1):
             images = images_of(batch, f"batch {done - 1}")
-            theirs = forward_checked(dense, images.to(device, dtype), None, read)
+            theirs = forward_checked(images.to(device, dtype), None, read)
             kind = str(read.kind)
-            ours = forward_checked(small, images.to(device, small_dtype), None, Outputs(small, kind))
+            ours = forward_checked(images.to(device, small_dtype), None, Outputs(small, kind))
             ours = comparable(ours, theirs)
             found = found or Comparison(kind)
             labels = None
             if labelled and kind != "features":
-                labels = check_labels(kind, theirs[0], labels_of(batch).to(device))
-                tallies = tallies or (Tally(Score(kind), 0, float("nan")), Tally(Score(kind), 0, float("nan")))
+                tallies = tallies or (_tally(kind, theirs[0]), _tally(kind, theirs[0]))
+                labels = tallies[0].score.check(theirs[0], labels_of(batch).to(device))
                 for tally, tensors in zip(tallies, (theirs, ours), strict=True):
                     tally.score.add(tensors[0], labels)
                     tally.images += len(images)
@@ -126,6 +128,10 @@ def compare(
     if tallies is not None:
         found.dense, found.small = (tally.result() for tally in tallies)
     return found
+
+
+def _tally(kind: str, output: Tensor) -> Tally:
+    return Tally(task_for(kind, output), 0, float("nan"))
 
 
 class _Kept:

@@ -6,13 +6,14 @@ Adding a library is a file with a subclass of :class:`Library` and one line in :
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..errors import ModelError
 from .profile import default_input_size
 from .weights import fill
 
@@ -97,6 +98,27 @@ class Library(ABC):
     def data_config(self, model: nn.Module) -> dict[str, Any]:
         """What the model at hand says of its images, in the words of timm: ``mean``, ``std``, ``crop_pct``, ..."""
         return {}
+
+    # -- images and text -----------------------------------------------------------------------------------------
+
+    def both_towers(self, files: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Arguments that open both towers of a dual encoder, by its configuration files; None where it is none."""
+        return None
+
+    def tokenizer(self, model: nn.Module, folder: Path | None, name: str) -> Callable[[list[str]], Any]:
+        """What makes tokens of prompts: (n, length), or a dictionary of the text tower's arguments.
+
+        Args:
+            folder: the directory that the model is from, if it is from one; name: as it was typed.
+
+        Raises:
+            ModelError: there is none beside the model.
+        """
+        raise ModelError(f"'{name}' has no tokenizer; name a model of images and text")
+
+    def tower_is_projected(self, model: nn.Module) -> bool:
+        """Whether the image tower of a dual encoder has its projection when it is opened alone."""
+        return False
 
     # -- opening -------------------------------------------------------------------------------------------------
 

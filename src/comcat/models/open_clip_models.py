@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -75,6 +75,25 @@ class OpenClipModels(Library):
     def data_config(self, model: nn.Module) -> dict[str, Any]:
         found = getattr(getattr(model, VISUAL, model), "preprocess_cfg", None)
         return _translated(found) if isinstance(found, dict) else {}
+
+    def both_towers(self, files: Mapping[str, Any]) -> dict[str, Any] | None:
+        return {"towers": "both"}
+
+    def tokenizer(self, model: nn.Module, folder: Path | None, name: str) -> Callable[[list[str]], Any]:
+        source: Any = getattr(model, "comcat_source", None)
+        text = (source.args["model_cfg"].get("text_cfg") if source else None) or {}
+        if set(text.get("tokenizer_kwargs") or {}) - {"clean", "strip_sep_token", "language"}:
+            raise ModelError(f"the tokenizer_kwargs of '{name}' are {shown(text['tokenizer_kwargs'])}; remove them")
+        named = text.get("hf_tokenizer_name")
+        if named and (folder is None or not any(folder.glob("tokenizer*"))):
+            raise ModelError(
+                f"'{name}' has no tokenizer beside its weights, and {shown(named)} would be looked for on the network; "
+                "put the tokenizer's files into its directory"
+            )
+        return open_clip.get_tokenizer(f"local-dir:{folder}" if folder else name.split("/")[1])
+
+    def tower_is_projected(self, model: nn.Module) -> bool:
+        return True
 
     def reads(self, files: Mapping[str, Any]) -> bool:
         return "model_cfg" in files.get(_CONFIG, {})

@@ -86,8 +86,7 @@ def open_source(source: Source, checkpoint: Path, args: dict[str, Any]) -> nn.Mo
 
 
 def _open_directory(folder: Path, wanted: Wanted) -> nn.Module:
-    files = _configs(folder)
-    home = None if (folder / CONFIG_NAME).exists() else _reader(files)
+    home, files = reader_of(folder)
     if home is not None:
         return home.open_directory(folder, wanted)
     if (folder / CONFIG_NAME).exists() or not files:
@@ -115,6 +114,12 @@ def _open_repository(name: str, wanted: Wanted) -> nn.Module:
     if wanted.pretrained and wanted.checkpoint is None:
         folder = fetch(name, (*CONFIGS, *_PROCESSORS, *home.weights))
     return home.open_directory(folder, wanted)
+
+
+def reader_of(folder: Path) -> tuple[Library | None, dict[str, dict[str, Any]]]:
+    """The library that opens a directory, and its configuration files; None for one that comcat has saved."""
+    files = _configs(folder)
+    return (None if (folder / CONFIG_NAME).exists() else _reader(files)), files
 
 
 def _configs(folder: Path) -> dict[str, dict[str, Any]]:

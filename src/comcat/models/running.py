@@ -124,17 +124,20 @@ def images_of(batch: Any, place: str = "the batch", kind: type[ComcatError] = Da
     return images.clone() if images.is_inference() and not torch.is_inference_mode_enabled() else images
 
 
+def label_entry(batch: Any) -> Any:
+    """What a batch has for labels, whatever it is; None where it has none."""
+    if isinstance(batch, Mapping):
+        return next((batch[name] for name in LABELS if name in batch), None)
+    return batch[1] if isinstance(batch, (tuple, list)) and len(batch) >= 2 else None
+
+
 def labels_of(batch: Any) -> Tensor:
     """The labels of a batch: the second of (images, labels), or a dictionary's entry of one of :data:`LABELS`.
 
     Raises:
         DataError: it has none.
     """
-    found: Any = None
-    if isinstance(batch, Mapping):
-        found = next((batch[name] for name in LABELS if name in batch), None)
-    elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
-        found = batch[1]
+    found = label_entry(batch)
     if not isinstance(found, Tensor):
         raise DataError(
             f"needed are batches of (images, labels), or dictionaries with {IMAGES[0]!r} and {LABELS[0]!r}; give a "

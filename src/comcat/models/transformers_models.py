@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from . import transformers_config as configs
 from .library import Library, Wanted
 from .source import Source
 from .transformers_images import data_config
+from .transformers_text import has_own_projection, tokenizer_of, whole_class
 from .weights import check_proportion, read_checkpoint, size_of
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -93,6 +94,18 @@ class TransformersModels(Library):
         named = dict(sorted((getattr(config, "id2label", None) or {}).items()))
         own = any(name != f"LABEL_{number}" for number, name in named.items())
         return {"label_names": tuple(named.values())} if own and self.num_classes(model) else {}
+
+    # -- images and text -----------------------------------------------------------------------------------------
+
+    def both_towers(self, files: Mapping[str, Any]) -> dict[str, Any] | None:
+        name = whole_class(files["config.json"])
+        return None if name is None else {"architecture": name}
+
+    def tokenizer(self, model: nn.Module, folder: Path | None, name: str) -> Callable[[list[str]], Any]:
+        return tokenizer_of(model, folder, name)
+
+    def tower_is_projected(self, model: nn.Module) -> bool:
+        return has_own_projection(model)
 
     # -- opening -------------------------------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 
 from ..compression import Report
 from ..errors import CheckpointError
-from ..evaluation.measure import Evaluation
-from ..evaluation.scores import SHOWN
+from ..evaluation.results import Evaluation
+from ..evaluation.tasks import TASKS
 from ..models.source import Source
 from ..planning.plan import Plan
 from ..storage.atomic import read_whole
@@ -45,7 +45,7 @@ class EvaluationRecord(_Record):
         Raises:
             CheckpointError: of a kind of outputs that this version does not know.
         """
-        if self.outputs not in (*SHOWN, "metric"):
+        if self.outputs not in (*TASKS, "metric"):
             raise CheckpointError(f"{name} has outputs of kind '{self.outputs}', which is not known; upgrade comcat")
         return Evaluation.from_dict(self.model_dump(exclude_none=True))
 

@@ -137,8 +137,8 @@ def _measured(
     progress: Progress | None,
 ) -> tuple[Facts, Extras]:
     """Facts with the scores and speeds of both models on these images, and where they differ."""
-    from ..evaluation.measure import throughput
     from ..evaluation.side_by_side import compare
+    from ..evaluation.speed import throughput
     from ..models.opening import load_model
     from ..models.preprocessing import configure
     from ..models.running import images_of

@@ -16,7 +16,7 @@ from . import format as fmt
 
 if TYPE_CHECKING:
     from ..compression import Report
-    from ..evaluation.measure import Evaluation
+    from ..evaluation.results import Evaluation
     from .spectra_figure import SpectrumSummary
 
 SPECTRA_NOTE = (
@@ -140,7 +140,7 @@ def evaluation(name: str, result: Evaluation, params: int, macs: int) -> Group:
     """One evaluated model."""
     table = _table()
     scores = [(figure.label, figure.shown()) for figure in result.figures()]
-    if result.outputs not in ("features", "metric"):  # the loss of features is their first score
+    if result.outputs not in ("features", "metric") and not math.isnan(result.loss):  # that of features is a score
         scores.append(("loss", f"{result.loss:.4f}"))
     if not math.isnan(result.images_per_second):
         scores.append(("images/s", f"{result.images_per_second:,.0f}"))

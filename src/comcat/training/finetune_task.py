@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from ..evaluation.measure import Evaluation, evaluate
+from ..evaluation.measure import evaluate
 from ..evaluation.metric import Metric
+from ..evaluation.results import Evaluation
 from ..progress import Progress
 from .engine import Run, Task, not_finite
 from .loaders import Batches

@@ -19,8 +19,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import TrainingError
-from ..evaluation.measure import Evaluation
 from ..evaluation.metric import Metric, name_of
+from ..evaluation.results import Evaluation
 from ..models.modes import frozen, placed
 from ..models.wrappers import check_plain
 from ..progress import Progress

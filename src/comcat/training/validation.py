@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..data.loading import ImageData, ImageLoader
-from ..evaluation.measure import Evaluation, NoImagesError, Tally, evaluate, tally
+from ..evaluation.measure import NoImagesError, Tally, evaluate, tally
+from ..evaluation.results import Evaluation
 from ..progress import Progress
 from .process import collect
 
