@@ -49,7 +49,10 @@ def test_the_arguments_are_remembered(tmp_path: Path) -> None:
     [
         ("vit_tinny_patch16_224", "timm has no model named 'vit_tinny_patch16_224'; did you mean vit_tiny_patch16_224"),
         ("zzzzzzzz", "timm has no model named 'zzzzzzzz'; see timm.list_models"),
-        ("someone/model", "cannot load 'someone/model' from the Hub: .*no directory of that name either"),
+        (
+            "someone/model",
+            "cannot load 'someone/model' from the Hub: HF_HUB_OFFLINE .*no directory of that name either",
+        ),
         ("no/such/place", "neither a directory saved by comcat .* a Hub repository is written ORG/NAME"),
     ],
 )

@@ -59,6 +59,7 @@ PUBLIC = [
     "plan",
     "prepare",
     "profile",
+    "push",
     "restore_",
     "save",
     "search",

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .rank_search.run import search
     from .rank_search.search_config import SearchConfig
     from .report.page import write_report
+    from .sharing.push import push
     from .stock_export import Stock, export_stock
     from .storage.checkpoint import load, save
     from .training.finetuning import FinetuneConfig, FinetuneResult, finetune
@@ -91,6 +92,7 @@ __all__ = [
     "plan",
     "prepare",
     "profile",
+    "push",
     "restore_",
     "save",
     "search",
@@ -136,6 +138,7 @@ _lazy.package(
         "plan": "planning.planner",
         "prepare": "prepared",
         "profile": "models.profile",
+        "push": "sharing.push",
         "restore_": "compression",
         "save": "storage.checkpoint",
         "search": "rank_search.run",

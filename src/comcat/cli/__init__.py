@@ -18,6 +18,7 @@ from .export_command import export
 from .finetune_command import finetune
 from .generate_command import generate
 from .inspect_command import inspect
+from .push_command import push
 from .report_command import report
 from .run_command import run
 
@@ -45,6 +46,7 @@ app.command()(evaluate)
 app.command()(export)
 app.command()(inspect)
 app.command()(report)
+app.command()(push)
 app.command()(customize)
 app.command()(generate)
 app.add_typer(adapter, name="adapter")

@@ -1,8 +1,8 @@
 """Getting a model from what a user types: a saved directory, a name of a library, a Hub repository.
 
 DIR                      saved by comcat, by save_pretrained of transformers, or by open_clip or timm for the Hub
+hf-hub:ORG/NAME          a repository of comcat (comcat push) or of timm; local-dir:DIR likewise of timm
 vit_small_patch16_224    timm; with --checkpoint, its architecture alone
-hf-hub:ORG/NAME          timm's form of a Hub repository; local-dir:DIR likewise
 torchvision/NAME, open_clip/NAME[/TAG]
 ORG/NAME[@REVISION]      a Hub repository, of whatever library its configuration is
 """
@@ -19,7 +19,7 @@ from ..errors import ModelError
 from ..storage.atomic import CONFIG_NAME
 from ..storage.checkpoint import load
 from ..storage.reader import read_json
-from .hub import fetch
+from .hub import PREFIX, fetch
 from .libraries import NAMES, installed, library, prefixed
 from .library import Library, Wanted
 from .source import Source
@@ -43,7 +43,7 @@ def load_model(
     Args:
         name: a directory (saved by comcat, by transformers' ``save_pretrained``, by timm or open_clip for the Hub); a
             timm name, ``hf-hub:...`` or ``local-dir:...``; ``torchvision/NAME``; ``open_clip/NAME/TAG``; or a Hub
-            repository ``ORG/NAME`` or ``ORG/NAME@REVISION`` of transformers, timm or open_clip.
+            repository ``ORG/NAME`` or ``ORG/NAME@REVISION`` of comcat, transformers, timm or open_clip.
         checkpoint: a safetensors file for the architecture ``name``; without it, the library's pretrained weights.
         model_args: further arguments of the architecture, e.g. ``{"img_size": 32}`` of ``timm.create_model``. For
             transformers, entries of its configuration, and ``architecture``, the class to build.
@@ -68,6 +68,8 @@ def load_model(
         return home.open(Wanted(rest, wanted.checkpoint, args, pretrained))
     if "/" in name and ":" not in name:
         return _open_repository(name, wanted)
+    if name.startswith(PREFIX) and _is_ours(name.removeprefix(PREFIX)):
+        return _open_saved(name, wanted)
     return library("timm", ModelError).open(wanted)
 
 
@@ -90,18 +92,37 @@ def _open_directory(folder: Path, wanted: Wanted) -> nn.Module:
     if home is not None:
         return home.open_directory(folder, wanted)
     if (folder / CONFIG_NAME).exists() or not files:
-        if wanted.checkpoint is not None or wanted.args:
-            raise ModelError(f"'{wanted.name}' is a saved model: it takes neither a checkpoint nor model arguments")
-        return load(folder)  # or says that it has no description
+        return _open_saved(folder, wanted)  # or says that it has no description
     raise ModelError(
         f"'{folder}' holds {' and '.join(files)}, but of no library that is installed; comcat reads {', '.join(NAMES)}"
     )
 
 
+def _open_saved(place: str | Path, wanted: Wanted) -> nn.Module:
+    if wanted.checkpoint is not None or wanted.args:
+        raise ModelError(f"'{wanted.name}' is a saved model: it takes neither a checkpoint nor model arguments")
+    return load(place)
+
+
+def _is_ours(repository: str) -> bool:
+    """Whether a repository that timm could have written is one of comcat; timm says what is wrong with it otherwise."""
+    try:
+        return (fetch(repository, (CONFIG_NAME, CONFIGS[0])) / CONFIG_NAME).exists()
+    except ModelError:
+        return False
+
+
 def _open_repository(name: str, wanted: Wanted) -> nn.Module:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelError(f"{_neither(name)}; there is no such directory, and a Hub repository is written ORG/NAME")
-    folder = fetch(name, (*CONFIGS, *_PROCESSORS))
+    try:
+        folder = fetch(name, (CONFIG_NAME, *CONFIGS, *_PROCESSORS))
+    except ModelError as error:
+        raise ModelError(
+            f"{error}. There is no directory of that name either; a model of timm's registry is written without a slash"
+        ) from None
+    if (folder / CONFIG_NAME).exists():
+        return _open_saved(f"{PREFIX}{name}", wanted)
     files = _configs(folder)
     home = _reader(files)
     if home is None:

@@ -45,7 +45,7 @@ def _parts(layer: LayerReport) -> dict[str, Kept]:
     return {layer.kind: Kept(share, label)}
 
 
-def draw_kept(report: Report, path: str | Path, title: str, subtitle: str | None = None) -> None:
+def draw_kept(report: Report, path: str | Path | IO[bytes], title: str, subtitle: str | None = None) -> None:
     """Write a PNG: one bar per block and part, the share that was kept.
 
     Raises:

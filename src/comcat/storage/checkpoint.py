@@ -21,6 +21,7 @@ from ..compression import Compression
 from ..errors import CheckpointError, ModelError, PlanError
 from ..hosts import find_layers
 from ..layers.base import check_finite
+from ..models.hub import PREFIX, fetch
 from ..models.libraries import NAMES, library
 from ..models.source import Source, describe
 from ..models.traits import buffers, restore_attributes
@@ -143,15 +144,36 @@ def _wide_buffers(model: nn.Module) -> list[str]:
     return [name for name, tensor in buffers(model).items() if short and tensor.dtype == torch.float32]
 
 
-def load(path: str | Path) -> nn.Module:
+def load(path: str | Path, *, revision: str | None = None) -> nn.Module:
     """Rebuild a saved model, in evaluation mode, on the CPU, in the dtype it was saved in.
 
+    Args:
+        path: a directory from :func:`save`, or ``hf-hub:ORG/NAME`` for a repository of the Hub from
+            :func:`comcat.push`, or for its copy in the Hub's cache.
+        revision: branch, tag or commit of the repository.
+
     Raises:
-        CheckpointError: not a comcat directory, of a newer version, damaged, or inconsistent; the message says which.
+        CheckpointError: not a comcat directory, of a newer version, damaged, or inconsistent; or a repository that is
+            not there or cannot be reached. The message says which.
     """
     _check_path(path)
+    if str(path).startswith(PREFIX):
+        path = _fetched(str(path).removeprefix(PREFIX), revision)
+    elif revision is not None:
+        raise CheckpointError(f"'{path}' is a directory, which has no revisions; a repository is hf-hub:ORG/NAME")
     with torch.inference_mode(False), torch.device("cpu"):  # whatever the caller has set
         return _load(Path(path))
+
+
+def _fetched(repository: str, revision: str | None) -> Path:
+    """The directory of a repository's model in the Hub's cache."""
+    folder = fetch(repository, (CONFIG_NAME, TENSORS_NAME), revision, CheckpointError)
+    if not (folder / CONFIG_NAME).exists():
+        raise CheckpointError(
+            f"the repository '{repository}' is no model saved by comcat: it has no {CONFIG_NAME}; models of other "
+            "libraries are opened with comcat.load_model"
+        )
+    return folder
 
 
 def _check_path(path: str | Path) -> None:
