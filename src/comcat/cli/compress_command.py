@@ -11,9 +11,9 @@ import typer
 
 from ..rank_search.search_config import SEARCH, SearchConfig
 from . import options as opt
-from .config_options import configured
+from .config_options import configured, reads_images
 from .console import Screen, command
-from .inputs import Reading, check_input_file, parse_count, parse_device, parse_model_args
+from .inputs import Reading, ReadingOf, check_input_file, parse_count, parse_device, parse_model_args
 
 if TYPE_CHECKING:
     from ..planning.plan import Budget
@@ -23,6 +23,7 @@ HOW = "How"
 
 
 @command
+@reads_images
 @configured(SearchConfig, before={"": "search_config"})
 def compress(
     model: opt.Model,
@@ -164,19 +165,10 @@ def compress(
         str | None,
         opt.Option(help="Split to calibrate on; train if there is one.", rich_help_panel=opt.DATA),
     ] = None,
-    eval_split: Annotated[
-        str | None,
-        opt.Option(help="Split to evaluate on; validation, val or test.", rich_help_panel=opt.DATA),
-    ] = None,
+    eval_split: opt.EvalSplit = None,
     metric: opt.MetricOption = None,
     eval_images: opt.EvalImages = None,
-    data_root: opt.DataRoot = None,
-    class_map: opt.ClassMap = None,
-    skip_bad_images: opt.SkipBad = False,
-    mean: opt.Mean = None,
-    std: opt.Std = None,
-    crop_pct: opt.CropPct = None,
-    interpolation: opt.Interpolation = None,
+    reading_of: ReadingOf = Reading,
     batch_size: opt.BatchSize = 32,
     workers: opt.Workers = None,
     device: opt.Device = "auto",
@@ -262,7 +254,7 @@ def compress(
             settings = replace(settings, search=search)
         reading = None
         if data is not None:
-            reading = Reading(data, data_root, class_map, skip_bad_images, mean, std, crop_pct, interpolation)
+            reading = reading_of(data)
         given = Plan.load(plan_file) if plan_file else None
         job = CompressJob(screen, settings, reading, budget, given)
         job.load(checkpoint, args, parse_device(device))

@@ -1,7 +1,12 @@
-"""Options of a command, made from the fields of configuration classes: a new field is one line there."""
+"""Options of a command that are not written in its signature.
+
+Those of configuration classes are made from their fields, so that a new field is one line there; those of how images
+are read stand in many commands.
+"""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
@@ -9,6 +14,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from ..training.option_texts import OptionText
 from . import options as opt
+from .inputs import Reading
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -37,6 +43,30 @@ def configured(*classes: Any, before: Mapping[str, str]) -> Callable[[Command], 
         return function
 
     return decorate
+
+
+def reads_images(function: Command) -> Command:
+    """Give a command the options of how images are read in place of its parameter ``reading_of``.
+
+    It gets a function of DATA that gives the :class:`Reading`.
+    """
+    own = inspect.signature(function, eval_str=True)
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (_, kind, default) in opt.READING.items()
+    ]
+    parameters: list[inspect.Parameter] = []
+    for parameter in own.parameters.values():
+        parameters += options if parameter.name == "reading_of" else [parameter]
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+
+    @functools.wraps(function)
+    def run(**given: Any) -> None:
+        how = {field: given.pop(name) for name, (field, _, _) in opt.READING.items()}
+        function(reading_of=functools.partial(Reading, **how), **given)
+
+    run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run  # type: ignore[return-value]
 
 
 def _parameter(field: Field[Any], text: OptionText, hint: Any) -> inspect.Parameter:

@@ -5,11 +5,21 @@ from __future__ import annotations
 from typing import Annotated
 
 from . import options as opt
+from .config_options import reads_images
 from .console import Screen, command
-from .inputs import Reading, check_input_file, declared_classes, parse_device, parse_model_args, report_skipped
+from .inputs import (
+    Reading,
+    ReadingOf,
+    check_input_file,
+    declared_classes,
+    parse_device,
+    parse_model_args,
+    report_skipped,
+)
 
 
 @command
+@reads_images
 def evaluate(
     model: opt.Model,
     data: opt.Data,
@@ -23,19 +33,10 @@ def evaluate(
             rich_help_panel=opt.MODEL,
         ),
     ] = None,
-    split: Annotated[
-        str | None,
-        opt.Option(help="validation, val or test otherwise.", rich_help_panel=opt.DATA),
-    ] = None,
+    split: opt.EvaluatedSplit = None,
     metric: opt.MetricOption = None,
     eval_images: opt.EvalImages = None,
-    data_root: opt.DataRoot = None,
-    class_map: opt.ClassMap = None,
-    skip_bad_images: opt.SkipBad = False,
-    mean: opt.Mean = None,
-    std: opt.Std = None,
-    crop_pct: opt.CropPct = None,
-    interpolation: opt.Interpolation = None,
+    reading_of: ReadingOf = Reading,
     batch_size: opt.BatchSize = 64,
     workers: opt.Workers = None,
     device: opt.Device = "auto",
@@ -66,7 +67,7 @@ def evaluate(
         other = comcat.load_model(reference).to(target) if reference else None
         features = "features" if other is not None and declared_classes(loaded) == 0 else None
         free = metric is not None or features is not None
-        reading = Reading(data, data_root, class_map, skip_bad_images, mean, std, crop_pct, interpolation)
+        reading = reading_of(data)
         images = reading.open_labelled(split, reading.configure(loaded), loaded, screen, free)
         cost = comcat.profile(loaded)
         batches = loader(images, batch_size, workers, eval_images)

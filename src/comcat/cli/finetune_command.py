@@ -13,9 +13,9 @@ from ..training.finetune_config import RUN, SAVING, FinetuneConfig
 from ..training.process import process_index
 from ..training.settings import check_fields, read_yaml
 from . import options as opt
-from .config_options import configured
+from .config_options import configured, reads_images
 from .console import Screen, command, main_process_speaks
-from .inputs import Reading, check_input_file, parse_model_args
+from .inputs import Reading, ReadingOf, check_input_file, parse_model_args
 
 TEACHER = "Teacher"
 
@@ -25,6 +25,7 @@ def _o(panel: str, text: str, metavar: str | None = None) -> Any:
 
 
 @command
+@reads_images
 @configured(FinetuneConfig, Augmentation, before={"": "keep_all", RUN: "json_output"})
 def finetune(
     model: Annotated[Path, typer.Argument(metavar="DIR", help="A directory saved by comcat, or by save_pretrained.")],
@@ -49,22 +50,14 @@ def finetune(
         bool, opt.Option("--keep-checkpoints", help="Keep them after success too.", rich_help_panel=SAVING)
     ] = False,
     train_split: Annotated[str | None, _o(opt.DATA, "Split to train on; train if there is one.")] = None,
-    eval_split: Annotated[str | None, _o(opt.DATA, "Split to evaluate on; validation, val or test.")] = None,
+    eval_split: opt.EvalSplit = None,
     eval_images: opt.EvalImages = None,
     no_eval: Annotated[bool, opt.Option("--no-eval", help="Do not evaluate.", rich_help_panel=opt.DATA)] = False,
     metric: opt.MetricOption = None,
-    data_root: opt.DataRoot = None,
-    class_map: opt.ClassMap = None,
-    skip_bad_images: opt.SkipBad = False,
-    mean: opt.Mean = None,
-    std: opt.Std = None,
-    crop_pct: opt.CropPct = None,
-    interpolation: opt.Interpolation = None,
+    reading_of: ReadingOf = Reading,
     batch_size: Annotated[int, opt.Option(min=1, help="Images of one process.", rich_help_panel=opt.RUN)] = 64,
     workers: opt.Workers = None,
-    device: Annotated[
-        str, opt.Option(metavar="auto|cpu", help="auto takes the GPUs there are.", rich_help_panel=opt.RUN)
-    ] = "auto",
+    device: opt.TrainingDevice = "auto",
     json_output: opt.Json = False,
     **given: Any,
 ) -> None:
@@ -110,7 +103,7 @@ def finetune(
                 keep_checkpoints=keep_all,
                 metric=metric,
             ),
-            Reading(str(data), data_root, class_map, skip_bad_images, mean, std, crop_pct, interpolation),
+            reading_of(str(data)),
             settings,
             augmentation,
         )

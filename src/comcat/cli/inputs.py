@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,6 +163,10 @@ class Reading:
                 "taken for output i. If the model numbers them differently, give --class-map"
             )
         return data
+
+
+#: How images are read, of DATA that is yet to be named.
+ReadingOf = Callable[[str], Reading]
 
 
 def declared_classes(model: nn.Module) -> int | None:

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 from . import options as opt
+from .config_options import reads_images
 from .console import Screen, command
-from .inputs import Reading, check_input_file, parse_device, parse_model_args, report_skipped
+from .inputs import Reading, ReadingOf, check_input_file, parse_device, parse_model_args, report_skipped
 
 
 @command
+@reads_images
 def inspect(
     model: opt.Model,
     data: opt.OptionalData = None,
@@ -25,13 +27,7 @@ def inspect(
         str | None,
         opt.Option(help="train, if there is one, otherwise.", rich_help_panel=opt.DATA),
     ] = None,
-    data_root: opt.DataRoot = None,
-    class_map: opt.ClassMap = None,
-    skip_bad_images: opt.SkipBad = False,
-    mean: opt.Mean = None,
-    std: opt.Std = None,
-    crop_pct: opt.CropPct = None,
-    interpolation: opt.Interpolation = None,
+    reading_of: ReadingOf = Reading,
     batch_size: opt.BatchSize = 32,
     workers: opt.Workers = None,
     device: opt.Device = "auto",
@@ -65,7 +61,7 @@ def inspect(
         loaded = comcat.load_model(model, checkpoint=checkpoint, model_args=args).to(parse_device(device)).eval()
         calibration = None
         if data is not None:
-            reading = Reading(data, data_root, class_map, skip_bad_images, mean, std, crop_pct, interpolation)
+            reading = reading_of(data)
             images = reading.open(split, "calibration", reading.configure(loaded), None, seed)
             batches = calibration_batches(images, calibration_images, batch_size, seed, workers)
             calibration = comcat.calibrate(loaded, batches, progress=screen.progress)

@@ -35,24 +35,14 @@ ModelArgs = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
-Data = Annotated[
-    str,
-    Option(
-        metavar="DATA",
-        help="Folder of images (one folder per class), folder of parquet files, or a timm data set: "
-        "hfds/NAME, wds/NAME, torch/NAME.",
-        rich_help_panel=DATA,
-    ),
-]
-OptionalData = Annotated[
-    str | None,
-    Option(
-        metavar="DATA",
-        help="Folder of images (one folder per class), folder of parquet files, or a timm data set: "
-        "hfds/NAME, wds/NAME, torch/NAME.",
-        rich_help_panel=DATA,
-    ),
-]
+_DATA = Option(
+    metavar="DATA",
+    help="Folder of images (one folder per class), folder of parquet files, or a timm data set: "
+    "hfds/NAME, wds/NAME, torch/NAME.",
+    rich_help_panel=DATA,
+)
+Data = Annotated[str, _DATA]
+OptionalData = Annotated[str | None, _DATA]
 DataRoot = Annotated[
     Path | None,
     Option(help="Where torch/ and wds/ data sets lie.", rich_help_panel=DATA),
@@ -93,6 +83,8 @@ Interpolation = Annotated[
     str | None,
     Option(metavar="NAME", help="bilinear, bicubic, ...; from the model otherwise.", rich_help_panel=DATA),
 ]
+EvaluatedSplit = Annotated[str | None, Option(help="validation, val or test otherwise.", rich_help_panel=DATA)]
+EvalSplit = Annotated[str | None, Option(help="Split to evaluate on; validation, val or test.", rich_help_panel=DATA)]
 EvalImages = Annotated[
     int | None,
     Option(min=1, metavar="N", help="Evaluate on the first N images only.", rich_help_panel=DATA),
@@ -112,6 +104,18 @@ Workers = Annotated[
     Option(min=0, help="Processes that read images; 0 or 2 by the size of the data.", rich_help_panel=RUN),
 ]
 Device = Annotated[str, Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.", rich_help_panel=RUN)]
+TrainingDevice = Annotated[str, Option(metavar="auto|cpu", help="auto takes the GPUs there are.", rich_help_panel=RUN)]
 Seed = Annotated[int, Option(help="Choice of calibration images and everything random.", rich_help_panel=RUN)]
 Json = Annotated[bool, Option("--json", help="Print one JSON document and nothing else.", rich_help_panel=RUN)]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace what the output directory holds.", rich_help_panel=RUN)]
+
+#: How images are read, by the parameter's name: the field of :class:`~comcat.cli.inputs.Reading`, type and default.
+READING = {
+    "data_root": ("root", DataRoot, None),
+    "class_map": ("class_map", ClassMap, None),
+    "skip_bad_images": ("skip_bad", SkipBad, False),
+    "mean": ("mean", Mean, None),
+    "std": ("std", Std, None),
+    "crop_pct": ("crop_pct", CropPct, None),
+    "interpolation": ("interpolation", Interpolation, None),
+}

@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as opt
+from .config_options import reads_images
 from .console import Screen, command
-from .inputs import Reading, check_input_file, declared_classes, parse_device, parse_model_args, report_skipped
+from .inputs import (
+    Reading,
+    ReadingOf,
+    check_input_file,
+    declared_classes,
+    parse_device,
+    parse_model_args,
+    report_skipped,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,6 +29,7 @@ DENSE = "Dense model, for spectra and changed answers"
 
 
 @command
+@reads_images
 def report(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="What comcat compress, comcat finetune or comcat.save wrote.")
@@ -48,17 +58,9 @@ def report(
         ),
     ] = None,
     data: opt.OptionalData = None,
-    split: Annotated[
-        str | None, opt.Option(help="validation, val or test otherwise.", rich_help_panel=opt.DATA)
-    ] = None,
+    split: opt.EvaluatedSplit = None,
     eval_images: opt.EvalImages = None,
-    data_root: opt.DataRoot = None,
-    class_map: opt.ClassMap = None,
-    skip_bad_images: opt.SkipBad = False,
-    mean: opt.Mean = None,
-    std: opt.Std = None,
-    crop_pct: opt.CropPct = None,
-    interpolation: opt.Interpolation = None,
+    reading_of: ReadingOf = Reading,
     batch_size: opt.BatchSize = 64,
     workers: opt.Workers = None,
     device: opt.Device = "auto",
@@ -99,7 +101,7 @@ def report(
             if calibration_file is not None:
                 more["calibration"] = Calibration.load(calibration_file)
             if data is not None:
-                reading = Reading(data, data_root, class_map, skip_bad_images, mean, std, crop_pct, interpolation)
+                reading = reading_of(data)
                 small = comcat.load_model(str(folder))  # which knows how its images are prepared
                 more |= {"small": small, **_images(reading, small, split, batch_size, workers, eval_images)}
         write_report(folder, out, overwrite=overwrite, progress=screen.progress, **more)

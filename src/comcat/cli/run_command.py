@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as opt
+from .config_options import reads_images
 from .console import Screen, command, main_process_speaks
-from .inputs import Reading, check_input_file, parse_count, parse_device
+from .inputs import Reading, ReadingOf, check_input_file, parse_count, parse_device
 
 if TYPE_CHECKING:
     from ..planning.plan import Budget
@@ -98,6 +99,7 @@ class Recipe:
 
 
 @command
+@reads_images
 def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see the folder recipes.")],
     data: opt.Data,
@@ -115,24 +117,14 @@ def run(
     train_split: Annotated[
         str | None, opt.Option(help="Split to search and train on; train.", rich_help_panel=opt.DATA)
     ] = None,
-    eval_split: Annotated[
-        str | None, opt.Option(help="Split to evaluate on; validation, val or test.", rich_help_panel=opt.DATA)
-    ] = None,
+    eval_split: opt.EvalSplit = None,
     eval_images: opt.EvalImages = None,
-    data_root: opt.DataRoot = None,
-    class_map: opt.ClassMap = None,
-    skip_bad_images: opt.SkipBad = False,
-    mean: opt.Mean = None,
-    std: opt.Std = None,
-    crop_pct: opt.CropPct = None,
-    interpolation: opt.Interpolation = None,
+    reading_of: ReadingOf = Reading,
     batch_size: Annotated[
         int | None, opt.Option(min=1, help="Images of one process; the recipe's.", rich_help_panel=opt.RUN)
     ] = None,
     workers: opt.Workers = None,
-    device: Annotated[
-        str, opt.Option(metavar="auto|cpu", help="auto takes the GPUs there are.", rich_help_panel=opt.RUN)
-    ] = "auto",
+    device: opt.TrainingDevice = "auto",
     seed: opt.Seed = 0,
     json_output: opt.Json = False,
 ) -> None:
@@ -166,7 +158,7 @@ def run(
             raise TrainingError(f"'{out}' already holds something; continue with --resume or choose another --out")
         if resume and not out.is_dir():
             raise TrainingError(f"there is no run in '{out}' to resume; start without --resume")
-        reading = Reading(data, data_root, class_map, skip_bad_images, mean, std, crop_pct, interpolation)
+        reading = reading_of(data)
         stages = _Stages(
             screen,
             replace(plan, batch_size=batch_size or plan.batch_size),
