@@ -180,7 +180,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 def run(source: str, family: str, limit: float) -> list[dict[str, Any]]:
     """The rows of one family, from a process of its own; a crash or too long a run is the last of them."""
-    command = [sys.executable, __file__, "--one", f"{source}:{family}"]
+    command = [sys.executable, __file__, "--one", f"{source}:{family}", "--limit", str(limit)]
     rows, said, process = [], "", None
     try:
         process = subprocess.run(command, capture_output=True, text=True, timeout=limit)

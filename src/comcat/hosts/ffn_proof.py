@@ -46,7 +46,7 @@ def prove_ffn(found: Layer, trial: Trial) -> Finding:
     why = None
     if not trial.holds(copy_with(base, small), reference):
         why = f"hidden units depend on each other: a norm or another operation acts over them ({trial.said()})"
-        if layer.channels == 1 and not (_CALLED_FFN.search(type(base).__name__) or _by_pixel(trial)):
+        if layer.feature_axis == 1 and not (_CALLED_FFN.search(type(base).__name__) or _by_pixel(trial)):
             return Finding(CONVOLUTIONS)
     return Finding(conclude=lambda one: FFNLayer(one.name, one.module, found.paths, why))
 

@@ -149,7 +149,7 @@ class AttentionLayer(Layer):
         return self.running.get_submodule(str(self.stream.output))
 
     @property
-    def channels(self) -> int:
+    def feature_axis(self) -> int:
         """The axis of the features."""
         return 1 if is_pointwise(self.output) else -1
 
@@ -201,12 +201,14 @@ class AttentionLayer(Layer):
     def shape_hooks(self, counter: ShapeCounter) -> list[Any]:
         key = self.running.get_submodule(self.stream.key)
         return [
-            self.output.register_forward_hook(counter.rows(self.channels)),
-            key.register_forward_hook(counter.keys(self.channels)),
+            self.output.register_forward_hook(counter.rows(self.feature_axis)),
+            key.register_forward_hook(counter.keys(self.feature_axis)),
         ]
 
     def record(self, recorder: Recorder) -> list[Any]:
-        handles = [self.output.register_forward_hook(recorder.inputs("z", "out_grad", self.channels, self._by_head))]
+        handles = [
+            self.output.register_forward_hook(recorder.inputs("z", "out_grad", self.feature_axis, self._by_head))
+        ]
         if "qk" in self.dense_parts:
             return handles
         if self.rotary:
@@ -224,7 +226,7 @@ class AttentionLayer(Layer):
 
     def _hook(self, recorder: Recorder, one: Any) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            rows = self.heads.split(as_rows(out.detach(), self.channels), one)  # (sequences, tokens, heads, d)
+            rows = self.heads.split(as_rows(out.detach(), self.feature_axis), one)  # (sequences, tokens, heads, d)
             if "query" in rows:
                 recorder.add("q", rows["query"].permute(2, 0, 1, 3).flatten(1, 2), second=True)
             if "key" in rows:
@@ -251,7 +253,7 @@ class AttentionLayer(Layer):
 
     def _add_gradient(self, recorder: Recorder, one: Any, q: Tensor, grad: Tensor) -> None:
         """``A = Q^T dL/dQ`` per image and head: the gradient of the loss in the product's own coordinates."""
-        grad = self.heads.split(as_rows(grad, self.channels), one)["query"]
+        grad = self.heads.split(as_rows(grad, self.feature_axis), one)["query"]
         q, grad = (t.unflatten(0, (recorder.images, -1)).flatten(1, 2).transpose(1, 2) for t in (q, grad))
         A = recorder.precise(q.mT @ grad)  # (images, heads, d, d)
         recorder.add_product("qk_rows", (A @ A.mT).sum(0))

@@ -89,7 +89,7 @@ class FFNLayer(Layer):
         return shapes
 
     @property
-    def channels(self) -> int:
+    def feature_axis(self) -> int:
         """The axis of the features."""
         return 1 if is_pointwise(self.linears["fc2"]) else -1
 
@@ -104,7 +104,7 @@ class FFNLayer(Layer):
         handles = []
         for role, linear in self.linears.items():
             moment = "h" if role == "fc2" else "x" if role == "fc1" else None
-            hook = recorder.inputs(moment, f"{role}_grad", self.channels)
+            hook = recorder.inputs(moment, f"{role}_grad", self.feature_axis)
             handles.append(linear.register_forward_hook(hook))
         return handles
 
