@@ -276,7 +276,7 @@ def damage(data: dict[str, Any], **changes: Any) -> str:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"comcat_latency": 2}, "has format 2, this comcat reads 1; upgrade comcat"),
+        ({"comcat_latency": 3}, "has format 3, this comcat reads up to 2; upgrade comcat"),
         ({"dense": -3}, "is damaged: .*not a positive integer.*; measure again"),
         ({"batch_size": "many"}, "is damaged"),
         ({"times": [1, 2]}, "is damaged: .*do not fit the widths"),

@@ -16,6 +16,7 @@ from comcat import customize, errors
 
 PUBLIC = [
     "Agreement",
+    "Bench",
     "Budget",
     "BudgetError",
     "Calibration",
@@ -44,6 +45,7 @@ PUBLIC = [
     "ZeroShot",
     "__version__",
     "agreement",
+    "bench",
     "calibrate",
     "check_budget",
     "compress",

@@ -50,8 +50,13 @@ def file(host: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def needs(runtime: str) -> None:
+    if runtime not in runtimes.available():
+        pytest.skip(f"{runtime} is not installed")
+
+
 def opened(runtime: str, host: nn.Module, file: Path, precision: str = "fp32", **options: Any) -> Session:
-    pytest.importorskip(registry.session_class(runtime).package)
+    needs(runtime)
     return runtimes.session(file if runtime in FILES else host, runtime, precision, **options)
 
 
@@ -122,7 +127,7 @@ def test_timings_are_as_many_as_asked_for(runtime: str, host: nn.Module, file: P
 class Counted(Session):
     """It writes down when it runs."""
 
-    runtime, package, precisions = "counted", "torch", ("fp32",)
+    runtime, packages, precisions = "counted", ("torch",), ("fp32",)
     order: list[str] = []  # noqa: RUF012 - of all of them
 
     def _open(self, source: Any) -> None: ...
@@ -184,7 +189,7 @@ def test_bad_arguments_are_refused(options: dict[str, Any], message: str, host: 
 
 @pytest.mark.parametrize("runtime", FILES)
 def test_files_that_cannot_be_run_are_refused(runtime: str, host: nn.Module, tmp_path: Path) -> None:
-    pytest.importorskip(registry.session_class(runtime).package)
+    needs(runtime)
     (tmp_path / "text.onnx").write_text("no model at all")
     for source, message in (
         (host, f"{runtime} runs exported files .*, not VisionTransformer; write one with comcat.export"),

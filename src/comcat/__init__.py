@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .rank_search.run import search
     from .rank_search.search_config import SearchConfig
     from .report.page import write_report
+    from .runtimes.bench import Bench, bench
     from .sharing.push import push
     from .stock_export import Stock, export_stock
     from .storage.checkpoint import load, save
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Agreement",
+    "Bench",
     "Budget",
     "BudgetError",
     "Calibration",
@@ -77,6 +79,7 @@ __all__ = [
     "ZeroShot",
     "__version__",
     "agreement",
+    "bench",
     "calibrate",
     "check_budget",
     "compress",
@@ -106,6 +109,7 @@ _lazy.package(
     __name__,
     {
         "Agreement": "evaluation.results",
+        "Bench": "runtimes.bench",
         "Budget": "planning.plan",
         "Calibration": "calibration.statistics",
         "Evaluation": "evaluation.results",
@@ -123,6 +127,7 @@ _lazy.package(
         "Stock": "stock_export",
         "ZeroShot": "evaluation.zero_shot",
         "agreement": "evaluation.measure",
+        "bench": "runtimes.bench",
         "calibrate": "calibration.collect",
         "check_budget": "planning.planner",
         "compress": "compression",

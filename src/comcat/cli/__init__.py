@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from .adapter_command import app as adapter
+from .bench_command import bench
 from .compress_command import compress
 from .console import remember_command
 from .customize_command import customize
@@ -44,6 +45,7 @@ app.command()(finetune)
 app.command()(run)
 app.command()(evaluate)
 app.command()(export)
+app.command()(bench)
 app.command()(inspect)
 app.command()(report)
 app.command()(push)

@@ -92,6 +92,22 @@ def compress(
         int | None,
         opt.Option(min=1, metavar="N", help="Images in a batch when timing layers; 1.", rich_help_panel=HOW),
     ] = None,
+    runtime: Annotated[
+        str | None,
+        opt.Option(
+            metavar="torch|torch-compile|onnxruntime|openvino",
+            help="Where a latency budget is measured, and met within 5 %; PyTorch, where and as the model is.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        opt.Option(metavar="fp32|bf16|fp16|int8", help="In which the runtime computes; fp32.", rich_help_panel=HOW),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        opt.Option(min=1, metavar="N", help="Of the runtime; what it takes by itself.", rich_help_panel=HOW),
+    ] = None,
     plan_file: Annotated[
         Path | None,
         opt.Option("--plan", metavar="FILE", help="Apply this plan instead of making one.", rich_help_panel=HOW),
@@ -189,6 +205,10 @@ def compress(
         raise typer.BadParameter("the --search options and --resume belong to it", param_hint="--method search")
     if (latency_file or latency_batch) and keep_latency is None and max_latency is None:
         raise typer.BadParameter("belongs to --keep-latency or --max-latency", param_hint="--latency")
+    if (runtime or precision or threads) and keep_latency is None and max_latency is None:
+        raise typer.BadParameter("belongs to --keep-latency or --max-latency", param_hint="--runtime")
+    if (precision or threads) and runtime is None:
+        raise typer.BadParameter("belong to --runtime", param_hint="--precision and --threads")
     args = parse_model_args(model_arg)
     if data is None and not data_free and not (calibration_file and calibration_file.is_file()):
         raise typer.BadParameter("give --data DATA to calibrate on, or --data-free", param_hint="--data")
@@ -206,6 +226,7 @@ def compress(
         from ..storage.owned import MODEL, STOCK
         from ..training.process import process_index
         from .job import CompressJob, CompressSettings
+        from .timings import LatencyWanted
 
         check_free(out, overwrite, STOCK if stock else MODEL)
         if process_index() == 0:
@@ -220,8 +241,7 @@ def compress(
             method=method,
             parts=tuple(p.strip() for p in parts.split(",") if p.strip()),
             rank_multiple=rank_multiple,
-            latency_file=latency_file,
-            latency_batch=latency_batch,
+            latency=LatencyWanted(latency_file, latency_batch, runtime, precision or "fp32", threads),
             calibration_images=calibration_images,
             calibration_file=calibration_file,
             fisher=fisher,

@@ -3,65 +3,27 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import timings
+from .compress_settings import CompressOutcome, CompressSettings
 from .console import Screen
 from .inputs import Reading, declared_classes, report_skipped
-from .making import made_with, make, told
+from .making import SmallModel, made_with, make, told
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from ..calibration.statistics import Calibration
-    from ..compression import Report
     from ..data.loading import ImageData, ImageLoader, StreamData
     from ..planning.latency import LatencyTable
     from ..planning.plan import Budget, Plan
     from ..report.tables import Measured
+    from ..runtimes.realizing import Outcome
     from .searching import Search
-
-
-@dataclass(frozen=True)
-class CompressSettings:
-    """The options of the command that steer the run."""
-
-    model: str
-    out: Path
-    overwrite: bool
-    method: str | None
-    parts: tuple[str, ...]
-    rank_multiple: int | None
-    latency_file: Path | None
-    latency_batch: int | None
-    calibration_images: int | None
-    calibration_file: Path | None
-    fisher: bool | None
-    data_free: bool
-    evaluate: bool
-    calibration_split: str | None
-    eval_split: str | None
-    eval_images: int | None
-    batch_size: int
-    workers: int | None
-    seed: int
-    search: Search | None
-    outputs: str | None = None
-    metric: str | None = None
-    stock: bool = False
-
-
-@dataclass(frozen=True)
-class CompressOutcome:
-    """Everything that is shown and written."""
-
-    plan: Plan
-    report: Report
-    dense: Measured
-    small: Measured
 
 
 class CompressJob:
@@ -80,6 +42,7 @@ class CompressJob:
         self.calibration_batches: ImageLoader | None = None
         self.eval_batches: ImageLoader | None = None
         self.search_batches: Any = None
+        self.realized: Outcome[SmallModel] | None = None
 
     # -- before the long work --------------------------------------------------------------------------------
 
@@ -95,6 +58,7 @@ class CompressJob:
         from ..layers.base import check_parts
 
         check_parts(self.settings.parts)
+        self.settings.latency.check()
         check_kind(self.settings.outputs)
         self.metric = load_metric(self.settings.metric) if self.settings.metric else None
         torch.manual_seed(self.settings.seed)
@@ -102,7 +66,7 @@ class CompressJob:
         self.model: nn.Module = model.to(device).eval()
         self.prepared = comcat.prepare(self.model)
         inventory = self.prepared.inventory
-        self.latency = timings.read_table(self.settings.latency_file, self.settings.latency_batch, self.screen)
+        self.latency = self.settings.latency.read(self.screen)
         self._check_budget()
         if self.plan is not None:
             self.plan.check(inventory)
@@ -192,7 +156,7 @@ class CompressJob:
     def _measure_latency(self) -> None:
         s = self.settings
         if self.budget is not None and self.budget.unit == "latency" and self.latency is None:
-            self.latency = timings.measure_table(self.prepared, s.latency_file, s.latency_batch, self.screen)
+            self.latency = s.latency.measure(self.prepared, self.screen)
             self._check_budget()
 
     def _calibrate(self) -> None:
@@ -274,6 +238,25 @@ class CompressJob:
             cpu=search.cpu,
         )
 
+    def _build(self, plan: Plan) -> Plan:
+        """The small model; of another plan where a latency budget is met in its runtime by that one."""
+
+        def build(plan: Plan) -> SmallModel:
+            return make(s.stock, self.prepared, plan, self.calibration, self.screen, s.model)
+
+        def replan(table: LatencyTable) -> Plan:
+            self.latency = table
+            return self._make_plan()
+
+        s = self.settings
+        if self.latency is None or self.budget is None or not s.latency.realized_in(self.latency):
+            self.made = build(plan)
+            return plan
+        again = None if s.search is not None else replan
+        found = timings.realize(self.prepared, self.latency, plan, self.budget, build, again, self.screen)
+        self.made, self.latency, self.realized = found.built, found.table, found
+        return found.plan
+
     def _compress(self, plan: Plan) -> CompressOutcome:
         """Compress, evaluate, write; the output directory appears complete or not at all."""
         from ..errors import ComcatError
@@ -283,7 +266,7 @@ class CompressJob:
         from ..storage.owned import MODEL, STOCK
 
         screen, s = self.screen, self.settings
-        self.made = make(s.stock, self.prepared, plan, self.calibration, screen, s.model)
+        plan = self._build(plan)
         report = self.made.report
         size = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
         dense = Measured("dense", report.params_before, report.macs_before, size)
@@ -347,7 +330,7 @@ class CompressJob:
     def _latency(self, outcome: CompressOutcome) -> dict[str, Any] | None:
         if self.latency is None:
             return None
-        return timings.describe(self.latency, outcome.plan, outcome.dense, outcome.small)
+        return timings.describe(self.latency, outcome.plan, outcome.dense, outcome.small, self.realized)
 
     def _place(self) -> str | None:
         if self.eval_batches is None:

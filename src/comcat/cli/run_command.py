@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 COMPRESSED, FINETUNED, PLAIN = "compressed", "finetuned", "stock"
 _SECTIONS = ("model", "model_args", "budget", "compress", "search", "finetune", "batch_size", "metric", "stock")
-_COMPRESS = ("method", "parts", "rank_multiple", "calibration_images", "latency_batch")
+_LATENCY = ("latency_batch", "runtime", "precision", "threads")
+_COMPRESS = ("method", "parts", "rank_multiple", "calibration_images", *_LATENCY)
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,7 @@ class _Stages:
         from ..training import state
         from .job import CompressJob, CompressSettings
         from .searching import Search, read_config
+        from .timings import LatencyWanted
 
         recipe, made = self.recipe, self.recipe.compress
         folder = self.out / "search"
@@ -243,8 +245,13 @@ class _Stages:
             parts=tuple(made.get("parts", ("qk", "vo", "ffn", "head"))),
             rank_multiple=made.get("rank_multiple"),
             # Kept, so that a resumed search goes on with the same timings.
-            latency_file=self.out / "latency.json" if self.budget.unit == "latency" else None,
-            latency_batch=made.get("latency_batch"),
+            latency=LatencyWanted(
+                self.out / "latency.json" if self.budget.unit == "latency" else None,
+                made.get("latency_batch"),
+                made.get("runtime"),
+                made.get("precision", "fp32"),
+                made.get("threads"),
+            ),
             calibration_images=made.get("calibration_images"),
             calibration_file=None,
             fisher=None,

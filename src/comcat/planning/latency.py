@@ -1,8 +1,10 @@
 """Latency as a cost: how long every kind of layer takes on the user's device, at a grid of widths.
 
-Layers are timed where they are, inside the running model, so that caches and launches are as in use. Every layer of a
-kind is given another width, hence one pass measures as many widths as the model has such layers. Passes repeat in
-turns and the least time of each short piece counts: on a busy machine a median of pieces would hold other work too.
+In PyTorch layers are timed where they are, inside the running model, so that caches and launches are as in use. Every
+layer of a kind is given another width, hence one pass measures as many widths as the model has such layers. Passes
+repeat in turns and the least time of each short piece counts: on a busy machine a median of pieces would hold other
+work too. In other runtimes layers are small models of their own (:mod:`comcat.runtimes.layer_timing`).
+
 Between the measured widths times are interpolated. What a choice of widths costs is then a sum: all layers, and what
 lies between them.
 """
@@ -11,8 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ from ..storage.atomic import atomic_file
 from ..storage.reader import digest, read_json, shown
 from ..wording import by
 
-FORMAT = 1
+#: 2 has the runtime, its version and precision; tables of 1 are of PyTorch.
+FORMAT = 2
 #: Largest width of a part in a table; interpolation takes memory by it.
 MOST_WIDTH = 1 << 20
 
@@ -83,13 +86,29 @@ class LayerTimes:
                 total = total + grid.at(widths, self.dense) - self.dense
         return np.maximum(np.rint(total), 1).astype(np.int64)
 
+    @property
+    def least(self) -> int:
+        """The shortest time of all."""
+        return min([self.dense, *(int(np.min(grid.times)) for grid in self.grids)])
+
+    def changed(self, change: Callable[[np.ndarray], np.ndarray]) -> LayerTimes:
+        """With other times, each a function of what it was, and at least one nanosecond."""
+
+        def new(times: Any) -> np.ndarray:
+            return np.maximum(np.rint(change(np.asarray(times, dtype=float))), 1).astype(np.int64)
+
+        grids = tuple(replace(grid, times=nested(new(grid.times))) for grid in self.grids)
+        return replace(self, dense=int(new(self.dense)), grids=grids)
+
 
 @dataclass(frozen=True)
 class LatencyTable:
     """What :func:`comcat.measure_latency` measured, for ``comcat.plan(..., latency=table)``; JSON on disk.
 
     Attributes:
-        device, dtype, batch_size, threads, torch: what was measured on and with; ``threads`` are PyTorch's on a CPU.
+        device, dtype, batch_size, threads, torch: what was measured on and with; ``threads`` are PyTorch's on a CPU,
+            or those that the runtime was given, and 0 for as many as it takes by itself.
+        runtime, precision, version: where the times were measured, in which precision it computed, and its version.
         input_size: (C, H, W); params, macs: of the dense model, by which it is recognized.
         dense: nanoseconds that the dense model takes for one batch.
         layers: times by kind of layer.
@@ -105,14 +124,40 @@ class LatencyTable:
     macs: int
     dense: int
     layers: dict[str, LayerTimes]
+    runtime: str = "torch"
+    precision: str = "fp32"
+    version: str = ""
 
     def __repr__(self) -> str:
         size = by(self.input_size)
         layers = sum(layer.count for layer in self.layers.values())
         return (
             f"LatencyTable({layers} layers of {len(self.layers)} kinds, {self.batch_size} images of {size} on "
-            f"{self.device} in {self.dtype}, dense {self.dense / 1e6:.3g} ms)"
+            f"{self.device} in {self.runtime} and {self.precision}, dense {self.dense / 1e6:.3g} ms)"
         )
+
+    def corrected(self, factor: float) -> LatencyTable:
+        """With every time that a narrower layer saves multiplied by ``factor``, the dense model's time as it is."""
+        layers = {key: layer.changed(lambda times: times * factor) for key, layer in self.layers.items()}
+        return replace(self, layers=layers).settled()
+
+    def settled(self) -> LatencyTable:
+        """With layers that do not take longer than the whole model, and save what they did.
+
+        Small models of single layers have inputs and outputs that the whole one has not. What is too much is taken off
+        all times of a layer alike, as far as its shortest time goes.
+        """
+        much = sum(layer.count * layer.dense for layer in self.layers.values()) - self.dense
+        least = {key: layer.least - 1 for key, layer in self.layers.items()}
+        room = sum(layer.count * least[key] for key, layer in self.layers.items())
+        if much <= 0 or room <= 0:
+            return self
+        share = min(much / room, 1.0)
+        layers = {
+            key: layer.changed(lambda times, off=share * least[key]: times - off)  # type: ignore[misc]
+            for key, layer in self.layers.items()
+        }
+        return replace(self, layers=layers)
 
     def cost(self, layer: Layer, shape: Shape, widths: Mapping[str, Any]) -> np.ndarray:
         """Nanoseconds of a layer at integer arrays of widths by part; -1, or a part left out, stands for dense."""
@@ -159,9 +204,9 @@ class LatencyTable:
             raise CalibrationError(
                 f"'{path}' is not a latency table; make one with comcat.measure_latency(...).save(path)"
             )
-        if data["comcat_latency"] != FORMAT:
+        if data["comcat_latency"] not in range(1, FORMAT + 1):
             raise CalibrationError(
-                f"latency table '{path}' has format {data['comcat_latency']}, this comcat reads {FORMAT}; "
+                f"latency table '{path}' has format {shown(data['comcat_latency'])}, this comcat reads up to {FORMAT}; "
                 "upgrade comcat"
             )
         recorded = data.pop("sha256", None)  # older files have none
@@ -189,10 +234,18 @@ class LatencyTable:
         }
         sizes = {key: _positive(data[key]) for key in ("batch_size", "dense", "params", "macs")}
         sizes |= {"threads": data["threads"] if data["threads"] == 0 else _positive(data["threads"])}
-        wrong = [key for key in ("device", "dtype", "torch") if not isinstance(data[key], str)]
+        if data["comcat_latency"] == 1:
+            fields |= {"runtime": "torch", "precision": precision_of(data["dtype"]), "version": data["torch"]}
+        names = ("device", "dtype", "torch", "runtime", "precision", "version")
+        wrong = [key for key in names if not isinstance(fields[key], str)]
         if wrong or len(data["input_size"]) != 3 or not all(map(_positive, data["input_size"])):
             raise ValueError(f"{wrong[0] if wrong else 'input_size'} is of another kind than a table has")
         return cls(**{**fields, **sizes, "input_size": tuple(data["input_size"]), "layers": layers})
+
+
+def precision_of(dtype: str) -> str:
+    """A dtype in the words of the runtimes."""
+    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
 
 
 def _grid(data: dict[str, Any]) -> Grid:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,11 +19,8 @@ from ..models.running import explained, still
 from ..nn.swap import swapped
 from ..prepared import Prepared, prepared
 from ..progress import Progress
-from .allocate import spaced_widths
-from .latency import Grid, LatencyTable, LayerTimes, nested
-
-#: Widths off this multiple fill vector units badly: on a CPU they take as long as the next multiple, or longer.
-MULTIPLE = 8
+from .latency import LatencyTable, LayerTimes, precision_of
+from .measured_widths import MeasuredWidths, nanoseconds
 
 
 def measure_latency(
@@ -34,11 +30,15 @@ def measure_latency(
     widths: int = 8,
     rounds: int = 7,
     progress: Progress | None = None,
+    runtime: str | None = None,
+    precision: str = "fp32",
+    threads: int | None = None,
 ) -> LatencyTable:
-    """Time every kind of layer of a model at several widths, on the model's device and in its dtype.
+    """Time every kind of layer of a model at several widths, on the model's device and in its dtype, or in a runtime.
 
     Layers of equal shape are measured together: a round gives each width to one of them once, in some 10 arrangements
-    of a ViT of 12 blocks, each of which runs three times.
+    of a ViT of 12 blocks, each of which runs three times. In a runtime other than PyTorch, every width of a kind of
+    layer is a small model of its own (:mod:`comcat.runtimes.layer_timing`), which takes minutes to write.
 
     Args:
         model: the dense model; it is not changed.
@@ -47,19 +47,29 @@ def measure_latency(
         widths: how many widths of every part to measure, multiples of 8 where the part is wide enough.
         rounds: the least of two measurements in each of this many rounds counts.
         progress: called as ``progress("latency", arrangements done, arrangements in all)``.
+        runtime: ``torch``, ``torch-compile``, ``onnxruntime`` or ``openvino``, on the processor; default PyTorch where
+            and as the model is.
+        precision: in which the runtime computes, as in :func:`comcat.runtimes.session`; threads: of the processor.
 
     Raises:
         ModelError: the model has nothing to compress, or does not run at this size.
         CalibrationError: a batch size or a number of rounds below 1, or fewer than 2 widths.
+        ComcatError: a runtime that is not installed (the message has the pip line), or has no such precision.
+        ExportError: a model that cannot be written for the runtime.
     """
     if batch_size < 1 or rounds < 1 or widths < 2:
         raise CalibrationError("latency is measured with a batch size and rounds of 1 or more, and 2 widths or more")
     ready = prepared(model)
+    if runtime is not None:
+        from ..runtimes.layer_timing import measure_in_runtime
+
+        more = (batch_size, ready.size(input_size), widths, rounds, progress)
+        return measure_in_runtime(ready, runtime, precision, threads, *more)
     with exclusive(ready.model):
-        return _measured(ready, batch_size, input_size, widths, rounds, progress)
+        return measured_in_place(ready, batch_size, input_size, widths, rounds, progress)
 
 
-def _measured(
+def measured_in_place(
     ready: Prepared,
     batch_size: int,
     input_size: Sequence[int] | None,
@@ -67,12 +77,14 @@ def _measured(
     rounds: int,
     progress: Progress | None,
 ) -> LatencyTable:
+    """A table by a model that runs in PyTorch, its layers timed where they are."""
     model, size = ready.model, ready.size(input_size)
     dense, shapes = ready.profile(size), ready.shapes(size)
     kinds: dict[str, list[Layer]] = {}
     for layer in ready.inventory.layers:
         kinds.setdefault(layer.layer_key(shapes[layer.name]), []).append(layer)
     parameter = next(model.parameters())
+    dtype = str(parameter.dtype).removeprefix("torch.")
     # Of the same kind on both sides: some processors multiply zeros and tiny numbers at another speed.
     images = _drawn(torch.empty(batch_size, *size, device=parameter.device, dtype=parameter.dtype))
     work = _Work(model, images, {key: _Kind(layers, widths) for key, layers in kinds.items()})
@@ -80,7 +92,7 @@ def _measured(
     times = {key: kind.times() for key, kind in work.kinds.items()}
     return LatencyTable(
         device=device_name(parameter.device),
-        dtype=str(parameter.dtype).removeprefix("torch."),
+        dtype=dtype,
         batch_size=batch_size,
         threads=torch.get_num_threads(),
         torch=torch.__version__,
@@ -89,6 +101,8 @@ def _measured(
         macs=dense.macs,
         dense=rest + sum(layer.count * layer.dense for layer in times.values()),
         layers=times,
+        precision=precision_of(dtype),
+        version=torch.__version__,
     )
 
 
@@ -97,46 +111,13 @@ class _Kind:
 
     def __init__(self, layers: list[Layer], count: int) -> None:
         self.layers = layers
-        self.axes = _axes(layers[0], count)
-        reduced = [choice for parts, axes in self.axes for choice in self._grid(parts, axes) if choice]
-        self.choices: list[Choice] = [{}, *reduced]
+        self.widths = MeasuredWidths(layers[0], count)
+        self.choices = self.widths.choices
         self.seconds: list[list[float]] = [[] for _ in self.choices]
 
-    def _grid(self, parts: tuple[str, ...], axes: tuple[tuple[int, ...], ...]) -> list[Choice]:
-        """The choices behind a grid, the last axis fastest; full widths are left out, for they are dense."""
-        full = self.layers[0].full
-        return [
-            {part: width for part, width in zip(parts, widths, strict=True) if width < full[part]}
-            for widths in product(*axes)
-        ]
-
     def times(self) -> LayerTimes:
-        taken = [_nanoseconds(seconds) for seconds in self.seconds]
-        grids = []
-        for parts, axes in self.axes:
-            flat = [taken[self.choices.index(choice)] for choice in self._grid(parts, axes)]
-            grids.append(Grid(parts, axes, nested(np.reshape(flat, [len(axis) for axis in axes]))))
-        return LayerTimes(len(self.layers), taken[0], tuple(grids))
-
-
-def _nanoseconds(seconds: list[float]) -> int:
-    """The least: what makes a piece slower from time to time is other work on the machine."""
-    return max(round(1e9 * min(seconds)), 1)
-
-
-def _axes(layer: Layer, count: int) -> list[tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]]:
-    """Parts that are measured together, and at which widths."""
-
-    def axis(limit: int, count: int) -> tuple[int, ...]:
-        return tuple(spaced_widths(limit, MULTIPLE if limit >= 2 * MULTIPLE else 1, count).tolist())
-
-    if layer.timed_together:
-        return [(tuple(layer.full), tuple((*axis(width, count - 1), width) for width in layer.full.values()))]
-    found: list[tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]] = []
-    for part in layer.full:
-        if widths := axis(layer.reach(part), count):
-            found.append(((part,), (widths,)))
-    return found
+        """The least: what makes a piece slower from time to time is other work on the machine."""
+        return self.widths.times([min(seconds) for seconds in self.seconds], len(self.layers))
 
 
 class _Work:
@@ -157,7 +138,7 @@ class _Work:
                     self._measure(turn, step)
                     if progress:
                         progress("latency", turn * self.steps + step + 1, rounds * self.steps)
-        return sum(_nanoseconds(seconds) for seconds in self.between.values())
+        return sum(nanoseconds(min(seconds)) for seconds in self.between.values())
 
     def _measure(self, turn: int, step: int) -> None:
         """Another choice at every layer; which layer a choice is given to changes with the turn."""

@@ -56,11 +56,12 @@ class Measured:
         }
 
 
-def _table() -> Table:
+def new_table() -> Table:
+    """As all tables here look."""
     return Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
 
 
-def _titled(title: str, table: Table, caption: str | None = None) -> Group:
+def titled(title: str, table: Table, caption: str | None = None) -> Group:
     """A table below its title; rich would wrap both to the table's width."""
     lines: list[Any] = [Text(title, style="bold"), table]
     if caption:
@@ -70,7 +71,7 @@ def _titled(title: str, table: Table, caption: str | None = None) -> Group:
 
 def comparison(columns: Sequence[Measured], title: str) -> Group:
     """One model per column; the first is the dense one, to which the others are compared."""
-    table = _table()
+    table = new_table()
     table.add_column("")
     base = columns[0]
     for column in columns:
@@ -83,7 +84,7 @@ def comparison(columns: Sequence[Measured], title: str) -> Group:
         for value, change in zip(row.values[1:], row.changes, strict=True):
             cells += [value, change]
         table.add_row(row.label, *cells)
-    return _titled(title, table, MAC_NOTE)
+    return titled(title, table, MAC_NOTE)
 
 
 class Row(NamedTuple):
@@ -118,7 +119,7 @@ def compared(columns: Sequence[Measured]) -> list[Row]:
 
 def budgets(models: Sequence[Measured], title: str) -> Group:
     """One evaluated model per row; the first is the dense one."""
-    table = _table()
+    table = new_table()
     first = models[0].evaluation
     shown = first.figures()[0].label if first else "top-1"
     for heading in ("kept", "params", "MACs", "on disk", shown, "change", "img/s", "faster"):
@@ -133,12 +134,12 @@ def budgets(models: Sequence[Measured], title: str) -> Group:
         if model.speed and dense.speed:
             cells += [f"{model.speed:,.0f}", "" if model is dense else f"{model.speed / dense.speed:.2f} x"]
         table.add_row(*cells)
-    return _titled(title, table, MAC_NOTE)
+    return titled(title, table, MAC_NOTE)
 
 
 def evaluation(name: str, result: Evaluation, params: int, macs: int) -> Group:
     """One evaluated model."""
-    table = _table()
+    table = new_table()
     scores = [(figure.label, figure.shown()) for figure in result.figures()]
     if result.outputs not in ("features", "metric") and not math.isnan(result.loss):  # that of features is a score
         scores.append(("loss", f"{result.loss:.4f}"))
@@ -147,12 +148,12 @@ def evaluation(name: str, result: Evaluation, params: int, macs: int) -> Group:
     for heading in ("parameters", "MACs", *(label for label, _ in scores)):
         table.add_column(heading, justify="right")
     table.add_row(fmt.count(params), fmt.count(macs), *(shown for _, shown in scores))
-    return _titled(f"{name}, {result.images:,} images", table, MAC_NOTE)
+    return titled(f"{name}, {result.images:,} images", table, MAC_NOTE)
 
 
 def layers(report: Report) -> Group:
     """What was kept of every compressed layer."""
-    table = _table()
+    table = new_table()
     table.add_column("layer", no_wrap=True)
     table.add_column("kept of full width", no_wrap=True)
     table.add_column("params", justify="right", no_wrap=True)
@@ -169,26 +170,26 @@ def layers(report: Report) -> Group:
             bar(share),
             fmt.error(layer.error),
         )
-    return _titled("Layers", table)
+    return titled("Layers", table)
 
 
 def left_dense(report: Report) -> Group | None:
     """What was not compressed and why; None if there is nothing to say."""
     if not report.dense:
         return None
-    table = _table()
+    table = new_table()
     table.add_column("layer")
     table.add_column("class")
     table.add_column("why")
     for entry in report.dense:
         table.add_row(entry.name, entry.cls, entry.reason)
-    return _titled("Left dense", table)
+    return titled("Left dense", table)
 
 
 def spectra(summaries: Sequence[SpectrumSummary], calibrated: bool) -> Group:
     """How many components hold 90 and 99 % of the energy of every part of every layer."""
     source = "of the activations" if calibrated else "of the weights (no images)"
-    table = _table()
+    table = new_table()
     table.add_column("layer", no_wrap=True, min_width=min(24, max((len(s.layer) for s in summaries), default=5)))
     table.add_column("part", no_wrap=True, min_width=len("neurons"))
     for heading in ("90 %", "99 %", "even", "full"):
@@ -209,7 +210,7 @@ def spectra(summaries: Sequence[SpectrumSummary], calibrated: bool) -> Group:
             verdict,
         )
         previous = s.layer
-    return _titled(f"Spectra, {source}", table, SPECTRA_NOTE)
+    return titled(f"Spectra, {source}", table, SPECTRA_NOTE)
 
 
 def bar(share: float, width: int = 8) -> Text:

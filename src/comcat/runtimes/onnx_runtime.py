@@ -33,7 +33,7 @@ class OnnxSession(FileSession):
     """
 
     runtime = "onnxruntime"
-    package = "onnxruntime"
+    packages: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnx")
     extra = "onnx"
     precisions: ClassVar[tuple[str, ...]] = PRECISIONS
     suffixes: ClassVar[tuple[str, ...]] = (".onnx",)

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .sessions import PRECISIONS, FileSession, Port
+from ..errors import ModelError
+from .sessions import PRECISIONS, FileSession, Port, first_line
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
@@ -21,14 +22,15 @@ class OpenVinoSession(FileSession):
     """
 
     runtime = "openvino"
-    package = "openvino"
+    packages: ClassVar[tuple[str, ...]] = ("openvino",)
     extra = "openvino"
     precisions: ClassVar[tuple[str, ...]] = PRECISIONS
     suffixes: ClassVar[tuple[str, ...]] = (".xml", ".onnx")
 
     def _read(self, path: Path) -> None:
         openvino = openvino_module()
-        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
+        # Threads that are not bound to a core: all sessions of a process would be bound to the same few.
+        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "ENABLE_CPU_PINNING": "NO"}
         if self.precision in _HINTS:
             config["INFERENCE_PRECISION_HINT"] = _HINTS[self.precision]
         if self.threads is not None:
@@ -50,6 +52,23 @@ def _port(one: Any) -> Port:
     shape = tuple(None if size.is_dynamic else size.get_length() for size in one.get_partial_shape())
     names = sorted(one.get_names())
     return Port(names[0] if names else one.node.friendly_name, shape, np.dtype(one.get_element_type().to_dtype()))
+
+
+def is_quantized(path: Path) -> bool:
+    """Whether an ``.xml`` file holds int8.
+
+    Raises:
+        ModelError: OpenVINO cannot read it.
+    """
+    try:
+        model = openvino_module().Core().read_model(str(path))
+    except RuntimeError as error:
+        raise ModelError(f"openvino cannot read '{path}': {first_line(error)}") from error
+    short = {"i8", "u8", "i4", "u4"}
+    constants = (op for op in model.get_ops() if op.get_type_name() == "Constant")
+    return any(op.get_type_name() == "FakeQuantize" for op in model.get_ops()) or any(
+        op.get_element_type().to_string() in short for op in constants
+    )
 
 
 def openvino_module() -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ComcatError
-from .sessions import Session
+from .sessions import PRECISIONS, Session
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,6 +22,9 @@ RUNTIMES = {
     "openvino": ("openvino_runtime", "OpenVinoSession"),
 }
 
+#: The format of :func:`comcat.export` that a runtime reads; those that are not here run modules.
+FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}
+
 
 def session_class(runtime: str) -> type[Session]:
     """The class of a runtime's sessions.
@@ -32,9 +36,16 @@ def session_class(runtime: str) -> type[Session]:
         raise ComcatError(f"unknown runtime {runtime!r}; choose from {', '.join(RUNTIMES)}")
     module, name = RUNTIMES[runtime]
     found: type[Session] = getattr(import_module(f".{module}", __package__), name)
-    if find_spec(found.package) is None:
+    if any(find_spec(package) is None for package in found.packages):
         raise ComcatError(f"{runtime} is not installed: pip install 'comcat[{found.extra}]'")
     return found
+
+
+def check_precisions(precisions: Sequence[str]) -> None:
+    """Raise ComcatError for one that no runtime knows."""
+    unknown = [name for name in precisions if name not in PRECISIONS]
+    if unknown or not precisions:
+        raise ComcatError(f"unknown precision {', '.join(map(repr, unknown))}; choose from {', '.join(PRECISIONS)}")
 
 
 def available() -> list[str]:

@@ -49,7 +49,7 @@ class Session(ABC):
         precision: one of :data:`PRECISIONS`; threads: of the processor, default what the runtime takes by itself.
 
     Attributes:
-        runtime, package: its name, and that of the package that it needs.
+        runtime, packages: its name, and what it needs to be installed; extra: of comcat, that installs them.
         precision: in which it computes; threads: None for what the runtime takes by itself.
         version: of the runtime.
 
@@ -59,17 +59,12 @@ class Session(ABC):
     """
 
     runtime: ClassVar[str]
-    package: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]]
     extra: ClassVar[str] = ""
     precisions: ClassVar[tuple[str, ...]]
 
     def __init__(self, source: nn.Module | str | Path, precision: str = "fp32", threads: int | None = None) -> None:
-        if precision not in self.precisions:
-            raise ComcatError(
-                f"{self.runtime} does not compute in {precision!r} here; choose {' or '.join(self.precisions)}"
-            )
-        if threads is not None and (not isinstance(threads, int) or threads < 1):
-            raise ComcatError(f"threads is {threads!r}; give a number of 1 or more")
+        self.check(precision, threads)
         self.precision, self.threads = precision, threads
         self.version = ""
         self.name = str(source) if isinstance(source, (str, Path)) else type(source).__name__
@@ -78,6 +73,16 @@ class Session(ABC):
     def __repr__(self) -> str:
         threads = "its own" if self.threads is None else self.threads
         return f"Session({self.name!r} in {self.runtime} {self.version}, {self.precision}, {threads} threads)"
+
+    @classmethod
+    def check(cls, precision: str, threads: int | None) -> None:
+        """Raise ComcatError for a precision that the runtime does not compute in, or no number of threads."""
+        if precision not in cls.precisions:
+            raise ComcatError(
+                f"{cls.runtime} does not compute in {precision!r} here; choose {' or '.join(cls.precisions)}"
+            )
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise ComcatError(f"threads is {threads!r}; give a number of 1 or more")
 
     @abstractmethod
     def _open(self, source: Any) -> None:
@@ -150,7 +155,7 @@ class FileSession(Session):
         try:
             self._read(path)
         except (RuntimeError, ValueError, OSError) as error:
-            raise ModelError(f"{self.runtime} cannot read '{path}': {_first_line(error)}") from error
+            raise ModelError(f"{self.runtime} cannot read '{path}': {first_line(error)}") from error
 
     @abstractmethod
     def _read(self, path: Path) -> None:
@@ -174,7 +179,8 @@ class FileSession(Session):
         return made
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error of a runtime begins with."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
@@ -185,6 +191,7 @@ def in_turns(
     rounds: int = 7,
     repeats: int = 1,
     progress: Progress | None = None,
+    seconds: float | None = None,
 ) -> list[list[float]]:
     """Seconds of a batch in several sessions, one after the other in every round, so that a busy machine slows all.
 
@@ -193,10 +200,12 @@ def in_turns(
         rounds: of which each session has its turn in; after one that does not count.
         repeats: how often a session runs in its turn; the least of these counts for the round.
         progress: called as ``progress("timing", turns done, turns in all)``.
+        seconds: after which no further round begins, once there were three.
 
     Returns:
         For each session, one figure per round.
     """
+    begin = time.perf_counter()
     each = [list(arrays)] * len(sessions) if _same_for_all(arrays) else [list(one) for one in arrays]
     inputs = [one._prepared(own, {}) for one, own in zip(sessions, each, strict=True)]
     times: list[list[float]] = [[] for _ in sessions]
@@ -205,8 +214,11 @@ def in_turns(
             least = min(one._timed(own) for _ in range(repeats))
             if turn:
                 spent.append(least)
+        late = seconds is not None and turn >= 3 and time.perf_counter() - begin > seconds
         if progress:
-            progress("timing", turn + 1, rounds + 1)
+            progress("timing", rounds + 1 if late else turn + 1, rounds + 1)
+        if late:
+            break
     return times
 
 

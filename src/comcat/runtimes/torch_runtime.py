@@ -18,11 +18,25 @@ from .sessions import Session
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """So many threads inside, for the whole process; None leaves them as they are."""
+    before = torch.get_num_threads()
+    if count in (None, before):
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class TorchSession(Session):
     """A module, run on the device where it is; in another precision than its own, a copy of it that is cast."""
 
     runtime = "torch"
-    package = "torch"
+    packages: ClassVar[tuple[str, ...]] = ("torch",)
     precisions: ClassVar[tuple[str, ...]] = tuple(DTYPES)
 
     def _open(self, source: Any) -> None:
@@ -34,18 +48,6 @@ class TorchSession(Session):
         if first.dtype != self.dtype or source.training:
             source = copy.deepcopy(source).to(self.dtype).eval()
         self.module: Any = source
-
-    @contextmanager
-    def _threads(self) -> Iterator[None]:
-        before = torch.get_num_threads()
-        if self.threads is None or self.threads == before:
-            yield
-            return
-        torch.set_num_threads(self.threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
 
     def _prepared(self, arrays: Sequence[np.ndarray], named: Mapping[str, np.ndarray]) -> Any:
         if not arrays and not named:
@@ -60,7 +62,7 @@ class TorchSession(Session):
         args, kwargs = inputs
         largest = max([*args, *kwargs.values()], key=Tensor.numel)
         # Not inference mode: what a model caches in it could never be trained with.
-        with self._threads(), torch.no_grad(), explained(largest):
+        with torch_threads(self.threads), torch.no_grad(), explained(largest):
             output = self.module(*args, **kwargs)
             if self.device.type not in ("cpu", "meta"):
                 torch.accelerator.synchronize(self.device)

@@ -1,0 +1,52 @@
+"""What ``comcat compress`` is told, and what it comes to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..compression import Report
+    from ..planning.plan import Plan
+    from ..report.tables import Measured
+    from .searching import Search
+    from .timings import LatencyWanted
+
+
+@dataclass(frozen=True)
+class CompressSettings:
+    """The options of the command that steer the run."""
+
+    model: str
+    out: Path
+    overwrite: bool
+    method: str | None
+    parts: tuple[str, ...]
+    rank_multiple: int | None
+    latency: LatencyWanted
+    calibration_images: int | None
+    calibration_file: Path | None
+    fisher: bool | None
+    data_free: bool
+    evaluate: bool
+    calibration_split: str | None
+    eval_split: str | None
+    eval_images: int | None
+    batch_size: int
+    workers: int | None
+    seed: int
+    search: Search | None
+    outputs: str | None = None
+    metric: str | None = None
+    stock: bool = False
+
+
+@dataclass(frozen=True)
+class CompressOutcome:
+    """Everything that is shown and written."""
+
+    plan: Plan
+    report: Report
+    dense: Measured
+    small: Measured

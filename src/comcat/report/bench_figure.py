@@ -1,0 +1,108 @@
+"""The picture of a bench: accuracy against latency with its Pareto front, or speed-up against MACs without data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from .style import INK, MUTED, heading, new_figure, save, tidy
+
+if TYPE_CHECKING:
+    from ..runtimes.bench import Bench, BenchRow
+
+#: By runtime; precisions of one runtime differ in their markers.
+_COLORS = {"torch": "#c1666b", "torch-compile": "#8d6a9f", "onnxruntime": "#3a6ea5", "openvino": "#2a9d8f"}
+_MARKERS = {"fp32": "o", "bf16": "s", "fp16": "^", "int8": "D"}
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Places of the points (time, score) that no other one beats in both, by time."""
+    best, found = float("-inf"), []
+    for place in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if points[place][1] > best:
+            best = points[place][1]
+            found.append(place)
+    return found
+
+
+def draw_bench(found: Bench, path: str | Path | IO[bytes]) -> None:
+    """Write a PNG, one panel per batch size.
+
+    Raises:
+        ComcatError: matplotlib is not installed.
+    """
+    batches = sorted({row.batch_size for row in found.rows})
+    scored = any(row.accuracy is not None for row in found.rows)
+    figure = new_figure(1.2 + 5.2 * len(batches), 5.2)
+    metric = next((row.metric for row in found.rows if row.metric), "")
+    title = f"{metric} against latency" if scored else "Speed-up against MACs"
+    runtimes = ", ".join(f"{name} {version.partition('+')[0]}" for name, version in found.machine["runtimes"].items())
+    heading(figure, title, f"{found.machine['device']} · {runtimes}")
+    panels = figure.subplots(1, len(batches), squeeze=False)[0]
+    for axes, batch in zip(panels, batches, strict=True):
+        rows = [row for row in found.rows if row.batch_size == batch]
+        (_scores if scored else _speedups)(axes, rows)
+        axes.set_title("single images" if batch == 1 else f"batches of {batch}", fontsize=9, loc="left", color=INK)
+        tidy(axes, grid="both")
+    panels[0].set_ylabel(metric if scored else "times as fast as the first model", fontsize=8, color=INK)
+    _legend(figure, found.rows)
+    save(figure, path)
+
+
+def _look(row: BenchRow) -> dict[str, Any]:
+    return {"color": _COLORS.get(row.runtime, INK), "marker": _MARKERS.get(row.precision, "o")}
+
+
+def _scores(axes: Any, rows: Sequence[BenchRow]) -> None:
+    points = [(row.median_ms, row.accuracy) for row in rows if row.accuracy is not None]
+    rows = [row for row in rows if row.accuracy is not None]
+    front = pareto(points)
+    axes.step(
+        [points[i][0] for i in front], [points[i][1] for i in front], where="post", color=MUTED, linewidth=1, zorder=1
+    )
+    for place, row in enumerate(rows):
+        axes.plot([row.low_ms, row.high_ms], [row.accuracy] * 2, color=_look(row)["color"], linewidth=1, alpha=0.5)
+        axes.scatter([row.median_ms], [row.accuracy], s=34 if place in front else 18, zorder=3, **_look(row))
+    _names(axes, [(*points[i], rows[i].model) for i in front])
+    axes.set_xscale("log")
+    _plain_numbers(axes)
+    axes.set_xlabel("milliseconds for a batch; named: what nothing else beats in both", fontsize=8, color=INK)
+
+
+def _speedups(axes: Any, rows: Sequence[BenchRow]) -> None:
+    rows = [row for row in rows if row.speedup is not None and row.mac_ratio is not None]
+    most = max([1.0, *(row.mac_ratio or 1 for row in rows)])
+    axes.plot([1, most], [1, most], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.text(most, most, "every MAC saved is time saved ", fontsize=7, color=MUTED, ha="right", va="bottom")
+    for row in rows:
+        axes.scatter([row.mac_ratio], [row.speedup], s=30, zorder=3, **_look(row))
+    tops = {row.model: (row.mac_ratio, max(r.speedup or 0 for r in rows if r.model == row.model)) for row in rows}
+    _names(axes, [(x, y, name) for name, (x, y) in tops.items()])
+    axes.set_xlabel("MACs of the first model over those of this one", fontsize=8, color=INK)
+
+
+def _names(axes: Any, points: Sequence[tuple[Any, Any, str]]) -> None:
+    for x, y, name in points:
+        short = name if len(name) <= 24 else f"{name[:11]}…{name[-12:]}"
+        axes.annotate(short, (x, y), xytext=(4, 5), textcoords="offset points", fontsize=7, color=INK, parse_math=False)
+
+
+def _plain_numbers(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Any, rows: Sequence[BenchRow]) -> None:
+    from matplotlib.lines import Line2D
+
+    kinds = dict.fromkeys((row.runtime, row.precision) for row in rows)
+    handles = [
+        Line2D([], [], linestyle="", markersize=5, label=f"{runtime}, {precision}",
+               color=_COLORS.get(runtime, INK), marker=_MARKERS.get(precision, "o"))
+        for runtime, precision in kinds
+    ]  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower left", ncols=4, fontsize=7.5, frameon=False)
