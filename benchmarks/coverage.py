@@ -9,7 +9,8 @@ that differ in their sizes alone are one case.
 
 Measured per case, in float64, with all weights disturbed so that none is zero by initialization: the share of the
 attention modules, FFNs and of their parameters that can be reduced, the largest difference of the outputs at full rank,
-relative to the largest output, and the reasons for what stays dense.
+relative to the largest output, and the reasons for what stays dense. Layers that the call does not reach are named
+among these, and not counted.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 import comcat
 from comcat.errors import ComcatError
 from comcat.hosts.attention_proof import NO_PRODUCT
-from comcat.hosts.proof import apart
+from comcat.hosts.proof import NOT_CALLED, apart
 from comcat.layers.cost import Shape
 from comcat.models.example import Example, example_for
 from common import parser
@@ -77,9 +78,11 @@ def looked_at(model: nn.Module, images: Tensor | None, not_softmax: dict[str, st
     """Shares, exactness and reasons."""
     prepared = comcat.prepare(model, example=images)
     example = example_for(model, prepared.size(), 3, seed=0) if images is None else Example((images,))
+    unreached: set[str] = set()
     try:
         layers = {layer.name: layer for layer in prepared.inventory.layers}
         reasons = [(entry.cls, entry.reason) for entry in prepared.inventory.dense]
+        unreached = {entry.name for entry in prepared.inventory.dense if entry.reason == NOT_CALLED}
     except ComcatError as error:
         layers, reasons = {}, [(type(model).__name__, str(error))]
     counts = ("modules", "params", "reduced", "qk", "vo", "softmax", "qk_possible")
@@ -89,6 +92,8 @@ def looked_at(model: nn.Module, images: Tensor | None, not_softmax: dict[str, st
         for name, module in modules(model, pattern, {n for n, one in layers.items() if one.kind == kind}):
             if kind == "ffn" and name not in layers and _NO_FFN.search(type(module).__name__):
                 continue
+            if any(name == other or name.startswith(f"{other}.") for other in unreached):
+                continue  # parts that this call does not use are named, not counted
             layer = layers.get(name)
             sums["modules"] += 1
             sums["params"] += weights_of(module) if layer is None else layer.priced({}, Shape(1, 1)).params
@@ -216,8 +221,9 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
         "Every structure was built small, its weights disturbed, and compressed at full rank in float64. *Models* "
         "counts names, *structures* what was built. VO (or channels): share of the modules with softmax attention that "
         "have it, in percent; QK (or rotary pairs): of those where a product of queries and keys exists, which is all "
-        "but those of which it is proven that it does not; FFN: of the FFNs; *params*: share of the parameters "
-        "of attention, and of FFNs. *Difference*: the largest of outputs at full rank, relative to the largest output.",
+        "but those of which it is proven that it does not; FFN: of the FFNs; *params*: share of the parameters of "
+        "attention, and of FFNs. Layers that the call does not reach are named, and not counted. *Difference*: the "
+        "largest of outputs at full rank, relative to the largest output.",
         "",
     ]  # fmt: skip
     for source, families in results.items():
@@ -286,26 +292,29 @@ def main() -> None:
     p.add_argument("--again", action="store_true", help="run families whose figures are there, too")
     p.add_argument("--limit", type=float, default=300, help="seconds per family")
     p.add_argument("--table", type=Path, default=TABLE)
-    p.add_argument("--one", help="SOURCE:FAMILY: print its rows, in this process")
+    p.add_argument("--one", help="SOURCE:FAMILY,FAMILY: print their rows, in this process")
     args = p.parse_args()
     if args.one:
         name, _, family = args.one.partition(":")
         source: Any = importlib.import_module(f"coverage_{name}")
-        for one in source.families() if family == "all" else [family]:
+        for one in family.split(","):
             for row in rows_of(source, one, args.limit):
                 print(json.dumps(row | {"family": one}), flush=True)
         return
     results = json.loads(args.json.read_text()) if args.json.exists() else {}
     for name in args.sources:
         done = results.setdefault(name, {})
-        if getattr(importlib.import_module(f"coverage_{name}"), "TOGETHER", False) and (args.again or not done):
-            done.clear()
-            for row in run(name, "all", 40 * args.limit):
+        module = importlib.import_module(f"coverage_{name}")
+        asked = [one for one in module.families() if not args.families or one in args.families]
+        wanted = [one for one in asked if args.again or one not in done]
+        if getattr(module, "TOGETHER", False) and wanted:
+            for one in wanted:
+                done.pop(one, None)
+            for row in run(name, ",".join(wanted), 40 * args.limit):
                 done.setdefault(row.pop("family", "(rest)"), []).append(row)
             args.json.write_text(json.dumps(results, indent=1) + "\n")
-        for family in importlib.import_module(f"coverage_{name}").families():
-            if (args.families and family not in args.families) or (family in done and not args.again):
-                continue
+            continue
+        for family in wanted:
             start = time.perf_counter()
             done[family] = run(name, family, args.limit)
             args.json.write_text(json.dumps(results, indent=1) + "\n")

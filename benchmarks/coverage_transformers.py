@@ -28,6 +28,10 @@ NOT_SOFTMAX: dict[str, str] = {
     "PoolFormerPooling": "pooling in place of attention",
     "MobileViTV2LinearSelfAttention": "linear attention",
     "SwiftFormerEfficientAdditiveAttention": "additive attention",
+    **dict.fromkeys(
+        ["DFineMultiscaleDeformableAttention", "Deimv2MultiscaleDeformableAttention"],
+        "sums of samples of the image, without projections of values or of their sum",
+    ),
 }
 
 #: Sizes, by the names that configurations give them; what a name does not say stays as it is.

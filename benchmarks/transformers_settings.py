@@ -14,7 +14,8 @@ CLASSES = {
     "sam3": "Sam3Model",
     "layoutlmv3": "LayoutLMv3ForSequenceClassification",
     "vilt": "ViltForQuestionAnswering",
-    "t5gemma2": "T5Gemma2Encoder",
+    "florence2": "Florence2Model",
+    "slanext": "SLANeXtVisionEncoder",
     "udop": "UdopEncoderModel",
 }
 #: Convolutions in front of a detector, as it would have them from elsewhere.
@@ -58,6 +59,11 @@ _D_FINE = {
     "decoder_in_channels": [32, 32, 32],
     "lqe_hidden_dim": 16,
 }
+_DOCUMENT = {
+    **_D_FINE,
+    "backbone_config": {**_HGNET, "out_features": ["stage1", "stage2", "stage3", "stage4"]},
+    "x4_feat_dim": 12,
+}
 #: Few points to match, with random weights.
 _POINTS = {"keypoint_detector_config.max_keypoints": 20, "keypoint_detector_config.encoder_hidden_sizes": [8, 8, 8, 8]}
 _SAM = {"prompt_encoder_config.image_embedding_size": 4, "vision_config.num_pos_feats": 16}
@@ -69,6 +75,40 @@ _SAM3 = {
 }
 #: Entries of its configuration, by their paths.
 ENTRIES: dict[str, dict[str, Any]] = {
+    "mobilevit": {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 8, 12, 16, 20, 24]},
+    "mobilevitv2": {"image_size": 256},
+    "slanext": {"output_channels": 256},
+    "pp_formulanet": {"output_channels": 256},
+    "colqwen2": {
+        "vlm_config.text_config.rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [1, 1, 2],
+        },
+    },
+    "perceiver": {
+        "num_latents": 5,
+        "d_latents": 32,
+        "num_self_attends_per_block": 2,
+        "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 1,
+    },
+    "bridgetower": {"hidden_size": 64, "text_config.hidden_size": 64, "vision_config.hidden_size": 64},
+    "sapiens2": {"num_hidden_layers": 4, "num_key_value_heads_per_layer": [4, 4, 2, 2]},
+    "florence2": {
+        "vision_config.image_size": 64,
+        "vision_config.embed_dim": [16, 16, 16, 16],
+        "vision_config.num_heads": [2, 2, 2, 2],
+        "vision_config.num_groups": [2, 2, 2, 2],
+    },
+    "edgetam": {
+        "vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        "vision_config.backbone_config.architecture": "repvit_m1",
+        "prompt_encoder_config.image_size": 64,
+        "prompt_encoder_config.patch_size": 16,
+        "mask_decoder_config.iou_head_hidden_dim": 32,
+    },
+    "shieldgemma2": {"mm_tokens_per_image": 4, "yes_token_index": 5, "no_token_index": 6},
     "hiera": {"patch_size": [7, 7]},
     "depth_anything": {"reassemble_hidden_size": 32},
     "prompt_depth_anything": {"reassemble_hidden_size": 32},
@@ -77,7 +117,10 @@ ENTRIES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(["detr", "conditional_detr", "table_transformer", "dab_detr"], _DETR),
     "deformable_detr": {"backbone_config": {**_RESNET, "out_features": ["stage2", "stage3", "stage4"]}},
     **dict.fromkeys(["rt_detr", "rt_detr_v2"], _RT_DETR),
-    **dict.fromkeys(["d_fine", "deimv2", "pp_doclayout_v2", "pp_doclayout_v3", "pp_doclayout_v4"], _D_FINE),
+    **dict.fromkeys(["d_fine", "deimv2"], _D_FINE),
+    "pp_doclayout_v2": {**_D_FINE, "class_thresholds": [0.0] * 99, "class_order": list(range(99))},
+    "pp_doclayout_v3": _DOCUMENT,
+    "pp_doclayout_v4": _DOCUMENT,
     **dict.fromkeys(["sam", "sam_hq"], _SAM),
     "sam2": {
         "vision_config.backbone_channel_list": [64, 32, 16, 8],
@@ -210,7 +253,7 @@ IMAGES = (
         (3, 3, 64, 96),
     )
     | dict.fromkeys(["superglue", "lightglue", "efficientloftr"], (3, 2, 3, 64, 96))
-    | {"vitmatte": (3, 4, 32, 32)}
+    | {"vitmatte": (3, 4, 32, 32), "edgetam": (3, 3, 64, 64)}
 )
 #: Settings that others follow from.
 MADE: dict[str, dict[str, Any]] = {

@@ -29,6 +29,10 @@ _PATCHES: dict[str, Callable[[int, int, int], tuple[int, ...]]] = {
 _PADDED = ("colqwen2",)
 #: Two images are compared.
 _PAIRS = ("superglue", "lightglue", "efficientloftr")
+#: Images of a text have an axis of their own.
+_OF_TEXTS = ("idefics", "modernvbert")
+#: Configurations that speak of frames beside images.
+_STILL = ("perceiver",)
 #: Patches in a row for each image, without more.
 _ROWS = ("molmo2_vision",)
 
@@ -77,6 +81,11 @@ class TransformersInputs:
             found |= self._besides()
             if "input_ids" in self.names and (vocabulary := number(self._text, "vocab_size", 0)):
                 found["input_ids"] = self._words(found, vocabulary)
+                length = found["input_ids"].shape[1]
+                if "image_attention_mask" in self.names:  # which words see which images
+                    found["image_attention_mask"] = self._ones(self.images, length, 1)
+                if "bbox" in self.names:  # where the words stand on the page
+                    found["bbox"] = self._ones(self.images, length, 4)
         return found
 
     # -- images --------------------------------------------------------------------------------------------------
@@ -115,9 +124,9 @@ class TransformersInputs:
             return [1, number(self.vision, "max_num_tiles", 1)]
         if self.config.model_type in _PAIRS:
             return [2]
-        if {"input_ids", "pixel_attention_mask"} <= set(self.names) or "image_attention_mask" in self.names:
+        if {"input_ids", "pixel_attention_mask"} <= set(self.names) or self.config.model_type in _OF_TEXTS:
             return [1]  # images of a text
-        return [self._frames] if hasattr(self.vision, "num_frames") else []
+        return [self._frames] if hasattr(self.vision, "num_frames") and self.config.model_type not in _STILL else []
 
     def _rows_of_all(self) -> dict[str, Any]:
         """Patches of all images in one row, as Qwen2-VL has them."""
