@@ -28,6 +28,7 @@ NOT_SOFTMAX: dict[str, str] = {
     "PoolFormerPooling": "pooling in place of attention",
     "MobileViTV2LinearSelfAttention": "linear attention",
     "SwiftFormerEfficientAdditiveAttention": "additive attention",
+    "Florence2VisionChannelAttention": "attention between channels",
     **dict.fromkeys(
         ["DFineMultiscaleDeformableAttention", "Deimv2MultiscaleDeformableAttention"],
         "sums of samples of the image, without projections of values or of their sum",
