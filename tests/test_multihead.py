@@ -1,6 +1,8 @@
 """The stand-in for ``nn.MultiheadAttention`` computes what the original does, in every way it can be called."""
 
+import contextlib
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 import comcat
 from comcat.hosts.attention_structure import attention_of
 from comcat.hosts.lifted import lifted
+from comcat.models.modes import evaluating
 from comcat.nn.multihead import SeparateMultihead
 from conftest import assert_same_outputs, randomize
 
@@ -108,3 +111,20 @@ def test_the_encoder_layer_of_pytorch() -> None:
 def test_packing_by_the_encoder_of_pytorch_is_refused_by_name() -> None:
     with pytest.raises(comcat.ModelError, match="use_nested_tensor = False"):
         _ = lifted(layer()).in_proj_weight  # type: ignore[union-attr]
+
+
+def test_the_fast_paths_are_on_again_behind_the_last_thread() -> None:
+    """PyTorch has one switch for all threads: each of two that overlap would put back what it found."""
+    host = nn.TransformerEncoderLayer(10, 2, 7, batch_first=True)
+    first, second = evaluating(host), evaluating(copy.deepcopy(host))
+    with ThreadPoolExecutor(1) as other:
+        first.__enter__()
+        other.submit(second.__enter__).result()
+        first.__exit__(None, None, None)
+        assert not torch.backends.mha.get_fastpath_enabled()
+        other.submit(second.__exit__, None, None, None).result()
+    assert torch.backends.mha.get_fastpath_enabled()
+    with contextlib.suppress(ValueError), evaluating(host):
+        assert not torch.backends.mha.get_fastpath_enabled()
+        raise ValueError
+    assert torch.backends.mha.get_fastpath_enabled()

@@ -12,6 +12,9 @@ from torch import nn
 _free = threading.Condition()
 #: Which thread works with a module, and how many times over, by the module's id while it does.
 _busy: dict[int, tuple[int, int]] = {}
+_switch = threading.Lock()
+#: For every block of :func:`layers_called` that is open: whether the fast paths were on before the first.
+_before: list[bool] = []
 
 
 @contextmanager
@@ -43,13 +46,21 @@ def exclusive(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def layers_called() -> Iterator[None]:
-    """PyTorch's fast paths of attention, which read weights in place of calling layers, are off inside."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    """PyTorch's fast paths of attention, which read weights in place of calling layers, are off inside.
+
+    PyTorch has one switch for the whole process: models that other threads run meanwhile are slower, and no different.
+    It comes back as it was with the end of the last block, whichever thread that is in.
+    """
+    with _switch:
+        _before.append(_before[0] if _before else torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        with _switch:
+            before = _before.pop()
+            if not _before:
+                torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager
