@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo demo-customize test test-kernels setup lint types clean
+.PHONY: demo demo-customize docs docs-serve test test-kernels setup lint types clean
 
 demo: setup
 	$(BIN)/comcat demo --out comcat-demo --overwrite
@@ -14,6 +14,13 @@ demo-customize: setup
 
 test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# The site, in site/: broken links and what cannot be described fail. Nothing is fetched.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+docs-serve: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 # The numerical tests under other kernels: instruction sets and numbers of threads that this processor has.
 test-kernels: setup
@@ -35,4 +42,4 @@ types: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) comcat-demo comcat-demo-customize
+	rm -rf $(VENV) comcat-demo comcat-demo-customize site

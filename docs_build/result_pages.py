@@ -1,0 +1,236 @@
+"""The pages of results, from the files that the benchmarks wrote: no figure on them is copied by hand."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tables import number, pivot, records, spread, table
+
+Results = Mapping[str, Any]
+
+
+class Section(NamedTuple):
+    """One file of results on one page.
+
+    Attributes:
+        page: where it stands; script: what measured it.
+        title: of the section; text: what was done; body: its tables in Markdown.
+    """
+
+    page: str
+    script: str
+    title: str
+    text: str
+    body: Callable[[Results], str]
+
+
+PAGES = {
+    "results/accuracy.md": (
+        "Accuracy without training",
+        "Top-1 in percent; mean and sample standard deviation over calibration samples where there are several.",
+    ),
+    "results/finetuning.md": ("Accuracy after fine-tuning", "Top-1 in percent, before and after."),
+    "results/speed.md": (
+        "Speed and memory",
+        "Times are measured in turns, so that a busy machine slows all alike; medians.",
+    ),
+    "results/customization.md": ("Customization", "What a concept costs to teach and to store, and what it brings."),
+}
+
+
+def _cifar(results: Results) -> str:
+    settings = results.get("settings", results)
+    dense = results["cells"].get("dense", results.get("dense"))
+    return (
+        f"Dense: {number(dense)}. {settings['test_images']:,} test images, {settings['calibration_images']:,} "
+        "unlabelled images for the statistics.\n\n"
+    )
+
+
+def _training_free(results: Results) -> str:
+    cells = results["cells"]
+    parts = [_cifar(results)]
+    for letter, title, percent in (
+        ("c", "whole model, parameters kept", "kept"),
+        ("a", "attention only, parameters cut by", "cut"),
+        ("b", "FFN only, parameters cut by", "cut"),
+    ):
+        own = {key[2:]: cell for key, cell in cells.items() if key.startswith(f"{letter}/")}
+        parts.append(pivot(own, title, percent))
+    return "\n".join(parts)
+
+
+def _plain(results: Results) -> str:
+    return _cifar(results) + pivot(results["cells"], "parameters kept", "kept")
+
+
+def _features(results: Results) -> str:
+    parts = [_cifar(results)]
+    for score, digits in (("top1", 2), ("cosine", 4)):
+        title = {"top1": "top-1 of a linear probe", "cosine": "cosine to the dense features"}[score]
+        parts.append(pivot(results["cells"], title, "kept", lambda c, s=score, d=digits: spread(c[s], d)))
+    return "\n".join(parts)
+
+
+def _stock(results: Results) -> str:
+    dense = results["cells"]["dense | timm"]["top1"]
+    head = f"Dense: {number(dense)}. {results['test_images']:,} test images.\n\n"
+    return head + pivot(results["cells"], "parameters kept", "kept", lambda cell: f"{cell['top1']:.2f}")
+
+
+def _finetuned(results: Results) -> str:
+    images = results["settings"]["images"]
+    head = f"Dense: {results['dense']['top-1']:.2f}. {images:,} augmented training images.\n\n"
+    shown = pivot(
+        results["cells"],
+        "parameters kept",
+        "kept",
+        lambda cell: f"{cell['top-1 before']:.2f} → {cell['top-1 after']:.2f}",
+    )
+    return head + shown
+
+
+def _throughput(results: Results) -> str:
+    rows = [
+        [
+            row["what"],
+            str(row["batch"]),
+            f"{1e3 * row['dense_s']:.2f}",
+            f"{1e3 * row['small_s']:.2f}",
+            f"{statistics.median(row['speedups']):.2f}",
+            f"{row['mac_ratio']:.2f}",
+            f"{row['realized']:.2f}",
+        ]
+        for row in results["rows"]
+    ]
+    head = (
+        f"`{results['model']}`, {100 * results['keep']:.0f} % of its MACs kept, {results['dtype']} on "
+        f"{results['device']}, {results['threads']} threads, {results['rounds']} rounds.\n\n"
+    )
+    titles = ["", "batch", "dense, ms", "small, ms", "faster", "MAC ratio", "realized"]
+    return head + table(titles, rows)
+
+
+def _factorize(results: Results) -> str:
+    ours = statistics.median(results["ours_s"])
+    rows = [
+        ["SVD of every D × D product, s", f"{results['textbook_s']:.2f}"],
+        ["projection of the heads, s", f"{ours:.2f}"],
+        ["ratio", f"{results['ratio']:.0f}"],
+        ["largest relative difference", f"{results['difference']:.1e}"],
+        ["peak memory over the model's", f"{results['peak']:.2f}"],
+    ]
+    return f"All heads of `{results['model']}`, rank {results['rank']}, both products.\n\n" + table(["", ""], rows)
+
+
+def _search(results: Results) -> str:
+    settings = results["settings"]
+    rows = [[way, f"{found['seconds']:.2f}", f"{found['peak_mib']:,.0f}"] for way, found in results["results"].items()]
+    head = f"`{settings['model']}`, batches of {settings['batch']}.\n\n"
+    return head + table(["one step of the search", "seconds", "peak MiB"], rows)
+
+
+def _demo(results: Results) -> str:
+    reference = [run["seconds"] for run in results["runs"]["comcat, rank 2"]]
+    rows = []
+    for name, runs in results["runs"].items():
+        if runs[0]["concept"] is None:
+            continue
+        ratio = statistics.fmean(run["seconds"] / one for run, one in zip(runs, reference, strict=True))
+        rows.append(
+            [
+                name,
+                f"{runs[0]['bytes'] / 1e3:,.1f} kB",
+                spread([run["concept"] for run in runs], 1),
+                spread([run["retention"] for run in runs], 1),
+                f"{ratio:.2f}",
+                f"{statistics.fmean(run['peak'] for run in runs) / 1e6:.0f} MB",
+            ]
+        )
+    head = f"{results['steps']} steps, {len(results['seeds'])} seeds; time in units of comcat at rank 2.\n\n"
+    return head + table(["", "stored", "V* right, %", "other prompts right, %", "time", "memory"], rows)
+
+
+def _step(results: Results) -> str:
+    rows = []
+    for name, found in results["results"].items():
+        ratios, peaks = found["ratio"], found["peak_mib"]
+        times = [f"{ratios[key]:.2f}" for key in ("cached", "encoded")]
+        rows.append([name, *times, f"{peaks['cached']:,.0f}", f"{peaks['encoded']:,.0f}"])
+    settings = results["settings"]
+    head = (
+        f"{settings['resolution']} px, {settings['precision']} on {settings['device']}; times in units of comcat.\n\n"
+    )
+    return head + table(["", "latents cached", "encoded every step", "MiB, cached", "MiB, encoded"], rows)
+
+
+_ACCURACY, _SPEED = "results/accuracy.md", "results/speed.md"
+_TUNED, _OWN = "results/finetuning.md", "results/customization.md"
+#: Name of a file, or its beginning and ``*`` -> its section.
+SECTIONS = {
+    "training_free": Section(
+        _ACCURACY, "training_free.py", "A ViT on CIFAR-10", "2.69 M parameters, patch 4.", _training_free
+    ),
+    "rotary_training_free": Section(
+        _ACCURACY, "rotary_training_free.py", "A rotary, gated ViT", "Rotary pairs and gated FFNs.", _plain
+    ),
+    "features_training_free": Section(
+        _ACCURACY, "features_training_free.py", "Features", "The body alone, without a classifier.", _features
+    ),
+    "stock": Section(
+        _ACCURACY, "stock.py", "Stock models", "One width for all layers (`--stock`) against free widths.", _stock
+    ),
+    "finetuned": Section(_TUNED, "finetuned.py", "A short fine-tune", "Distilled from the dense model.", _finetuned),
+    "finetuned_long": Section(_TUNED, "finetuned.py", "Four times as many images", "The same otherwise.", _finetuned),
+    "throughput_*": Section(
+        _SPEED, "throughput.py", "Throughput", "*Realized* is the speed-up over the MAC ratio.", _throughput
+    ),
+    "factorize": Section(_SPEED, "factorize.py", "Factoring", "Data-free, in float64.", _factorize),
+    "calibration_memory*": Section(
+        _SPEED,
+        "calibration_memory.py",
+        "Memory of a calibration",
+        "It does not grow with the images.",
+        lambda results: records(results["rows"]),
+    ),
+    "search_step*": Section(
+        _SPEED, "search_step.py", "One step of the rank search", "Gates against mixed candidate matrices.", _search
+    ),
+    "customize_demo": Section(
+        _OWN, "customize_demo.py", "A digit that the base never saw", "A tiny Stable Diffusion, five images.", _demo
+    ),
+    "customize_step_*": Section(
+        _OWN, "customize_step.py", "One training step at the shapes of Stable Diffusion 1.4", "Random weights.", _step
+    ),
+}
+
+
+def result_pages(folder: Path) -> dict[str, str]:
+    """Name and text of every page."""
+    found: dict[str, list[str]] = {page: [] for page in PAGES}
+    for pattern, section in SECTIONS.items():
+        files = sorted(folder.glob(f"{pattern}.json"))
+        for file in files:
+            results = json.loads(file.read_text())
+            variant = _variant(file, pattern, results) if len(files) > 1 else ""
+            title = f"{section.title}: {variant}" if variant else section.title
+            body = section.body(results)
+            gap = "\n\n" if body.startswith("|") else " "
+            made = f"Made by `benchmarks/{section.script}`, {_versions(results)}."
+            found[section.page].append(f"## {title}\n\n{section.text}{gap}{body}\n{made}\n")
+    return {page: "\n".join([f"# {PAGES[page][0]}\n", f"{PAGES[page][1]}\n", *parts]) for page, parts in found.items()}
+
+
+def _variant(file: Path, pattern: str, results: Results) -> str:
+    if "model" in results and "device" in results:
+        return f"{results['model']} on {results['device']}, {results['dtype']}"
+    return file.stem.removeprefix(pattern.rstrip("*")).strip("_").replace("_", " ")
+
+
+def _versions(results: Results) -> str:
+    said = ", ".join(f"{name} {version.partition('+')[0]}" for name, version in results["versions"].items())
+    return f"{said}, {results['threads']} threads"
