@@ -255,15 +255,17 @@ def test_only_channels_that_are_free_are_left_out(between: Callable[[Tensor], Te
         assert "channels depend on each other" in found.dense_parts["vo"]
 
 
+@pytest.mark.parametrize("block", [1, 2])
 @pytest.mark.parametrize(("heads", "groups"), [(3, 3), (4, 2), (3, 1)])
-def test_errors_are_those_of_the_refitted_rest(heads: int, groups: int) -> None:
+def test_errors_are_those_of_the_refitted_rest(heads: int, groups: int, block: int) -> None:
     d, out = 5, 7
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(heads * d + 3, heads * d, generator=generator, dtype=torch.float64)
     moment, weight = root.mT @ root, torch.randn(heads, d, out, generator=generator, dtype=torch.float64)
-    order, errors = order_channels(moment, weight, groups)
+    order, errors = order_channels(moment, weight, groups, block)
     assert order.sort(-1).values.equal(torch.arange(d).expand(groups, -1))
-    for r in range(1, d + 1):
+    assert (errors.diff() <= 0).all()
+    for r in range(d, 0, -block):
         keep = torch.zeros(groups, d, dtype=torch.bool).scatter(1, order[:, :r], True)
         keep = keep.repeat_interleave(heads // groups, 0).flatten()
         W = weight.flatten(0, 1)[~keep]

@@ -160,9 +160,7 @@ class AttentionFactors(Factors["AttentionLayer"]):
             value, value_bias = down.mT @ double(value), _mapped(value_bias, down)
             output, output_bias = self._output(spread(down, layer.heads.num), spread(up, layer.heads.num))
         elif "channels" in choice:
-            places["value"] = places["gate"] = keep = (
-                self.channels.order[:, : choice["channels"]].sort(-1).values
-            )  # (G, r)
+            places["value"] = places["gate"] = keep = self._kept(choice["channels"])  # (G, r)
             value = _taken(value, keep)
             value_bias = None if value_bias is None else value_bias.gather(1, keep)
             gate = None if gate is None else _taken(gate, keep)
@@ -213,6 +211,13 @@ class AttentionFactors(Factors["AttentionLayer"]):
         if mean is None:
             return output, output_bias
         return output, output_bias + (mean @ dense - mean @ down @ output).sum((0, 1))
+
+    def _kept(self, count: int) -> Tensor:
+        """(G, count) channels in their own order."""
+        heads = self.layer.heads
+        if count == heads.value_width:
+            return torch.arange(count, device=self._inputs.device).expand(heads.groups, -1)
+        return self.channels.order[:, :count].sort(-1).values
 
     def _refitted(self, keep: Tensor) -> tuple[Tensor, Tensor]:
         """Output weights (H, r, D_out) and bias behind the kept channels (G, r), with the mean output kept."""

@@ -206,15 +206,17 @@ class ChannelOrder(NamedTuple):
     errors: Tensor  # (d + 1,) errors[r]: expected squared output error when every head keeps its first r, refitted
 
 
-def order_channels(moment: Tensor, output: Tensor, groups: int) -> ChannelOrder:
-    """As :func:`order_neurons`, with one channel of every group per step: that whose loss costs the least.
+def order_channels(moment: Tensor, output: Tensor, groups: int, block: int | None = None) -> ChannelOrder:
+    """As :func:`order_neurons`, with as many channels of every group per step: those whose loss costs the least.
 
     Args:
         moment: (H d, H d) covariance of what the output projection takes, head after head.
         output: (H, d, D_out) output weights, times any weighting of the output on the right.
         groups: a channel of one is a channel of each of its H / groups heads.
+        block: how many channels of a group go per step; default d / 96.
     """
     heads, d = output.shape[:2]
+    size = block or max(1, d // 96)
     first = torch.arange(heads, device=output.device) // (heads // groups) * d
     channel = (first[:, None] + torch.arange(d, device=output.device)).flatten()  # (H d,): of all groups, as one list
 
@@ -222,12 +224,14 @@ def order_channels(moment: Tensor, output: Tensor, groups: int) -> ChannelOrder:
         total = score.new_full((groups * d,), float("inf"))
         total[channel[left]] = 0
         total = total.index_add(0, channel[left], score).unflatten(0, (groups, d))
-        worst = total.argmin(1) + torch.arange(groups, device=left.device) * d
+        count = min(size, len(left) // heads)
+        worst = total.topk(count, 1, largest=False).indices + torch.arange(groups, device=left.device)[:, None] * d
         return torch.isin(channel[left], worst).nonzero()[:, 0]
 
     removed, costs = _eliminated(moment, output.flatten(0, 1), cheapest)
-    order = torch.stack([step[:: heads // groups] % d for step in removed], 1).flip(1)
-    errors = torch.stack([cost.sum() for cost in costs]).cumsum(0).flip(0)
+    # Within a step, head after head, and the same channels in all heads of a group.
+    order = torch.cat([step.view(groups, heads // groups, -1)[:, 0] % d for step in removed], 1).flip(1)
+    errors = torch.cat([cost.view(heads, -1).sum(0) for cost in costs]).cumsum(0).flip(0)
     return ChannelOrder(order, torch.cat([errors, errors.new_zeros(1)]))
 
 
