@@ -1,18 +1,24 @@
 """Rotary pairs: what is chosen and refitted, against scores written out over all positions."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from timm.layers.attention import AttentionRope
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 import comcat
 import transformers_hosts
 from comcat.hosts import proven_layers
+from comcat.hosts.timm_rotary import NarrowRotary
 from comcat.layers.rotation import find_tables, turn_rows
 from comcat.linalg.rotary import LAYOUTS, Turns, order_pairs, pair_places, refit_pairs
-from conftest import VIT, calibrated, images, make
+from comcat.nn.copies import copy_with
+from comcat.nn.derived import change_class
+from conftest import VIT, calibrated, images, make, randomize
 
 GROUPS, PAIRS, TOKENS, SAMPLES = 2, 5, 7, 64
 WIDTH = 2 * PAIRS
@@ -168,6 +174,80 @@ def test_fewer_pairs_of_a_model(host: str) -> None:
 
     assert error(full, calibration) < 1e-9
     assert error(full // 2, calibration) < error(full // 2, free)
+
+
+HEADS, DIM = 4, 24
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "one projection": lambda: EvaAttention(DIM, HEADS, num_prefix_tokens=2, scale_norm=False),
+    "three, halves": lambda: EvaAttention(DIM, HEADS, qkv_fused=False, rotate_half=True, scale_norm=False),
+    "groups of keys": lambda: AttentionRope(DIM, HEADS, qkv_fused=False, num_kv_heads=2, attn_head_dim=10),
+    "wide heads": lambda: AttentionRope(DIM, HEADS, attn_head_dim=10, rotate_half=True, num_prefix_tokens=0),
+}
+
+
+class Around(nn.Module):
+    """A model of one such layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        host: Any = self.layer
+        tokens = x.flatten(2).mT.repeat(1, 1, DIM // 3)
+        return host(tokens, table(tokens.shape[1] - host.num_prefix_tokens, host))
+
+
+def prepared(model: nn.Module) -> Any:
+    return comcat.prepare(model, example=torch.randn(2, 3, 2, 3, generator=torch.Generator().manual_seed(2)).double())
+
+
+def table(tokens: int, layer: Any, *more: int) -> Tensor:
+    """(..., tokens, 2 d): sines, then cosines."""
+    generator = torch.Generator().manual_seed(5)
+    angle = torch.rand(*more, tokens, layer.head_dim // 2, generator=generator, dtype=torch.float64)
+    twice = torch.cat([angle, angle], -1) if layer.rotate_half else angle.repeat_interleave(2, -1)
+    return torch.cat([twice.sin(), twice.cos()], -1)
+
+
+@pytest.mark.parametrize("choice", [{"pairs": 1}, {"pairs": 2, "vo": 3}, {"pairs": 1, "vo": 5}])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_narrow_tables_do_what_wide_ones_do(kind: str, choice: dict[str, int]) -> None:
+    """Against the host's own forward on heads spread to the full width, also with other pairs in every head."""
+    model = randomize(Around(LAYERS[kind]())).double().eval()
+    small: Any = comcat.compress(prepared(model), comcat.Plan({"layer": choice})).layer
+    assert isinstance(small, NarrowRotary)
+    host = type(model.layer)
+    x = torch.randn(3, 7, DIM, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    tokens = 7 - small.num_prefix_tokens
+    ropes = [None, table(tokens, small), table(tokens, small, 3, 1)]
+    if kind != "groups of keys":
+        ropes.append(table(tokens, small, HEADS))
+    mask = torch.rand(7, 7, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    for other_pairs in (False, True):
+        if other_pairs:
+            for one in (small.qkv,) if small.qkv is not None else (small.q_proj, small.k_proj):
+                one.place([_other_places(at, small) if at.shape[1] == 2 * choice["pairs"] else at for at in one.kept()])
+        wide = copy_with(small, {})
+        change_class(wide, host)
+        for rope in ropes:
+            for more in ({}, {"attn_mask": mask}, {"attn_mask": mask > 0.4}):
+                torch.testing.assert_close(small(x, rope, **more), wide(x, rope, **more), rtol=1e-9, atol=1e-9)
+
+
+def _other_places(at: Tensor, layer: Any) -> Tensor:
+    """Those of one half of the heads, and those of the other."""
+    half, generator = layer.head_dim // 2, torch.Generator().manual_seed(6)
+    pairs = torch.stack([torch.randperm(half, generator=generator)[: at.shape[1] // 2].sort().values for _ in range(2)])
+    places = pair_places(pairs, 2 * half, "half" if layer.rotate_half else "next")
+    return places.repeat_interleave(len(at) // 2, 0)
+
+
+@pytest.mark.parametrize("more", [{"gated": True}, {"scale_norm": True, "norm_layer": nn.LayerNorm}])
+def test_what_else_acts_in_the_layer_keeps_the_forward(more: dict[str, Any]) -> None:
+    model = randomize(Around(AttentionRope(DIM, HEADS, **more))).double().eval()
+    small = comcat.compress(prepared(model), comcat.Plan({"layer": {"pairs": 1}})).layer
+    assert type(small) is AttentionRope
 
 
 def test_tables_are_known_by_their_numbers() -> None:

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from ..layers.base import like, size
 from ..layers.heads import Heads, HeadWeights, Input, Places, Role, Stream, as_parameter, joined_output, spread
 from ..nn.copies import copy_with
+from ..nn.derived import change_class
 from ..nn.linear import plain_linear
 from ..nn.projections import HeadOutput, HeadProjection
+from .timm_rotary import narrow_rotary
 
 
 @dataclass
@@ -42,7 +44,7 @@ class KeptForward:
 
     @property
     def fixed(self) -> bool:
-        return not self.narrow
+        return not self.narrow and narrow_rotary(self.running) is None
 
     def build(self, qk: int, vo: int, placed: Collection[Role] = ()) -> nn.Module:
         """An empty stand-in: the module's own class, with heads of these widths.
@@ -72,6 +74,9 @@ class KeptForward:
         made = copy_with(self.running, children)
         if self.narrow and not placed:
             self._tell(made, max(qk, vo))
+        cls = narrow_rotary(self.running)
+        if cls is not None and "query" in placed and isinstance(children.get(self.stream.query), HeadProjection):
+            change_class(made, cls)
         return made
 
     def _input(

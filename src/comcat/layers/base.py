@@ -31,8 +31,8 @@ Choice = dict[str, int]
 
 #: The parts a user can select; ``head`` is the classifier, ``pairs`` are those of rotary queries and keys.
 PARTS = ("qk", "vo", "ffn", "head", "pairs")
-#: What is reduced where nothing is said. Cutting pairs gains nothing over cutting the rest at equal size, and a narrow
-#: rotary projection has to be spread to its places again, which takes time (benchmarks/rotary_training_free.py).
+#: What is reduced where nothing is said. Cutting pairs gains nothing over cutting the rest at equal size
+#: (benchmarks/rotary_training_free.py), and outside of timm a narrow rotary projection is spread to its places again.
 USUAL_PARTS = PARTS[:4]
 
 

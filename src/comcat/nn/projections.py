@@ -107,6 +107,16 @@ class HeadProjection(nn.Module):
         places = torch.cat(shown, -1).flatten() if self.by_head else torch.cat([one.flatten() for one in shown])
         self.places = places
 
+    def kept(self) -> list[Tensor]:
+        """For every role the components (heads, narrow) that were given to :meth:`place`."""
+        assert self.places is not None
+        if self.by_head:
+            shown = self.places.view(self.heads[0], -1).split(self.wide, -1)
+        else:
+            parts = self.places.split([h * w for h, w in zip(self.heads, self.wide, strict=True)])
+            shown = tuple(part.view(h, -1) for part, h in zip(parts, self.heads, strict=True))
+        return [rows.argsort(-1)[:, :r] for rows, r in zip(shown, self.narrow, strict=True)]  # zeros are the last row
+
     def extra_repr(self) -> str:
         return f"heads={self.heads}, narrow={self.narrow}, wide={self.wide}"
 
