@@ -11,7 +11,8 @@ from torch import Tensor
 import comcat
 from comcat.errors import DataError, ModelError
 from comcat.evaluation.results import Evaluation
-from comcat.evaluation.tasks import Detection, reader
+from comcat.evaluation.tasks import Detection, is_detector, reader
+from comcat.evaluation.tasks.detection import processor_for
 from conftest import randomize, vit
 from transformers_hosts import DETR, RESNET, TOWER
 
@@ -55,6 +56,24 @@ def test_what_a_model_detects_itself_is_right(make: Any) -> None:
     data = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert {"images", "images_per_second", "outputs", "metrics"} == set(data)
     assert Evaluation.from_dict(data).figures() == result.figures()
+
+
+#: Of text in pictures, by maps.
+MAPS = ("PPOCR",)
+
+
+def test_every_detector_has_an_image_processor() -> None:
+    """That makes boxes of its queries."""
+    found = [
+        getattr(tf, name)
+        for name in dir(tf)
+        if name.endswith("ForObjectDetection") and not name.startswith(("Auto", *MAPS))
+    ]
+    detectors = [cls for cls in found if is_detector(cls.__new__(cls))]
+    assert {tf.DetrForObjectDetection, tf.RTDetrForObjectDetection, tf.YolosForObjectDetection} < {*detectors}
+    assert not {tf.OwlViTForObjectDetection, tf.GroundingDinoForObjectDetection} & {*detectors}
+    for cls in detectors:
+        assert hasattr(processor_for(cls.config_class.model_type, cls.__name__), "post_process_object_detection")
 
 
 def test_the_scores_of_coco_by_hand() -> None:

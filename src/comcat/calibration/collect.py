@@ -112,7 +112,7 @@ def _calibrate(
                 recorder.images, recorder.counting = len(batch), done == 0
             batch = batch.to(parameter.device, parameter.dtype)
             with explained(batch.pixels, CalibrationError), _reached(model, batch, fisher) as leaves:
-                found = outputs.run(batch)  # type: ignore[arg-type]
+                found = outputs.run(batch)
                 if fisher:  # the gradients reach the hooks, nothing is stored
                     torch.autograd.grad(draw.loss(found), leaves, allow_unused=True)
             if progress:

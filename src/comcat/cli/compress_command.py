@@ -14,6 +14,8 @@ from . import options as opt
 from .config_options import configured, reads_images
 from .console import Screen, command
 from .inputs import Reading, ReadingOf, check_input_file, parse_count, parse_device, parse_model_args
+from .judging import Judging
+from .prompting import parse_prompting
 
 if TYPE_CHECKING:
     from ..planning.plan import Budget
@@ -183,6 +185,11 @@ def compress(
     ] = None,
     eval_split: opt.EvalSplit = None,
     metric: opt.MetricOption = None,
+    prompts: opt.Prompts = None,
+    templates: opt.Templates = None,
+    class_names: opt.ClassNames = None,
+    text: opt.TextModel = None,
+    boxes: opt.Boxes = "xywh",
     eval_images: opt.EvalImages = None,
     reading_of: ReadingOf = Reading,
     batch_size: opt.BatchSize = 32,
@@ -219,6 +226,7 @@ def compress(
         )
     if stock and method == "search":
         raise typer.BadParameter("learned ranks differ from layer to layer", param_hint="--stock")
+    prompting = parse_prompting(prompts, templates, text, metric)
     screen = Screen(json_output)
     with screen, contextlib.ExitStack() as stack:
         from ..planning.plan import Plan
@@ -245,7 +253,6 @@ def compress(
             calibration_images=calibration_images,
             calibration_file=calibration_file,
             fisher=fisher,
-            outputs=outputs,
             stock=stock,
             data_free=data_free,
             evaluate=not no_eval,
@@ -256,7 +263,7 @@ def compress(
             workers=workers,
             seed=seed,
             search=None,
-            metric=metric,
+            judging=Judging(metric, prompting, boxes, class_names, outputs),
         )
         if method == "search":
             from .searching import Search, read_config, working_folder

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .judging import Judging
 
 if TYPE_CHECKING:
     from ..compression import Report
@@ -37,8 +39,7 @@ class CompressSettings:
     workers: int | None
     seed: int
     search: Search | None
-    outputs: str | None = None
-    metric: str | None = None
+    judging: Judging = field(default_factory=Judging)
     stock: bool = False
 
 

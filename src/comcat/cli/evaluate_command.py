@@ -7,15 +7,10 @@ from typing import Annotated
 from . import options as opt
 from .config_options import reads_images
 from .console import Screen, command
-from .inputs import (
-    Reading,
-    ReadingOf,
-    check_input_file,
-    declared_classes,
-    parse_device,
-    parse_model_args,
-    report_skipped,
-)
+from .inputs import Reading, ReadingOf, check_input_file, parse_device, parse_model_args, report_skipped
+from .judging import Judge, Judging
+from .making import told
+from .prompting import parse_prompting
 
 
 @command
@@ -35,6 +30,11 @@ def evaluate(
     ] = None,
     split: opt.EvaluatedSplit = None,
     metric: opt.MetricOption = None,
+    prompts: opt.Prompts = None,
+    templates: opt.Templates = None,
+    class_names: opt.ClassNames = None,
+    text: opt.TextModel = None,
+    boxes: opt.Boxes = "xywh",
     eval_images: opt.EvalImages = None,
     reading_of: ReadingOf = Reading,
     batch_size: opt.BatchSize = 64,
@@ -45,9 +45,13 @@ def evaluate(
 ) -> None:
     """Top-1, top-5, loss and images per second of MODEL on DATA, or a metric of your own.
 
+    A model of images and text is asked for the classes with --prompts; detectors get COCO's average precision.
+
     [dim]comcat evaluate deit-half --data imagenet/[/dim]
     """
     args = parse_model_args(model_arg)
+    prompting = parse_prompting(prompts, templates, text, metric)
+    judging = Judging(metric, prompting, boxes, class_names)
     screen = Screen(json_output)
     with screen:
         import torch
@@ -57,22 +61,23 @@ def evaluate(
         from ..data import loader
         from ..evaluation.measure import agreement
         from ..evaluation.measure import evaluate as measure
-        from ..evaluation.metric import load_metric
 
         check_input_file(checkpoint, "--checkpoint")
-        score = load_metric(metric) if metric else None
+        judging.check()
         torch.manual_seed(seed)
         target = parse_device(device)
-        loaded = comcat.load_model(model, checkpoint=checkpoint, model_args=args).to(target)
-        other = comcat.load_model(reference).to(target) if reference else None
-        features = "features" if other is not None and declared_classes(loaded) == 0 else None
-        free = metric is not None or features is not None
+        with told(screen):
+            loaded = comcat.load_model(model, checkpoint=checkpoint, model_args=args).to(target)
+            other = comcat.load_model(reference).to(target) if reference else None
         reading = reading_of(data)
-        images = reading.open_labelled(split, reading.configure(loaded), loaded, screen, free)
+        judge = Judge(judging, reading, split, loaded, model, target, screen, other is not None)
+        images = judge.data
         cost = comcat.profile(loaded)
         batches = loader(images, batch_size, workers, eval_images)
-        result = measure(loaded, batches, progress=screen.progress, evaluate=score, outputs=features, reference=other)
-        same = agreement(loaded, other, batches, progress=screen.progress) if other is not None else None
+        result = measure(loaded, batches, progress=screen.progress, **judge.arguments(other))
+        same = None
+        if other is not None:
+            same = agreement(loaded, other, batches, progress=screen.progress, zero_shot=judge.zero_shot)
     report_skipped(screen, batches.skipped)
 
     from ..report import tables
@@ -83,6 +88,8 @@ def evaluate(
         near = same.scores.get("neighbours")
         nearest = "" if near is None else f", same nearest neighbour of {near:.2f} % of images"
         screen.say(f"features against {reference}: cosine {same.cosine:.4f}, relative error {same.kl:.4f}{nearest}")
+    elif same is not None and same.outputs == "detections":
+        screen.say(f"detections against those that {reference} is sure of: mAP {same.scores['map']:.2f} %")
     elif same is not None:
         screen.say(f"same answer as {reference}: {same.same:.2f} % of images, KL {same.kl:.4f} nats")
     screen.result(

@@ -121,7 +121,13 @@ class Reading:
         return configure(model, given)
 
     def open(
-        self, split: str | None, purpose: Any, config: dict[str, Any], num_classes: int | None, seed: int = 0
+        self,
+        split: str | None,
+        purpose: Any,
+        config: dict[str, Any],
+        num_classes: int | None,
+        seed: int = 0,
+        boxes: str | None = None,
     ) -> ImageData | StreamData:
         from ..data import load_dataset
 
@@ -136,6 +142,7 @@ class Reading:
             class_map=str(self.class_map) if self.class_map else None,
             crop_pct=self.crop_pct,
             seed=seed,
+            boxes=boxes,
         )
 
     def open_labelled(
@@ -154,15 +161,50 @@ class Reading:
                 "the model has no classifier to evaluate. Give one: --model-arg num_classes=N; or compare "
                 "its features with those of another: --reference MODEL"
             )
-        data = self.open(split, "evaluation", config, classes)
-        if not data.labelled:
-            raise DataError(f"{_place(data)} has no labels to evaluate against. Choose another --split")
+        data = self._labelled(self.open(split, "evaluation", config, classes))
         if classes and data.num_classes and data.num_classes != classes and self.class_map is None:
             screen.warn(
                 f"{_place(data)} has {data.num_classes} classes and the model {classes} outputs; class i is "
                 "taken for output i. If the model numbers them differently, give --class-map"
             )
         return data
+
+    def open_named(self, split: str | None, config: dict[str, Any]) -> ImageData | StreamData:
+        """Labelled data whose classes are asked for by their names.
+
+        Raises:
+            DataError: it has no labels.
+        """
+        return self._labelled(self.open(split, "evaluation", config, None))
+
+    def open_boxes(
+        self, split: str | None, config: dict[str, Any], model: nn.Module, form: str, class_names: Path | None
+    ) -> ImageData | StreamData:
+        """Data with boxes, numbered as the labels of a detector are; without labels where it has none.
+
+        Raises:
+            DataError: a category that the model has no label for.
+        """
+        data = self.open(split, "evaluation", config, None, boxes=form)
+        source: Any = getattr(data, "source", None)
+        if hasattr(source, "number"):
+            named: Any = getattr(model.config, "label2id", None) or {}
+            source.number(named, read_lines(class_names) if class_names else None)
+        else:
+            data.labelled = False  # class numbers are no boxes
+        return data
+
+    def _labelled(self, data: ImageData | StreamData) -> ImageData | StreamData:
+        if not data.labelled:
+            raise DataError(f"{_place(data)} has no labels to evaluate against. Choose another --split")
+        return data
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file that hold something."""
+    from ..storage.reader import read_text
+
+    return [line.strip() for line in read_text(file, error=DataError).splitlines() if line.strip()]
 
 
 #: How images are read, of DATA that is yet to be named.

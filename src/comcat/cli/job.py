@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from . import timings
 from .compress_settings import CompressOutcome, CompressSettings
 from .console import Screen
-from .inputs import Reading, declared_classes, report_skipped
+from .inputs import Reading, report_skipped
+from .judging import Judge, refuse_text
 from .making import SmallModel, made_with, make, told
 
 if TYPE_CHECKING:
@@ -53,16 +54,16 @@ class CompressJob:
         import comcat
 
         from ..calibration.statistics import Calibration
-        from ..evaluation.metric import load_metric
         from ..evaluation.outputs import check_kind
         from ..layers.base import check_parts
 
         check_parts(self.settings.parts)
         self.settings.latency.check()
-        check_kind(self.settings.outputs)
-        self.metric = load_metric(self.settings.metric) if self.settings.metric else None
+        check_kind(self.settings.judging.outputs)
+        self.settings.judging.check()
         torch.manual_seed(self.settings.seed)
-        model = comcat.load_model(self.settings.model, checkpoint=checkpoint, model_args=args)
+        with told(self.screen):
+            model = comcat.load_model(self.settings.model, checkpoint=checkpoint, model_args=args)
         self.model: nn.Module = model.to(device).eval()
         self.prepared = comcat.prepare(self.model)
         inventory = self.prepared.inventory
@@ -107,21 +108,19 @@ class CompressJob:
         config = reading.configure(self.model)
         calibration = evaluation = None
         if self.calibration is None and not s.data_free:
+            refuse_text(self.model)
             calibration = reading.open(s.calibration_split, "calibration", config, None, s.seed)
             self.calibration_batches = calibration_batches(
                 calibration, s.calibration_images, s.batch_size, s.seed, s.workers
             )
         if s.evaluate:
-            free = s.metric is not None or self._kind() == "features"
-            evaluation = reading.open_labelled(s.eval_split, config, self.model, self.screen, free)
+            device = next(self.model.parameters()).device
+            self.judge = Judge(s.judging, reading, s.eval_split, self.model, s.model, device, self.screen, True)
+            evaluation = self.judge.data
             self.eval_batches = loader(evaluation, s.batch_size, s.workers, s.eval_images)
         if s.search is not None:
             self.search_batches = s.search.open(reading, self.model, evaluation, self.screen)
         self._explain(calibration, evaluation)
-
-    def _kind(self) -> str | None:
-        """Of the outputs, where it is known before a model has run."""
-        return self.settings.outputs or ("features" if declared_classes(self.model) == 0 else None)
 
     def _explain(self, calibration: ImageData | StreamData | None, evaluation: ImageData | StreamData | None) -> None:
         """Say what was chosen where the user did not choose."""
@@ -171,7 +170,7 @@ class CompressJob:
             self.prepared,
             batches,
             fisher=self._fisher(),
-            outputs=self.settings.outputs,
+            outputs=self.settings.judging.outputs,
             seed=self.settings.seed,
             progress=self.screen.progress,
         )
@@ -303,15 +302,13 @@ class CompressJob:
                 model,
                 self.eval_batches,
                 progress=self.screen.stage(f"evaluate {column.name}"),
-                outputs=self._kind(),
-                evaluate=self.metric,
-                reference=models[0],  # the dense one, where there are no labels
+                **self.judge.arguments(models[0]),
             )
             measured.append(replace(column, evaluation=result))
         images = next(iter(self.eval_batches))[0]
         if self.latency is not None:  # as the layers were timed
             images = images[torch.arange(self.latency.batch_size) % len(images)]
-        speeds = throughput(models, images)
+        speeds = throughput(models, images, forwards=[self.judge.call(model) for model in models])
         return [replace(column, speed=speed) for column, speed in zip(measured, speeds, strict=True)]
 
     # -- the outcome -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ Option = typer.Option
 MODEL = "Model"
 DATA = "Data"
 RUN = "Run"
+TEXTS = "Zero-shot"
 
 Model = Annotated[
     str,
@@ -96,6 +97,44 @@ MetricOption = Annotated[
         metavar="MODULE:FUNCTION",
         help="Score by function(model, loader) of a module in the working directory, instead of by the outputs' kind.",
         rich_help_panel=RUN,
+    ),
+]
+Prompts = Annotated[
+    list[str] | None,
+    Option(
+        "--prompts",
+        metavar="TEXT",
+        help="Zero-shot, of a model of images and text: a class is what this says, e.g. 'a photo of a {}'; repeatable.",
+        rich_help_panel=TEXTS,
+    ),
+]
+Templates = Annotated[
+    Path | None, Option(metavar="FILE", help="A file of such prompts, one a line.", rich_help_panel=TEXTS)
+]
+ClassNames = Annotated[
+    Path | None,
+    Option(
+        metavar="FILE",
+        help="Names of the data's classes, one a line in the order of the labels; as the data has them otherwise.",
+        rich_help_panel=TEXTS,
+    ),
+]
+TextModel = Annotated[
+    str | None,
+    Option(
+        "--text",
+        metavar="MODEL",
+        help="The model of images and text whose tokenizer, and for an image tower whose text tower, reads the "
+        "prompts; MODEL otherwise.",
+        rich_help_panel=TEXTS,
+    ),
+]
+Boxes = Annotated[
+    str,
+    Option(
+        metavar="xywh|xyxy",
+        help="Detectors: boxes of the data's column objects as corner, width and height, or as two corners, in pixels.",
+        rich_help_panel=DATA,
     ),
 ]
 BatchSize = Annotated[int, Option(min=1, help="Images in a batch.", rich_help_panel=RUN)]

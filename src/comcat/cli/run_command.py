@@ -220,6 +220,7 @@ class _Stages:
         """Calibrate, choose ranks, write ``compressed/``."""
         from ..training import state
         from .job import CompressJob, CompressSettings
+        from .judging import Judging
         from .searching import Search, read_config
         from .timings import LatencyWanted
 
@@ -264,7 +265,7 @@ class _Stages:
             workers=self.workers,
             seed=self.seed,
             search=search,
-            metric=recipe.metric,
+            judging=Judging(recipe.metric),
             stock=recipe.stock,
         )
         job = CompressJob(self.screen, settings, self.reading, self.budget, None)

@@ -49,6 +49,7 @@ def load_dataset(
     class_map: str | None = None,
     crop_pct: float | None = None,
     seed: int = 0,
+    boxes: str | None = None,
 ) -> ImageData | StreamData:
     """Open DATA and check everything that can be checked without decoding its images.
 
@@ -64,6 +65,8 @@ def load_dataset(
         crop_pct: forces timm's resize and centre crop with this fraction, even on images that already have
             the model's input size (those are otherwise taken as they are).
         seed: shuffling of streams.
+        boxes: the form of a table's boxes, ``xywh`` or ``xyxy``, which are the labels then (see
+            :class:`comcat.data.boxes.BoxSource`). Images are resized whole, so that boxes stay where they are.
 
     Raises:
         DataError: with the cause and the fix.
@@ -75,7 +78,9 @@ def load_dataset(
     splits = list_splits(data)
     chosen = choose_split(splits, purpose) if split is None else match_split(split, splits, data)
     mode = "L" if channels == 1 else "RGB"
-    source = open_source(data, chosen, root=root, class_map=class_map, mode=mode)
+    source = open_source(data, chosen, root=root, class_map=class_map, mode=mode, boxes=boxes)
+    if boxes is not None:
+        crop_pct, config["crop_mode"] = 1.0, "squash"
     labelled = _check_labels(source, num_classes)
     as_is = crop_pct is None and _all_have_size(source, (width, height))
     config["crop_pct"] = crop_pct or (1.0 if as_is else config.get("crop_pct"))

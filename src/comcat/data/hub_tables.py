@@ -22,6 +22,9 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "cls")
 class HubSource:
     """One split of a table with an image column and, usually, a label column."""
 
+    num_classes: int | None = None
+    class_names: list[str] | None = None
+
     def __init__(self, data: str, split: str | None, cache: str | None, mode: str) -> None:
         self.name = data
         self.split = split
@@ -31,28 +34,36 @@ class HubSource:
             table = place.open(datasets, split, cache)
             if not len(table):
                 raise DataError(f"split {split!r} of {data} holds no images. Choose another split")
-            self._image, self._label = _find_columns(table.features, data, datasets)
+            self._image, self._label = self._columns(table.features, data, datasets)
             # Undecoded, so that a corrupt image is ours to name.
             table = table.cast_column(self._image, datasets.Image(decode=False))
             own = [datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, cache]
         self._folders = [place.folder] if place.folder else [Path(path).resolve() for path in own if path]
         self._table = table.select_columns([k for k in (self._image, self._label) if k is not None])
-        self.num_classes: int | None = getattr(table.features.get(self._label), "num_classes", None)
-        self.class_names: list[str] | None = getattr(table.features.get(self._label), "names", None)
+
+    def _columns(self, features: Any, data: str, datasets: Any) -> tuple[str, str | None]:
+        """Names of the columns with images and labels; what the classes are called is kept."""
+        label = _label_column(features, datasets)
+        self.num_classes = getattr(features.get(label), "num_classes", None)
+        self.class_names = getattr(features.get(label), "names", None)
+        return image_column(features, data, datasets), label
 
     def __len__(self) -> int:
         return len(self._table)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[Image.Image, Any]:
         row = self._table[index]
-        cell = row[self._image] or {}
         label = None if self._label is None else row[self._label]
+        return self._picture(row), -1 if label is None else int(label)
+
+    def _picture(self, row: Any) -> Image.Image:
+        cell = row[self._image] or {}
         content = cell.get("bytes")
         if not content:
             if not cell.get("path"):
                 raise ValueError("the cell is empty")
             content = self._inside(cell["path"]).read_bytes()
-        return Image.open(io.BytesIO(content)).convert(self._mode), -1 if label is None else int(label)
+        return Image.open(io.BytesIO(content)).convert(self._mode)
 
     def _inside(self, path: str) -> Path:
         """The file that a cell names; a table from elsewhere must not choose what is read here.
@@ -158,26 +169,29 @@ def quiet_datasets(data: str) -> Iterator[Any]:
             datasets.enable_progress_bars()
 
 
-def _find_columns(features: Any, data: str, datasets: Any) -> tuple[str, str | None]:
-    """The image column and the label column (or None), from the types of the columns.
+def image_column(features: Any, data: str, datasets: Any) -> str:
+    """The column with images, from the types of the columns.
 
     Raises:
-        DataError: there is no image column.
+        DataError: there is none.
     """
 
     def is_image(feature: Any) -> bool:
         # Written without Hub metadata, an image is a plain struct.
         return "bytes" in feature if isinstance(feature, dict) else isinstance(feature, datasets.Image)
 
+    images = [k for k, feature in features.items() if is_image(feature)]
+    if not images:
+        raise DataError(f"{data} has no image column; its columns are {', '.join(features)}. Check the data")
+    return next((k for k in _IMAGE_COLUMNS if k in images), images[0])
+
+
+def _label_column(features: Any, datasets: Any) -> str | None:
     def is_label(feature: Any) -> bool:
         is_class = isinstance(feature, datasets.ClassLabel)
         return is_class or (isinstance(feature, datasets.Value) and "int" in feature.dtype)
 
-    images = [k for k, feature in features.items() if is_image(feature)]
-    if not images:
-        raise DataError(f"{data} has no image column; its columns are {', '.join(features)}. Check the data")
-    image = next((k for k in _IMAGE_COLUMNS if k in images), images[0])
     labels = [k for k, feature in features.items() if is_label(feature)]
     named = [k for k in _LABEL_COLUMNS if k in labels]
     classes = [k for k in labels if isinstance(features[k], datasets.ClassLabel)]
-    return image, next(iter(named + classes), None)
+    return next(iter(named + classes), None)

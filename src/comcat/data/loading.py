@@ -259,4 +259,6 @@ class _StreamErrors(logging.Handler):
 
 
 def _stack(samples: list[Sample]) -> Batch:
-    return torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples])
+    labels: list[Any] = [label for _, label in samples]
+    images = torch.stack([image for image, _ in samples])
+    return images, labels if isinstance(labels[0], dict) else torch.tensor(labels)  # type: ignore[return-value]

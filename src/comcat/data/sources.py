@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -40,7 +40,7 @@ class ImageSource(Protocol):
     class_names: list[str] | None  # in the order of the labels, where the data set has names
 
     def __len__(self) -> int: ...
-    def read(self, index: int) -> tuple[Image.Image, int]: ...
+    def read(self, index: int) -> tuple[Image.Image, Any]: ...
     def describe(self, index: int) -> str: ...
     def labels(self) -> np.ndarray | None: ...
 
@@ -109,7 +109,13 @@ def match_split(split: str, splits: Sequence[str], data: str) -> str:
 
 
 def open_source(
-    data: str, split: str | None, *, root: str | None = None, class_map: str | None = None, mode: str = "RGB"
+    data: str,
+    split: str | None,
+    *,
+    root: str | None = None,
+    class_map: str | None = None,
+    mode: str = "RGB",
+    boxes: str | None = None,
 ) -> ImageSource:
     """Open one split of DATA for random access. Streams are opened by :mod:`comcat.data`.
 
@@ -119,6 +125,7 @@ def open_source(
         root: where ``torch/`` data sets lie, and the cache of ``hfds/`` ones.
         class_map: file with one class name per line, in the order of the model's outputs (folders and tars).
         mode: PIL mode of the images, ``RGB`` or ``L``.
+        boxes: how a table has its boxes, which are the labels then; see :class:`comcat.data.boxes.BoxSource`.
 
     Raises:
         DataError: with the cause and the fix.
@@ -133,6 +140,12 @@ def open_source(
     if kind in ("parquet", "hfds"):
         from .hub_tables import HubSource
 
+        if boxes is not None:
+            from .boxes import BOX_FORMS, BoxSource
+
+            if boxes not in BOX_FORMS:
+                raise DataError(f"there is no form of boxes {boxes!r}; choose from {', '.join(BOX_FORMS)}")
+            return BoxSource(data, split, root, mode, boxes)
         return HubSource(data, split, root, mode)
     return TorchSource(data, split, root, mode)
 

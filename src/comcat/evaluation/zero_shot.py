@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DataError, ModelError
-from ..models.dual_encoder import image_features, open_dual_encoder, projected, scale_of, text_features
+from ..models.dual_encoder import has_text_tower, image_features, open_dual_encoder, projected, scale_of, text_features
 from ..models.modes import evaluating
 from ..wording import some
 from .outputs import Forward
@@ -28,7 +28,7 @@ _BATCH = 256
 Tokenize = Callable[[list[str]], Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ZeroShot:
     """Classes as text, for models of images and text (transformers, open_clip) and for image towers of them.
 
@@ -99,7 +99,7 @@ class ZeroShot:
         Raises:
             ModelError: it has no text tower and ``text`` is not there.
         """
-        if hasattr(model, "get_text_features") or hasattr(model, "encode_text"):
+        if has_text_tower(model):
             classes, scale = self.embeddings(model), scale_of(model)
         elif self.text is not None:
             classes, scale = self.text

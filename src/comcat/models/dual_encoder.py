@@ -42,6 +42,11 @@ def open_dual_encoder(name: str) -> tuple[nn.Module, Tokenize]:
     return model, found.tokenizer(model, folder if home is not None else None, name)
 
 
+def has_text_tower(model: nn.Module) -> bool:
+    """Whether a model embeds text beside images."""
+    return hasattr(model, "get_text_features") or hasattr(model, "encode_text")
+
+
 def text_features(model: Any, tokens: Mapping[str, Tensor]) -> Tensor:
     """(n, D) of the text tower, after its projection."""
     if hasattr(model, "encode_text"):

@@ -79,7 +79,7 @@ class Prober:
             if replay is not None and recorded is not None:
                 replay.output = recorded[i]
             with explained(batch.pixels):
-                outputs.append(self.outputs.run(batch))  # type: ignore[arg-type]
+                outputs.append(self.outputs.run(batch))
         return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
     def divergence(self, outputs: tuple[Tensor, ...]) -> float:

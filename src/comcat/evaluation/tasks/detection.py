@@ -7,6 +7,7 @@ size of the image. The scores are those of COCO, computed by pycocotools.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ SURE = 0.5
 _PROCESSORS = {
     "d_fine": "RTDetrImageProcessor",
     "rt_detr_v2": "RTDetrImageProcessor",
-    "dab_detr": "ConditionalDetrImageProcessor",
+    "dab-detr": "ConditionalDetrImageProcessor",
     "lw_detr": "DeformableDetrImageProcessor",
 }
 Detections = dict[str, Tensor]
@@ -38,11 +39,9 @@ Detections = dict[str, Tensor]
 def is_detector(model: nn.Module) -> bool:
     """Whether a model finds objects of fixed classes in images; those that are asked for objects by text do not."""
     cls = type(model)
-    return (
-        cls.__module__.startswith("transformers.models.")
-        and cls.__name__.endswith("ForObjectDetection")
-        and getattr(model, "main_input_name", "") == "pixel_values"
-    )
+    if not (cls.__module__.startswith("transformers.models.") and cls.__name__.endswith("ForObjectDetection")):
+        return False
+    return not any("input_ids" in name for name in inspect.signature(cls.forward).parameters)
 
 
 class Detection(EvaluationTask):
@@ -119,6 +118,11 @@ class DetectorOutputs(Outputs):
         else:
             mask = {} if images.mask is None else {"pixel_mask": images.mask}
             raw = self.model(pixel_values=images.tensor, **mask)
+        if not (hasattr(raw, "logits") and hasattr(raw, "pred_boxes")):
+            raise ModelError(
+                f"{type(self.model).__name__} returns no logits and pred_boxes of queries; give a metric of your own: "
+                "evaluate="
+            )
         self._raw = raw.logits, raw.pred_boxes
         found = self._processor.post_process_object_detection(raw, threshold=-1.0, target_sizes=None)
         return ([_best(one) for one in found],)
@@ -151,17 +155,25 @@ def _processor(model: Any) -> Any:
             f"{type(model).__name__} is no detector of transformers (...ForObjectDetection), whose boxes could be "
             "compared; give a metric of your own: evaluate="
         )
+    return processor_for(model.config.model_type, type(model).__name__)
+
+
+def processor_for(kind: str, name: str) -> Any:
+    """The image processor of a type of model, with its defaults: detections do not depend on its settings.
+
+    Raises:
+        ModelError: transformers has none that makes detections; ``name`` is that of the model.
+    """
     import transformers
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES as KNOWN
 
-    kind = model.config.model_type
     names = KNOWN.get(kind) or {}
-    name = names if isinstance(names, str) else next(iter(names.values()), None) or _PROCESSORS.get(kind)
-    made = getattr(transformers, str(name), None)
+    chosen = names if isinstance(names, str) else next(iter(names.values()), None) or _PROCESSORS.get(kind)
+    made = getattr(transformers, str(chosen), None)
     if made is None or not hasattr(made, "post_process_object_detection"):
         raise ModelError(
             f"transformers {transformers.__version__} has no image processor that makes detections of the outputs of "
-            f"{type(model).__name__}; give a metric of your own: evaluate="
+            f"{name}; give a metric of your own: evaluate="
         )
     return made()
 
