@@ -46,7 +46,7 @@ def draw_bench(found: Bench, path: str | Path | IO[bytes]) -> None:
         axes.set_title("single images" if batch == 1 else f"batches of {batch}", fontsize=9, loc="left", color=INK)
         tidy(axes, grid="both")
     panels[0].set_ylabel(metric if scored else "times as fast as the first model", fontsize=8, color=INK)
-    _legend(figure, found.rows)
+    _legend(figure, [row for row in found.rows if row.accuracy is not None or (row.mac_ratio and not scored)])
     save(figure, path)
 
 
@@ -74,7 +74,10 @@ def _speedups(axes: Any, rows: Sequence[BenchRow]) -> None:
     rows = [row for row in rows if row.speedup is not None and row.mac_ratio is not None]
     most = max([1.0, *(row.mac_ratio or 1 for row in rows)])
     axes.plot([1, most], [1, most], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-    axes.text(most, most, "every MAC saved is time saved ", fontsize=7, color=MUTED, ha="right", va="bottom")
+    middle = (1 + most) / 2
+    axes.annotate("every MAC saved is time saved", (middle, middle), xytext=(6, -8), textcoords="offset points",
+                  fontsize=7, color=MUTED)  # fmt: skip
+    axes.margins(x=0.12)
     for row in rows:
         axes.scatter([row.mac_ratio], [row.speedup], s=30, zorder=3, **_look(row))
     tops = {row.model: (row.mac_ratio, max(r.speedup or 0 for r in rows if r.model == row.model)) for row in rows}

@@ -32,8 +32,9 @@ def whole_session(
         return session(model, runtime, precision, threads)
     to = FORMATS[runtime]
     path = folder / f"{name}{file_format(to).suffix}"
-    # What ONNX Runtime computes in is in the file; OpenVINO is told.
-    export(model, path, to=to, precision=precision if to == "onnx" else "fp32", overwrite=True)
+    # What ONNX Runtime computes in is in the file, and so is int8; of floats OpenVINO is told.
+    held = precision if to == "onnx" or precision == "int8" else "fp32"
+    export(model, path, to=to, precision=held, overwrite=True)
     return session(path, runtime, precision, threads)
 
 
