@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING
 from .. import _lazy
 
 if TYPE_CHECKING:
+    from .realizing import RuntimeClock, realize
     from .registry import available, session
     from .sessions import Port, Session, in_turns
 
-__all__ = ["Port", "Session", "available", "in_turns", "session"]
+__all__ = ["Port", "RuntimeClock", "Session", "available", "in_turns", "realize", "session"]
 
 _lazy.package(
     __name__,
     {
         "Port": "sessions",
+        "RuntimeClock": "realizing",
         "Session": "sessions",
         "available": "registry",
         "in_turns": "sessions",
+        "realize": "realizing",
         "session": "registry",
     },
 )
