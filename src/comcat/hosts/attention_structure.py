@@ -158,6 +158,8 @@ def _stream(module: nn.Module) -> tuple[Stream | None, nn.Module | None]:
 
 
 def _inputs(holder: nn.Module) -> tuple[Input, ...] | None:
+    if next(holder.children(), None) is None:  # most modules: nothing to look for
+        return None
     for names in _SEPARATE:
         if all(_linear(holder, name) for name in names):
             return tuple(Input(name, (role,)) for name, role in zip(names, ROLES, strict=True))

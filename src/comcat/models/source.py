@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import CheckpointError
 from .libraries import library, library_of
 from .library import image_config
+from .unfilled import building
 from .versions import check_versions
 
 
@@ -46,7 +46,7 @@ class Source:
         """
         self.check()
         try:
-            with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
+            with building(meta):
                 return library(self.library).make(self)
         except Exception as error:  # whatever an architecture raises for arguments that do not go together
             args = str(self.args)

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import ComcatError, ModelError
 from ..layers.base import Choice, Layer
 from .source import Source, describe
+from .unfilled import building
 
 Shapes = dict[str, tuple[int, ...]]
 #: Names of settings for the width of a head, and for the hidden units of an FFN: their number, or a ratio.
@@ -80,7 +80,7 @@ class ConfigConstructor(Constructor):
         for name, value in changed.items():
             part, _, own = name.rpartition(".")
             setattr(getattr(config, part) if part else config, own, value)
-        with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
+        with building(meta):
             return self.cls(config)
 
     def names(self, wanted: tuple[str, ...]) -> Iterator[str]:

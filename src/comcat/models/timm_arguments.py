@@ -14,10 +14,10 @@ from functools import lru_cache
 from typing import Any, get_args, get_type_hints
 
 import timm
-import torch
 from torch import nn
 
 from ..errors import ComcatError, ModelError
+from .unfilled import building
 
 #: Not of the architecture: files, network, placement, code.
 _NEVER = frozenset({
@@ -70,7 +70,7 @@ def allowed(name: str) -> frozenset[str] | None:
     if ":" in name or not timm.is_model(name.partition(".")[0]):
         return None
     try:
-        with torch.device("meta"):
+        with building():
             kind = type(timm.create_model(name.partition(".")[0], pretrained=False))
     except Exception:  # a few architectures cannot be built on meta: then only the names above are refused
         return None

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import timm
-import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ModelError
@@ -18,6 +17,7 @@ from ..storage.reader import read_json
 from .library import Library, Wanted
 from .source import Source
 from .timm_arguments import allowed, behaviour, check_args, recorded, structure
+from .unfilled import building
 from .weights import check_fits, check_proportion, fill, is_large, read_checkpoint, size_of
 
 #: What of timm's ``pretrained_cfg`` a user of the small model still needs: the data config and the classes.
@@ -184,7 +184,7 @@ def _check_size(name: str, args: dict[str, Any], tensors: Mapping[str, Tensor] |
 
 def _shapes(name: str, args: dict[str, Any]) -> Any:
     """The architecture without memory."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with building():
         return timm.create_model(name, pretrained=False, **args)
 
 
