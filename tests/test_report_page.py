@@ -14,6 +14,7 @@ import comcat
 from comcat.models.opening import load_model
 from comcat.report.page import PAGE_NAME
 from comcat.report.page_content import budget_words
+from comcat.runtimes.bench import Bench, BenchRow
 from conftest import VIT, images, randomize, swin, vit
 from test_cli import ARGS, NAME, Result, model_options
 from test_cli_errors import refused
@@ -215,6 +216,31 @@ def test_after_fine_tuning(place, tmp_path):
     assert "2 steps" in page.text
     assert f"{tuned['after']['top1']:.2f} %" in page.text
     assert "top-1 over the epochs" in page.text
+
+
+def test_times_in_runtimes(place, tmp_path):
+    """The file is the one that comcat bench writes; what it says is words."""
+    rows = [
+        BenchRow("dense <b>", "onnxruntime", "fp32", 8, 10.0, 9.5, 11.0, 800.0, 1.0, accuracy=61.25, metric="top-1"),
+        BenchRow("small", "onnxruntime", "fp32", 8, 6.25, 6.0, 6.5, 1280.0, 1.6, mac_ratio=2.0),
+        BenchRow("small int8", "openvino", "int8", 1, 2.0, 1.9, 2.2, 500.0, 3.1),
+    ]
+    machine = {"device": "a processor", "threads": 2, "torch_threads": 2, "runtimes": {"onnxruntime": "1.2"}}
+    Bench(rows, {**machine, "versions": {}}, ["small in torch-compile: no compiler"]).save(tmp_path / "bench.json")
+    out = tmp_path / "page.html"
+    result = report(place / "small", "--bench", tmp_path / "bench.json", "--out", out)
+    assert result.code == 0, result.err
+    text = check_harmless(out.read_text()).text
+    assert "onnxruntime, fp32, batches of 8 dense <b> 1.00 ×" in text
+    assert "6.25 ms (6.00 to 6.50)" in text
+    assert "top-1 61.25" in text
+    assert "Left out: small in torch-compile: no compiler" in text
+    assert "a processor , 2 threads, onnxruntime 1.2" in text.replace("processor,", "processor ,")
+    options = ["--out", tmp_path / "other.html", "--bench"]
+    refused(report(place / "small", *options, tmp_path / "none"), "there is no file .*none. Correct --bench")
+    refused(
+        report(place / "small", *options, place / "small" / "report.json"), "report.json' is damaged: rows is missing"
+    )
 
 
 def test_stock_models(tmp_path):

@@ -57,6 +57,9 @@ def report(
             rich_help_panel=DENSE,
         ),
     ] = None,
+    bench: Annotated[
+        Path | None, opt.Option(metavar="FILE", help="Times in runtimes, from comcat bench --out.", show_default=False)
+    ] = None,
     data: opt.OptionalData = None,
     split: opt.EvaluatedSplit = None,
     eval_images: opt.EvalImages = None,
@@ -93,11 +96,12 @@ def report(
         check_page(target, overwrite)
         check_input_file(dense_checkpoint, "--dense-checkpoint")
         check_input_file(calibration_file, "--calibration")
+        check_input_file(bench, "--bench")
         facts = read_facts(folder)
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"bench": bench}
         if has_dense:
             model = _dense(facts, dense, dense_checkpoint, args).to(parse_device(device)).eval()
-            more = {"dense": model}
+            more["dense"] = model
             if calibration_file is not None:
                 more["calibration"] = Calibration.load(calibration_file)
             if data is not None:

@@ -72,6 +72,8 @@ class LatencyRecord(_Record):
 
     device: str
     batch_size: NonNegativeInt
+    runtime: str | None = None
+    precision: str | None = None
     planned_dense_ms: NonNegativeFloat
     planned_ms: NonNegativeFloat
     dense_ms: NonNegativeFloat | None = None

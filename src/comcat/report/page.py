@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import CalibrationError, CheckpointError, DataError, ModelError
 from ..progress import Progress
 from ..storage.atomic import atomic_file
+from .bench_record import read_bench
 from .facts import Facts, read_facts
 from .page_content import Extras, page_content
 from .text import printable
@@ -35,6 +36,7 @@ def write_report(
     place: str | None = None,
     names: Sequence[str] | None = None,
     calibration: Calibration | None = None,
+    bench: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -54,6 +56,7 @@ def write_report(
         place: what ``loader`` is called on the page.
         names: the classes' names in the order of the outputs; by default the model's own.
         calibration: statistics of ``dense``, so that the spectra are those of activations instead of weights.
+        bench: a file of ``comcat bench --out``, whose times are shown.
         overwrite: replace a file that is there.
         progress: called as ``progress("compare", batches done, batches in all)``.
 
@@ -72,7 +75,7 @@ def write_report(
         raise DataError("images show where the compressed model differs from the dense one: give the dense model too")
     if dense is None and calibration is not None:
         raise CalibrationError("the statistics are those of the dense model: give the dense model too")
-    extras = Extras(names=names)
+    extras = Extras(names=names, bench=None if bench is None else read_bench(bench))
     if dense is not None:
         _check_dense(dense, facts)
         extras = _with_spectra(extras, dense, calibration)

@@ -11,6 +11,7 @@ from ..models.machine import versions
 from ..planning.choice import comparison
 from ..planning.plan import Budget
 from . import format as fmt
+from .bench_record import BenchRecord, time_groups
 from .facts import Facts, TrainingRecord
 from .figures import kept_by_part
 from .spectra_figure import SpectrumSummary
@@ -100,6 +101,7 @@ class Extras:
         comparison: of both models on images; names: of the classes; pixels: mean and std by which images were
             normalized.
         spectra: of the dense model; spectra_of: what they are the energies of, in words.
+        bench: times of models in runtimes.
     """
 
     comparison: Comparison | None = None
@@ -107,6 +109,7 @@ class Extras:
     pixels: tuple[Sequence[float] | None, Sequence[float] | None] = (None, None)
     spectra: Sequence[SpectrumSummary] = ()
     spectra_of: str = ""
+    bench: BenchRecord | None = None
 
 
 def page_content(facts: Facts, extras: Extras) -> dict[str, Any]:
@@ -121,6 +124,7 @@ def page_content(facts: Facts, extras: Extras) -> dict[str, Any]:
         "mac_note": MAC_NOTE,
         "evaluated_on": facts.evaluated_on,
         "latency": facts.record.latency if facts.record else None,
+        "bench": _bench(extras.bench),
         "panels": _kept(facts),
         "layers": _layers(facts, extras.spectra),
         "dense": _left_dense(facts),
@@ -155,6 +159,18 @@ def _tiles(facts: Facts, rows: Sequence[Row]) -> list[Tile]:
         score = facts.small.evaluation.figures()[0]
         tiles.insert(0, Tile(score.label, score.shown(), "the dense model was not evaluated with it", None))
     return tiles
+
+
+def _bench(record: BenchRecord | None) -> dict[str, Any] | None:
+    if record is None or not record.rows:
+        return None
+    return {
+        "groups": time_groups(record),
+        "device": record.machine.device,
+        "threads": record.machine.threads,
+        "versions": record.machine.runtimes,
+        "left_out": record.left_out,
+    }
 
 
 def _kept(facts: Facts) -> list[tuple[str, str, list[Bar]]]:
