@@ -189,6 +189,35 @@ def test_a_layer_of_a_kind_of_which_others_are_not_called() -> None:
     assert {entry.name.partition(".")[0] for entry in inventory.dense if NOT_CALLED in entry.reason} == {"unused"}
 
 
+@pytest.mark.parametrize("width", [5, None])
+def test_heads_that_are_told_by_their_width_or_not_at_all(width: int | None) -> None:
+    """Where nothing says how many there are, there is one."""
+
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(15, 15) for _ in range(3))
+            self.o_proj = nn.Linear(15, 15)
+            if width is not None:
+                self.head_dim = width
+
+        def forward(self, x: Tensor) -> Tensor:
+            heads = (one(x).unflatten(-1, (-1, width or 15)) for one in (self.q_proj, self.k_proj, self.v_proj))
+            q, k, v = (one.transpose(1, 2) for one in heads)
+            return self.o_proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    model = nn.Sequential(nn.Conv2d(3, 15, 7, 7), nn.Flatten(2), Turned(), Scores())
+    (layer,) = comcat.prepare(randomize(model).double().eval(), example=torch.randn(3, 3, 14, 14)).inventory.layers
+    assert layer.full == {"qk": width or 15, "vo": width or 15}
+
+
+class Turned(nn.Module):
+    """(B, D, tokens) to (B, tokens, D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT
+
+
 def test_differences_of_tensors() -> None:
     """Infinities at the same places are no difference; NaN where there was none is the largest."""
     inf, nan = math.inf, math.nan

@@ -179,7 +179,7 @@ def _inputs(holder: nn.Module) -> tuple[Input, ...] | None:
         if _linear(holder, name):
             return (Input(name, ROLES),)
     for name in _VALUES:
-        if _linear(holder, name) and _has_heads(holder):
+        if _linear(holder, name) and (_has_heads(holder) or _number(_WIDTHS, holder) is not None):
             return (Input(name, ("value",)),)
     return None
 
@@ -209,7 +209,7 @@ def _heads(module: nn.Module, holder: nn.Module, stream: Stream, linears: dict[s
     places = (holder, module, getattr(holder, "config", None), getattr(module, "config", None))
     out = size(linears[str(stream.output)])[0]
     # Where neither their number nor their width is said, there is one.
-    num = _number(_HEADS, *places) or max(1, out // (_number(_WIDTHS[:5], *places) or out))
+    num = _number(_HEADS, *places) or max(1, out // (_number(_WIDTHS, *places) or out))
     if out % num:
         return None
     value_width, rows = out // num, {one.roles: size(linears[one.path])[1] for one in stream.inputs}
