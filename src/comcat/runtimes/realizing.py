@@ -22,7 +22,7 @@ from ..planning.latency import LatencyTable
 from ..planning.plan import Plan
 from ..prepared import Prepared
 from .layer_stacks import float_copy
-from .sessions import in_turns
+from .sessions import Session, in_turns
 from .whole_model import random_inputs, whole_session
 
 #: A budget counts as met within this fraction of it.
@@ -85,6 +85,9 @@ class Outcome(Generic[Built]):
 class RuntimeClock:
     """The dense model in a table's runtime, and other models against it; a context manager, for their files.
 
+    Attributes:
+        dense: its session; inputs: a batch of random images, as the table was measured.
+
     Raises:
         ExportError: the model cannot be written for this runtime.
         ComcatError: the runtime is not installed.
@@ -99,20 +102,23 @@ class RuntimeClock:
             self._folder = Path(stack.enter_context(made))
             table = self.table
             copied = float_copy(self.ready, table.runtime)
-            self._how = table.runtime, table.precision, table.threads or None, self._folder
-            self._inputs = random_inputs(copied.model, table.input_size, table.batch_size)
-            self._dense = whole_session(copied.model, *self._how, name="dense")
+            self.inputs = random_inputs(copied.model, table.input_size, table.batch_size)
+            self.dense = self.opened(copied.model, "dense")
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self._dense
+        del self.dense
         self._stack.close()
+
+    def opened(self, model: nn.Module, name: str = "small") -> Session:
+        """A model in the runtime, as the table was measured."""
+        table = self.table
+        return whole_session(model, table.runtime, table.precision, table.threads or None, self._folder, name)
 
     def seconds(self, small: nn.Module) -> tuple[list[float], list[float]]:
         """Of the dense model and of another one, turn by turn."""
-        run = whole_session(small, *self._how, name="small")
-        dense, other = in_turns([self._dense, run], self._inputs, _ROUNDS)
+        dense, other = in_turns([self.dense, self.opened(small)], self.inputs, _ROUNDS)
         return dense, other
 
     def measure(self, small: nn.Module, plan: Plan, budget: int) -> Realized:
