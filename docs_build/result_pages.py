@@ -209,11 +209,17 @@ SECTIONS = {
 }
 
 
+#: Shown elsewhere, or no tables.
+ELSEWHERE = ("coverage", "recipes", "finetune_distributed")
+
+
 def result_pages(folder: Path) -> dict[str, str]:
-    """Name and text of every page."""
+    """Name and text of every page; rows of files that have no section of their own are on the last as they are."""
     found: dict[str, list[str]] = {page: [] for page in PAGES}
+    left = {file for file in sorted(folder.glob("*.json")) if file.stem not in ELSEWHERE}
     for pattern, section in SECTIONS.items():
         files = sorted(folder.glob(f"{pattern}.json"))
+        left -= set(files)
         for file in files:
             results = json.loads(file.read_text())
             variant = _variant(file, pattern, results) if len(files) > 1 else ""
@@ -222,7 +228,18 @@ def result_pages(folder: Path) -> dict[str, str]:
             gap = "\n\n" if body.startswith("|") else " "
             made = f"Made by `benchmarks/{section.script}`, {_versions(results)}."
             found[section.page].append(f"## {title}\n\n{section.text}{gap}{body}\n{made}\n")
-    return {page: "\n".join([f"# {PAGES[page][0]}\n", f"{PAGES[page][1]}\n", *parts]) for page, parts in found.items()}
+    pages = {page: "\n".join([f"# {PAGES[page][0]}\n", f"{PAGES[page][1]}\n", *parts]) for page, parts in found.items()}
+    more = [part for file in sorted(left) if (part := _as_it_is(file))]
+    return {**pages, "results/more.md": "\n".join(["# More results\n", *more])} if more else pages
+
+
+def _as_it_is(file: Path) -> str | None:
+    """The rows of a file, where it has any."""
+    results = json.loads(file.read_text())
+    rows = results.get("rows") if isinstance(results, dict) else None
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        return None
+    return f"## {file.stem.replace('_', ' ')}\n\n{records(rows)}\nFrom `benchmarks/results/{file.name}`.\n"
 
 
 def _variant(file: Path, pattern: str, results: Results) -> str:

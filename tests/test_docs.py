@@ -64,6 +64,15 @@ def test_tables_are_the_figures():
         assert (ROOT / "benchmarks" / section.script).is_file()
 
 
+def test_files_without_a_section_are_shown_as_they_are(tmp_path):
+    (tmp_path / "new_thing.json").write_text(json.dumps({"rows": [{"model": "a|b", "ms": 1.25, "all": [1, 2]}]}))
+    (tmp_path / "no_rows.json").write_text(json.dumps({"cells": {}}))
+    page = result_pages(tmp_path)["results/more.md"]
+    assert "## new thing" in page
+    assert "| a\\|b | 1.25 |" in page
+    assert "no rows" not in page
+
+
 def test_pivot():
     cells = {"dense": 9.0, "a/0.5/0": 1.0, "a/0.5/1": 3.0, "a/0.25/0": 2.0, "b | c | 0.5 | 0": 4.0}
     assert pivot(cells, "kept", "kept").splitlines() == [
