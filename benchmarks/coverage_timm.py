@@ -23,7 +23,7 @@ NOT_SOFTMAX: dict[str, str] = {
     "LinearSelfAttention": "separable: one score per token",
     "EfficientAdditiveAttention": "additive: one score per token",
     "nextvit.ConvAttention": "a grouped convolution",
-    "csatv2.SpatialTransformerBlock": "a single channel",
+    "csatv2.SpatialAttention": "a single channel: no width to reduce",
     "SplitAttn": "weights of branches",
     "SelectiveKernelAttn": "weights of branches",
     "LiteMLA": "linear: ReLU in place of a softmax",
