@@ -31,7 +31,7 @@ def half_plan(model: nn.Module) -> comcat.Plan:
     """About half of every width; the FFNs alternate between their forms."""
     layers = {}
     for i, site in enumerate(find_layers(model).layers):
-        full = dict(site.full)
+        full = {part: width for part, width in site.full.items() if any(part in form for form in site.forms)}
         if "neurons" in full:
             full = {"neurons": full["neurons"]} if i % 4 == 1 else {p: full[p] for p in ("fc1", "fc2")}
         layers[site.name] = {part: (width + 1) // 2 for part, width in full.items()}
