@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 import comcat
+from comcat import LayerReport, Report
 from comcat.models.opening import load_model
+from comcat.report.figures import draw_kept, kept_by_part
 from comcat.report.page import PAGE_NAME
 from comcat.report.page_content import budget_words
 from comcat.runtimes.bench import Bench, BenchRow
@@ -201,6 +203,17 @@ def test_left_dense_and_notes(tmp_path):
     assert "the plan expected 3 params" in page.text
     assert "Accuracy was not measured" in page.text
     assert "manual: written by hand" in page.text
+
+
+def test_every_part_is_in_the_picture(tmp_path):
+    ranks = {"qk": 2, "vo": 3, "channels": 2, "pairs": 1}
+    layers = [
+        LayerReport(f"b.{i}.attn", "attention", {part: n}, {part: 7}, 90, 40, 90, 40, 0.1)
+        for i, (part, n) in enumerate(ranks.items())
+    ]
+    report = Report(layers, [], 360, 160, 360, 160, (3, 8, 8))
+    assert set(kept_by_part(report)[1]) == set(ranks)
+    draw_kept(report, tmp_path / "x.png", "all parts")
 
 
 def test_after_fine_tuning(place, tmp_path):

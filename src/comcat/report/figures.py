@@ -32,7 +32,7 @@ def kept_by_part(report: Report) -> tuple[list[str], dict[str, dict[str, Kept]]]
             rows.append(row)
         for part, kept in _parts(layer).items():
             parts.setdefault(part, {})[row] = kept
-    return rows, {part: parts[part] for part in ("qk", "vo", "channels", "ffn", "head") if part in parts}
+    return rows, {part: parts[part] for part in ("qk", "pairs", "vo", "channels", "ffn", "head") if part in parts}
 
 
 def _parts(layer: LayerReport) -> dict[str, Kept]:

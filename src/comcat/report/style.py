@@ -10,6 +10,7 @@ from .text import one_line
 
 COLORS = {
     "qk": "#3a6ea5",
+    "pairs": "#3a6ea5",
     "vo": "#2a9d8f",
     "channels": "#6aa84f",
     "ffn": "#e08e45",
@@ -20,6 +21,7 @@ COLORS = {
 }
 TITLES = {
     "qk": "queries and keys (QK)",
+    "pairs": "rotary pairs of queries and keys",
     "vo": "values and output (VO)",
     "channels": "values and output, channels",
     "ffn": "feed-forward (FFN)",
