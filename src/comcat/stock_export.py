@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .calibration.statistics import Calibration
 from .compression import Report, compress
 from .errors import ModelError
 from .models.example import example_for, given_example
 from .models.modes import evaluating
-from .models.running import exact
+from .models.running import exact, tensors_in
 from .models.stock_forms import ConfigConstructor, constructor_of, shapes_of
 from .planning.plan import Plan
 from .planning.stock import stock_widths
@@ -171,7 +171,7 @@ def _check(ready: Prepared, small: nn.Module, stock: nn.Module, lost: list[str],
     outputs = []
     for one in pair:
         with exact(made.pixels.device), evaluating(one):
-            outputs.append([tensor.double() for tensor in _tensors(made.run(one))])
+            outputs.append([tensor.double() for tensor in tensors_in(made.run(one)) if tensor.is_floating_point()])
     allowed = min(_ROUNDINGS * torch.finfo(dtype).eps, 0.05)
     for wanted, got in zip(*outputs, strict=True):
         far = float((wanted - got).abs().max() / wanted.abs().max().clamp_min(1e-300))
@@ -181,19 +181,6 @@ def _check(ready: Prepared, small: nn.Module, stock: nn.Module, lost: list[str],
                 f"largest output, which is more than rounding ({allowed:.2g}): its class computes something that "
                 "its shapes do not show. Save the compressed model with comcat.save instead"
             )
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """All real tensors of an output."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
 
 
 def _copy_processor(source: Path, folder: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..layers.base import Finding, Layer
 from ..models.example import Example, example_for, given_example
 from ..models.modes import evaluating, layers_called
-from ..models.running import explained, still
+from ..models.running import explained, still, tensors_in
 
 #: Largest difference, relative to the largest output, that counts as rounding in float64.
 ROUNDING = 1e-9
@@ -112,7 +112,7 @@ def _precise(value: Any) -> Any:
 
 
 def _find(layer: Layer, call: Call, images: int) -> Finding:
-    tensors = _tensors(call[0]) or _tensors(call[1])
+    tensors = list(tensors_in(call[0])) or list(tensors_in(call[1]))
     if not tensors or not _of_images(tensors[0], images):
         return Finding("what it is given does not depend on the images")
     try:
@@ -163,7 +163,7 @@ class Trial:
         args, kwargs = _precise(self.call[0]), _precise(self.call[1])  # some hosts write into what they are given
         try:
             with torch.no_grad(), layers_called():
-                found = _tensors(module(*args, **kwargs))
+                found = list(tensors_in(module(*args, **kwargs)))
         except Exception as error:  # whatever a host raises where a width is not what it expects
             self.error = error
             return None
@@ -202,13 +202,3 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
     a, b = ours[finite], theirs[finite]
     worst = float((a - b).abs().max() / b.abs().max().clamp_min(1e-300))
     return worst if math.isfinite(worst) else float("inf")
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [tensor for one in value.values() for tensor in _tensors(one)]
-    if isinstance(value, (tuple, list)):
-        return [tensor for one in value for tensor in _tensors(one)]
-    return []

@@ -124,6 +124,18 @@ def images_of(batch: Any, place: str = "the batch", kind: type[ComcatError] = Da
     return images.clone() if images.is_inference() and not torch.is_inference_mode_enabled() else images
 
 
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors of an output or of arguments, nested as they may be, in their order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from tensors_in(one)
+    elif isinstance(value, (tuple, list)):
+        for one in value:
+            yield from tensors_in(one)
+
+
 def label_entry(batch: Any) -> Any:
     """What a batch has for labels, whatever it is; None where it has none."""
     if isinstance(batch, Mapping):

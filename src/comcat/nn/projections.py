@@ -19,7 +19,26 @@ from torch import Tensor, nn
 from .linear import plain_linear
 
 
-class HeadProjection(nn.Module):
+class _AroundNarrow(nn.Module):
+    """A narrow linear layer in the place of a wide one."""
+
+    linear: Any
+    heads: Any
+    narrow: Any
+    wide: Any
+    places: Tensor | None
+
+    @property
+    def weight(self) -> Tensor:
+        """Nothing (0,), of the dtype and on the device that hosts ask a linear layer's weight for."""
+        empty: Tensor = self.linear.weight.detach().new_empty(0)
+        return empty
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, narrow={self.narrow}, wide={self.wide}"
+
+
+class HeadProjection(_AroundNarrow):
     """A linear layer for the heads of one or several of query, key and value, each narrower than the host expects.
 
     Args:
@@ -29,8 +48,6 @@ class HeadProjection(nn.Module):
         placed: the components go to places of their own instead of to the front of their head: ``places`` (a buffer)
             holds, for every output, the row that it shows, or the number of rows for zero.
     """
-
-    places: Tensor | None
 
     def __init__(
         self,
@@ -56,12 +73,6 @@ class HeadProjection(nn.Module):
             self.register_buffer("places", zeros)
 
     @property
-    def weight(self) -> Tensor:
-        """Nothing (0,), of the dtype and on the device that hosts ask a linear layer's weight for."""
-        empty: Tensor = self.linear.weight.detach().new_empty(0)
-        return empty
-
-    @property
     def in_features(self) -> int:
         """Input width, as the host may ask."""
         return self.linear.weight.shape[1]
@@ -82,46 +93,39 @@ class HeadProjection(nn.Module):
             return rows
         if axis == 1:
             rows = rows.movedim(1, -1)
-        if self.by_head:
-            parts = rows.unflatten(-1, (self.heads[0], -1)).split(self.narrow, -1)
-        else:
-            sizes = [h * r for h, r in zip(self.heads, self.narrow, strict=True)]
-            parts = tuple(p.unflatten(-1, (h, -1)) for p, h in zip(rows.split(sizes, -1), self.heads, strict=True))
-        out = [F.pad(p, (0, w - r)) if w > r else p for p, r, w in zip(parts, self.narrow, self.wide, strict=True)]
-        joined = torch.cat(out, -1).flatten(-2) if self.by_head else torch.cat([p.flatten(-2) for p in out], -1)
+        parts = zip(self._by_role(rows, self.narrow), self.narrow, self.wide, strict=True)
+        joined = self._joined([F.pad(p, (0, w - r)) if w > r else p for p, r, w in parts])
         return joined.movedim(-1, 1) if axis == 1 else joined
+
+    def _by_role(self, rows: Tensor, widths: Sequence[int]) -> Sequence[Tensor]:
+        """(..., sum of heads times widths) as one (..., heads, width) for every role."""
+        if self.by_head:
+            return rows.unflatten(-1, (self.heads[0], -1)).split(list(widths), -1)
+        sizes = [h * w for h, w in zip(self.heads, widths, strict=True)]
+        return [part.unflatten(-1, (h, -1)) for part, h in zip(rows.split(sizes, -1), self.heads, strict=True)]
+
+    def _joined(self, roles: list[Tensor]) -> Tensor:
+        """The inverse of :meth:`_by_role`."""
+        return torch.cat(roles, -1).flatten(-2) if self.by_head else torch.cat([p.flatten(-2) for p in roles], -1)
 
     def place(self, components: Sequence[Tensor]) -> None:
         """Set ``places``: for every role the components (heads, narrow) of a wide head that the narrow ones are."""
         rows = sum(h * r for h, r in zip(self.heads, self.narrow, strict=True))
         shown = []
-        numbers = torch.arange(rows, device=components[0].device)
-        if self.by_head:
-            by_role = numbers.view(self.heads[0], -1).split(self.narrow, -1)
-        else:
-            sizes = [h * r for h, r in zip(self.heads, self.narrow, strict=True)]
-            by_role = tuple(n.view(h, -1) for n, h in zip(numbers.split(sizes), self.heads, strict=True))
+        by_role = self._by_role(torch.arange(rows, device=components[0].device), self.narrow)
         for own, at, heads, wide in zip(by_role, components, self.heads, self.wide, strict=True):
             empty = torch.full((heads, wide), rows, device=own.device)
             shown.append(empty.scatter(1, at, own))
-        places = torch.cat(shown, -1).flatten() if self.by_head else torch.cat([one.flatten() for one in shown])
-        self.places = places
+        self.places = self._joined(shown)
 
     def kept(self) -> list[Tensor]:
         """For every role the components (heads, narrow) that were given to :meth:`place`."""
         assert self.places is not None
-        if self.by_head:
-            shown = self.places.view(self.heads[0], -1).split(self.wide, -1)
-        else:
-            parts = self.places.split([h * w for h, w in zip(self.heads, self.wide, strict=True)])
-            shown = tuple(part.view(h, -1) for part, h in zip(parts, self.heads, strict=True))
+        shown = self._by_role(self.places, self.wide)
         return [rows.argsort(-1)[:, :r] for rows, r in zip(shown, self.narrow, strict=True)]  # zeros are the last row
 
-    def extra_repr(self) -> str:
-        return f"heads={self.heads}, narrow={self.narrow}, wide={self.wide}"
 
-
-class HeadOutput(nn.Module):
+class HeadOutput(_AroundNarrow):
     """The output projection behind heads of which only the first ``narrow`` components hold anything.
 
     Args:
@@ -129,8 +133,6 @@ class HeadOutput(nn.Module):
         placed: it takes components of its own choice instead of the first ones: ``places`` (a buffer) holds, for every
             input of ``linear``, where it is found.
     """
-
-    places: Tensor | None
 
     def __init__(
         self, linear: Any, heads: int, narrow: int, wide: int, by_component: bool = False, placed: bool = False
@@ -142,12 +144,6 @@ class HeadOutput(nn.Module):
         self.register_buffer("places", None)
         if placed:
             self.register_buffer("places", torch.zeros(heads * narrow, dtype=torch.int64, device=linear.weight.device))
-
-    @property
-    def weight(self) -> Tensor:
-        """Nothing (0,), of the dtype and on the device that hosts ask a linear layer's weight for."""
-        empty: Tensor = self.linear.weight.detach().new_empty(0)
-        return empty
 
     @property
     def in_features(self) -> int:
@@ -176,6 +172,3 @@ class HeadOutput(nn.Module):
         at = torch.arange(self.heads, device=components.device)[:, None]
         at = (components * self.heads + at).mT if self.by_component else at * self.wide + components
         self.places = at.flatten()
-
-    def extra_repr(self) -> str:
-        return f"heads={self.heads}, narrow={self.narrow}, wide={self.wide}"
