@@ -145,6 +145,16 @@ def test_with_the_dense_model_and_images(place, tmp_path):
     assert EVIL in page.text  # as words, not as a tag
 
 
+def test_answers_of_another_kind(place, tmp_path):
+    out, dense = tmp_path / "page.html", ["--dense", write_dense(place, tmp_path), "--data", place / "data"]
+    result = report(place / "small", "--out", out, *dense, "--outputs", "labels", "--no-labels")
+    assert result.code == 0, result.err
+    assert "The images on which the outputs (labels) differ most" in check_harmless(out.read_text()).text
+    options = ["--out", tmp_path / "other.html", *dense]
+    refused(report(place / "small", *options, "--outputs", "labels"), "outputs that are labels need 0 or 1")
+    refused(report(place / "small", *options, "--outputs", "smells"), "unknown kind of outputs 'smells'")
+
+
 def write_dense(place: Path, folder: Path) -> Path:
     """The dense model as comcat saves it, with the normalization of the small one."""
     model = load_model(NAME, checkpoint=place / "dense.safetensors", model_args=ARGS)

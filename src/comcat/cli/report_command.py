@@ -60,6 +60,18 @@ def report(
     bench: Annotated[
         Path | None, opt.Option(metavar="FILE", help="Times in runtimes, from comcat bench --out.", show_default=False)
     ] = None,
+    outputs: Annotated[
+        str | None,
+        opt.Option(
+            metavar="KIND",
+            help="What the models return, where it cannot be told: classes, labels, values, features or maps.",
+            rich_help_panel=DENSE,
+        ),
+    ] = None,
+    no_labels: Annotated[
+        bool,
+        opt.Option("--no-labels", help="DATA's labels are not what the models answer.", rich_help_panel=DENSE),
+    ] = False,
     data: opt.OptionalData = None,
     split: opt.EvaluatedSplit = None,
     eval_images: opt.EvalImages = None,
@@ -89,6 +101,7 @@ def report(
         import comcat
 
         from ..calibration.statistics import Calibration
+        from ..evaluation.outputs import check_kind
         from ..report.facts import read_facts
         from ..report.page import PAGE_NAME, check_page, write_report
 
@@ -107,7 +120,8 @@ def report(
             if data is not None:
                 reading = reading_of(data)
                 small = comcat.load_model(str(folder))  # which knows how its images are prepared
-                more |= {"small": small, **_images(reading, small, split, batch_size, workers, eval_images)}
+                more |= _images(reading, small, split, batch_size, workers, eval_images)
+                more |= {"small": small, "outputs": check_kind(outputs), "labelled": more["labelled"] and not no_labels}
         write_report(folder, out, overwrite=overwrite, progress=screen.progress, **more)
         if "loader" in more:
             report_skipped(screen, more["loader"].skipped)

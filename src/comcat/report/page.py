@@ -33,6 +33,7 @@ def write_report(
     small: nn.Module | None = None,
     loader: Iterable[Any] | None = None,
     labelled: bool = True,
+    outputs: str | None = None,
     place: str | None = None,
     names: Sequence[str] | None = None,
     calibration: Calibration | None = None,
@@ -53,6 +54,7 @@ def write_report(
         small: the model in ``folder``, where it is loaded already.
         loader: batches of (images, labels), normalized for these models.
         labelled: whether ``loader`` has labels to compare with.
+        outputs: what the models return, where it cannot be told: classes, labels, values, features or maps.
         place: what ``loader`` is called on the page.
         names: the classes' names in the order of the outputs; by default the model's own.
         calibration: statistics of ``dense``, so that the spectra are those of activations instead of weights.
@@ -80,7 +82,7 @@ def write_report(
         _check_dense(dense, facts)
         extras = _with_spectra(extras, dense, calibration)
         if loader is not None:
-            facts, extras = _measured(facts, extras, (dense, small), loader, labelled, place, progress)
+            facts, extras = _measured(facts, extras, (dense, small), loader, (labelled, outputs), place, progress)
     page = render(facts, extras)
     with atomic_file(path, overwrite) as file:
         file.write(page.encode("utf-8", "replace"))
@@ -135,7 +137,7 @@ def _measured(
     extras: Extras,
     models: tuple[nn.Module, nn.Module | None],
     loader: Iterable[Any],
-    labelled: bool,
+    answers: tuple[bool, str | None],
     place: str | None,
     progress: Progress | None,
 ) -> tuple[Facts, Extras]:
@@ -149,7 +151,8 @@ def _measured(
     dense, small = models
     small = load_model(str(facts.folder)) if small is None else small
     small = small.to(next(dense.parameters()).device).eval()
-    found: Comparison = compare(small, dense, loader, labelled=labelled, progress=progress)
+    labelled, kind = answers
+    found: Comparison = compare(small, dense, loader, labelled=labelled, outputs=kind, progress=progress)
     speeds = throughput([dense, small], images_of(next(iter(loader))))
     words = f"{place or 'images of yours'}, {found.images:,} images, for this report"
     facts = replace(
