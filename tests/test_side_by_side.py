@@ -25,9 +25,9 @@ def test_against_the_functions_of_one_model(pair):
     for model, evaluation in ((dense, found.dense), (small, found.small)):
         alone = comcat.evaluate(model, batches)
         assert (evaluation.top1, evaluation.top5, evaluation.images) == (alone.top1, alone.top5, 37)
-        assert evaluation.loss == pytest.approx(alone.loss, rel=1e-9)
+        assert evaluation.loss == pytest.approx(alone.loss, rel=1e-6)
     agreement = comcat.agreement(small, dense, batches)
-    assert found.divergence == pytest.approx(agreement.kl, rel=1e-9)
+    assert found.divergence == pytest.approx(agreement.kl, rel=1e-6)
     assert sum(found.differing.values()) == round(37 * (1 - agreement.same / 100)) > 0
     with torch.no_grad():
         before, after = dense(x).argmax(1), small(x).argmax(1)
