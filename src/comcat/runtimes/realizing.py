@@ -29,8 +29,8 @@ from .whole_model import random_inputs, whole_session
 TOLERANCE = 0.05
 #: Plans that are made anew at most.
 _CORRECTIONS = 2
-#: Turns of both models.
-_ROUNDS = 15
+#: Turns of both models, and seconds that they take at least.
+_ROUNDS, _SECONDS = 15, 4.0
 Built = TypeVar("Built")
 
 
@@ -118,7 +118,7 @@ class RuntimeClock:
 
     def seconds(self, small: nn.Module) -> tuple[list[float], list[float]]:
         """Of the dense model and of another one, turn by turn."""
-        dense, other = in_turns([self.dense, self.opened(small)], self.inputs, _ROUNDS)
+        dense, other = in_turns([self.dense, self.opened(small)], self.inputs, _ROUNDS, least_seconds=_SECONDS)
         return dense, other
 
     def measure(self, small: nn.Module, plan: Plan, budget: int) -> Realized:

@@ -192,6 +192,7 @@ def in_turns(
     repeats: int = 1,
     progress: Progress | None = None,
     seconds: float | None = None,
+    least_seconds: float = 0.0,
 ) -> list[list[float]]:
     """Seconds of a batch in several sessions, one after the other in every round, so that a busy machine slows all.
 
@@ -200,7 +201,8 @@ def in_turns(
         rounds: of which each session has its turn in; after one that does not count.
         repeats: how often a session runs in its turn; the least of these counts for the round.
         progress: called as ``progress("timing", turns done, turns in all)``.
-        seconds: after which no further round begins, once there were three.
+        seconds: after which no further round begins, once there were three; least_seconds: up to which rounds go on, so
+            that what else a machine does for a while does not fall into all of them.
 
     Returns:
         For each session, one figure per round.
@@ -209,16 +211,17 @@ def in_turns(
     each = [list(arrays)] * len(sessions) if _same_for_all(arrays) else [list(one) for one in arrays]
     inputs = [one._prepared(own, {}) for one, own in zip(sessions, each, strict=True)]
     times: list[list[float]] = [[] for _ in sessions]
-    for turn in range(rounds + 1):
+    turn, going = 0, True
+    while going:
         for spent, one, own in zip(times, sessions, inputs, strict=True):
             least = min(one._timed(own) for _ in range(repeats))
             if turn:
                 spent.append(least)
-        late = seconds is not None and turn >= 3 and time.perf_counter() - begin > seconds
+        turn, passed = turn + 1, time.perf_counter() - begin
+        late = seconds is not None and turn > 3 and passed > seconds
+        going = (turn <= rounds or passed < least_seconds) and not late
         if progress:
-            progress("timing", rounds + 1 if late else turn + 1, rounds + 1)
-        if late:
-            break
+            progress("timing", turn, max(rounds + 1, turn + 1) if going else turn)
     return times
 
 
