@@ -152,7 +152,7 @@ import sys
 sys.modules.update(dict.fromkeys({extras}))
 import comcat
 [getattr(comcat, name) for name in comcat.__all__]
-import comcat.cli.job, comcat.cli.finetune_job, comcat.data.training_set, comcat.report.tables
+import comcat.cli.compress_job, comcat.cli.finetune_job, comcat.data.training_set, comcat.report.tables
 """
     assert {"torch", "timm"} <= loaded_by(code)
 

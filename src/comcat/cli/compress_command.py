@@ -233,7 +233,8 @@ def compress(
         from ..storage.atomic import check_free, claimed_output
         from ..storage.owned import MODEL, STOCK
         from ..training.process import process_index
-        from .job import CompressJob, CompressSettings
+        from .compress_job import CompressJob
+        from .compress_settings import CompressSettings
         from .timings import LatencyWanted
 
         check_free(out, overwrite, STOCK if stock else MODEL)

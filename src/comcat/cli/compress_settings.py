@@ -1,4 +1,4 @@
-"""What ``comcat compress`` is told, and what it comes to."""
+"""What ``comcat compress`` is told."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING
 from .judging import Judging
 
 if TYPE_CHECKING:
-    from ..compression import Report
-    from ..planning.plan import Plan
-    from ..report.tables import Measured
     from .searching import Search
     from .timings import LatencyWanted
 
@@ -41,13 +38,3 @@ class CompressSettings:
     search: Search | None
     judging: Judging = field(default_factory=Judging)
     stock: bool = False
-
-
-@dataclass(frozen=True)
-class CompressOutcome:
-    """Everything that is shown and written."""
-
-    plan: Plan
-    report: Report
-    dense: Measured
-    small: Measured

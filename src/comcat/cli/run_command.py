@@ -219,7 +219,8 @@ class _Stages:
     def compress(self) -> None:
         """Calibrate, choose ranks, write ``compressed/``."""
         from ..training import state
-        from .job import CompressJob, CompressSettings
+        from .compress_job import CompressJob
+        from .compress_settings import CompressSettings
         from .judging import Judging
         from .searching import Search, read_config
         from .timings import LatencyWanted

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import timings
-from .compress_settings import CompressOutcome, CompressSettings
+from .compress_images import CompressImages
+from .compress_outcome import CompressOutcome
+from .compress_settings import CompressSettings
 from .console import Screen
 from .inputs import Reading, report_skipped
-from .judging import Judge, refuse_text
 from .making import SmallModel, made_with, make, told
 
 if TYPE_CHECKING:
@@ -19,10 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..calibration.statistics import Calibration
-    from ..data.loading import ImageData, ImageLoader, StreamData
     from ..planning.latency import LatencyTable
     from ..planning.plan import Budget, Plan
-    from ..report.tables import Measured
     from ..runtimes.realizing import Outcome
     from .searching import Search
 
@@ -36,13 +35,11 @@ class CompressJob:
         budget: Budget | None,
         plan: Plan | None,
     ) -> None:
-        self.screen, self.settings, self.reading = screen, settings, reading
+        self.screen, self.settings = screen, settings
         self.budget, self.plan = budget, plan
         self.calibration: Calibration | None = None
         self.latency: LatencyTable | None = None
-        self.calibration_batches: ImageLoader | None = None
-        self.eval_batches: ImageLoader | None = None
-        self.search_batches: Any = None
+        self.images = CompressImages(screen, settings, reading)
         self.realized: Outcome[SmallModel] | None = None
 
     # -- before the long work --------------------------------------------------------------------------------
@@ -99,40 +96,8 @@ class CompressJob:
         self.screen.note(f"calibration read from {path} ({calibration.num_images} images)")
 
     def open_data(self) -> None:
-        """Both splits, checked before any of them is used."""
-        from ..data import calibration_batches, loader
-
-        s, reading = self.settings, self.reading
-        if reading is None:
-            return
-        config = reading.configure(self.model)
-        calibration = evaluation = None
-        if self.calibration is None and not s.data_free:
-            refuse_text(self.model)
-            calibration = reading.open(s.calibration_split, "calibration", config, None, s.seed)
-            self.calibration_batches = calibration_batches(
-                calibration, s.calibration_images, s.batch_size, s.seed, s.workers
-            )
-        if s.evaluate:
-            device = next(self.model.parameters()).device
-            self.judge = Judge(s.judging, reading, s.eval_split, self.model, s.model, device, self.screen, True)
-            evaluation = self.judge.data
-            self.eval_batches = loader(evaluation, s.batch_size, s.workers, s.eval_images)
-        if s.search is not None:
-            self.search_batches = s.search.open(reading, self.model, evaluation, self.screen)
-        self._explain(calibration, evaluation)
-
-    def _explain(self, calibration: ImageData | StreamData | None, evaluation: ImageData | StreamData | None) -> None:
-        """Say what was chosen where the user did not choose."""
-        either = calibration or evaluation
-        if either is not None and either.as_is:
-            size = "x".join(str(n) for n in either.input_size[1:])
-            self.screen.note(f"the images already are {size}, so they are neither resized nor cropped")
-        if calibration is not None and evaluation is not None:
-            if calibration.split == evaluation.split:
-                self.screen.warn("calibration and evaluation share their images; the accuracy flatters a little")
-            else:
-                self.screen.note(f"calibrates on {calibration.split!r}, evaluates on {evaluation.split!r}")
+        """The images of every use, checked before any of them is used."""
+        self.images.open(self.model, calibrated=self.calibration is not None)
 
     # -- the long work ---------------------------------------------------------------------------------------
 
@@ -163,7 +128,7 @@ class CompressJob:
 
         from ..errors import DataError
 
-        batches, wanted = self.calibration_batches, self.settings.calibration_images
+        batches, wanted = self.images.calibration, self.settings.calibration_images
         if batches is None:
             return
         self.calibration = comcat.calibrate(
@@ -224,7 +189,7 @@ class CompressJob:
         return comcat.search(
             self.prepared,
             budget,
-            self.search_batches,
+            self.images.search,
             search.config,
             calibration=self.calibration,
             parts=self.settings.parts,
@@ -258,125 +223,46 @@ class CompressJob:
 
     def _compress(self, plan: Plan) -> CompressOutcome:
         """Compress, evaluate, write; the output directory appears complete or not at all."""
-        from ..errors import ComcatError
-        from ..report.figures import draw_kept
         from ..report.tables import Measured
         from ..storage.atomic import atomic_directory
         from ..storage.owned import MODEL, STOCK
 
-        screen, s = self.screen, self.settings
+        s, images = self.settings, self.images
         plan = self._build(plan)
-        report = self.made.report
+        report, table = self.made.report, self.latency
         size = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
         dense = Measured("dense", report.params_before, report.macs_before, size)
         small = Measured("compressed", report.params_after, report.macs_after, 0)
-        if self.eval_batches is not None:
-            dense, small = self._evaluate([self.model, self.made.model], [dense, small])
+        timed = None if table is None else table.batch_size  # as the layers were timed
+        dense, small = images.evaluate([self.model, self.made.model], [dense, small], timed)
+        latency = None if table is None else timings.describe(table, plan, dense, small, self.realized)
         with atomic_directory(s.out, s.overwrite, STOCK if s.stock else MODEL) as stage:
             self.made.write(stage)
             small = replace(small, bytes=sum(file.stat().st_size for file in stage.glob("*.safetensors")))
-            outcome = CompressOutcome(plan, report, dense, small)
-            plan.save(stage / "plan.json")
-            (stage / "report.json").write_text(json.dumps(self._document(outcome), indent=1, default=str) + "\n")
-            try:
-                draw_kept(report, stage / "report.png", *self._titles(outcome))
-            except ComcatError as error:
-                screen.note(f"no report.png: {error}")
-            if self.settings.search is not None:
-                self.settings.search.hand_over(stage)
-        if self.settings.search is not None:
-            self.settings.search.clean()
-        return outcome
-
-    def _evaluate(self, models: list[nn.Module], columns: list[Measured]) -> list[Measured]:
-        """Accuracy one after the other, speed in turns."""
-        import torch
-
-        from ..evaluation.measure import evaluate
-        from ..evaluation.speed import throughput
-
-        assert self.eval_batches is not None
-        measured = []
-        for model, column in zip(models, columns, strict=True):
-            result = evaluate(
-                model,
-                self.eval_batches,
-                progress=self.screen.stage(f"evaluate {column.name}"),
-                **self.judge.arguments(models[0]),
+            outcome = CompressOutcome(
+                settings=s,
+                made_with=made_with(self.model),
+                plan=plan,
+                calibration=self.calibration,
+                report=report,
+                dense=dense,
+                small=small,
+                latency=latency,
+                place=images.place,
+                skipped=images.skipped,
             )
-            measured.append(replace(column, evaluation=result))
-        images = next(iter(self.eval_batches))[0]
-        if self.latency is not None:  # as the layers were timed
-            images = images[torch.arange(self.latency.batch_size) % len(images)]
-        speeds = throughput(models, images, forwards=[self.judge.call(model) for model in models])
-        return [replace(column, speed=speed) for column, speed in zip(measured, speeds, strict=True)]
-
-    # -- the outcome -----------------------------------------------------------------------------------------
-
-    def _titles(self, outcome: CompressOutcome) -> tuple[str, str]:
-        from ..report.format import count
-
-        dense, small = outcome.dense, outcome.small
-        title = f"{self.settings.model}: {count(dense.params)} → {count(small.params)} parameters"
-        subtitle = f"what every layer kept · MACs {count(dense.macs)} → {count(small.macs)}"
-        if dense.evaluation and small.evaluation:
-            before, after = dense.evaluation.figures()[0], small.evaluation.figures()[0]
-            subtitle += f" · {before.label} {before.shown().removesuffix(' %')} → {after.shown()}"
-        return title, subtitle
-
-    def _latency(self, outcome: CompressOutcome) -> dict[str, Any] | None:
-        if self.latency is None:
-            return None
-        return timings.describe(self.latency, outcome.plan, outcome.dense, outcome.small, self.realized)
-
-    def _place(self) -> str | None:
-        if self.eval_batches is None:
-            return None
-        data = self.eval_batches.data
-        return f"{data.name}, split {data.split}" if data.split else data.name
-
-    def _document(self, outcome: CompressOutcome) -> dict[str, Any]:
-        """The outcome for machines: the ``--json`` document and ``report.json``."""
-        made = self.calibration
-        return {
-            **made_with(self.model),
-            "model": self.settings.model,
-            "out": str(self.settings.out),
-            "method": outcome.plan.method,
-            "seed": self.settings.seed,
-            "calibration": {"images": made.num_images, "fisher": made.fisher} if made else None,
-            "latency": self._latency(outcome),
-            "evaluated_on": self._place(),
-            "skipped_images": {
-                **(self.calibration_batches.skipped if self.calibration_batches else {}),
-                **(self.eval_batches.skipped if self.eval_batches else {}),
-            },
-            "dense": outcome.dense.to_dict(),
-            "compressed": outcome.small.to_dict(),
-            "report": outcome.report.to_dict(),
-        }
+            outcome.write(stage, self.screen)
+            if s.search is not None:
+                s.search.hand_over(stage)
+        if s.search is not None:
+            s.search.clean()
+        return outcome
 
     def show(self) -> None:
         """Print the outcome, on the main process."""
-        from ..report import tables
         from ..training.process import process_index
 
-        if process_index() > 0:
-            return
-
-        outcome, out = self.outcome, self.screen.out
-        if self.eval_batches is not None:
-            report_skipped(self.screen, self.eval_batches.skipped)
-        out.print()
-        out.print(tables.layers(outcome.report))
-        if dense := tables.left_dense(outcome.report):
-            out.print(dense)
-        place = self._place()
-        title = f"{self.settings.model}, ranks by {outcome.plan.method}, "
-        title += f"evaluated on {place}" if place else "not evaluated"
-        out.print(tables.comparison([outcome.dense, outcome.small], title))
-        if latency := self._latency(outcome):
-            out.print(timings.line(latency))
-        target = self.settings.out
-        self.screen.say("written to ", (target, "bold"), f"; in Python: {self.made.loaded_by(target)}")
-        self.screen.result(self._document(outcome))
+        if process_index() == 0:
+            if self.images.evaluation is not None:
+                report_skipped(self.screen, self.images.evaluation.skipped)
+            self.outcome.show(self.screen, self.made.loaded_by(self.settings.out))
