@@ -59,7 +59,18 @@ def declared() -> dict[str, set[str]]:
         (
             "comcat",
             [
-                *["data", "plot", "train", "customize", "transformers", "openclip", "detection", "onnx", "openvino"],
+                *[
+                    "data",
+                    "plot",
+                    "train",
+                    "customize",
+                    "transformers",
+                    "openclip",
+                    "detection",
+                    "onnx",
+                    "openvino",
+                    "int8",
+                ],
                 "",
                 *OTHERS,
             ],

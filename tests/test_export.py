@@ -191,7 +191,7 @@ def left_behind(folder: Path) -> list[str]:
     [
         ("a.onnx", "tensorrt", {}, "unknown format 'tensorrt'; choose from onnx, openvino, torch"),
         ("a.pt", "onnx", {}, r"does not end in \.onnx"),
-        ("a.onnx", "onnx", {"precision": "int4"}, "unknown precision 'int4'; choose from fp32, fp16, bf16"),
+        ("a.onnx", "onnx", {"precision": "int4"}, "unknown precision 'int4'; choose from fp32, fp16, bf16, int8"),
         ("a.onnx", "onnx", {"precision": "bf16"}, "no bf16 kernels for processors.*choose fp32 or fp16"),
         ("a.pte", "executorch", {"precision": "bf16"}, "XNNPACK has no bf16 kernels"),
         ("a.tflite", "litert", {}, r"holds batches of one size: give dynamic_batch=False and batch_size \(--batch N\)"),
@@ -244,12 +244,13 @@ def test_a_file_that_computes_something_else_is_not_written(
     path = tmp_path / "a.pt2"
     comcat.export(small, path, "torch")
     before = path.read_bytes()
-    right = type(file_format("torch")).run
+    right = type(file_format("torch")).opened
 
     def wrong(*args: Any) -> Any:
-        return [[one * 1.01 for one in batch] for batch in right(*args)]
+        run = right(*args)
+        return lambda batch: [one * 1.01 for one in run(batch)]
 
-    monkeypatch.setattr(type(file_format("torch")), "run", wrong)
+    monkeypatch.setattr(type(file_format("torch")), "opened", wrong)
     with pytest.raises(ExportError, match=r"output 'logits' differs by 0\.01 of its.*nothing was written"):
         comcat.export(small, path, "torch", overwrite=True)
     assert path.read_bytes() == before
@@ -261,7 +262,7 @@ def test_a_file_that_computes_something_else_is_not_written(
 def test_a_file_that_cannot_run_here_is_said_to_be_unchecked(
     small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(type(file_format("torch")), "run", lambda *_: None)
+    monkeypatch.setattr(type(file_format("torch")), "opened", lambda *_: None)
     report = comcat.export(small, tmp_path / "a.pt2", "torch")
     assert (report.absolute, report.relative, report.images) == (None, None, 0)
     assert report.notes == ["not compared with PyTorch: files of torch.export do not run on this machine"]

@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options as opt
+from .config_options import reads_images
 from .console import Screen, command
-from .inputs import Reading, check_input_file, parse_model_args
+from .inputs import Reading, ReadingOf, check_input_file, parse_model_args
 
 if TYPE_CHECKING:
     from ..exporting.exporter import ExportReport
 
 FORMATS = "onnx|openvino|torch|executorch|litert|coreml"
 FILE = "File"
+INT8 = "Int8 and accuracy"
 
 
 @command
+@reads_images
 def export(
     model: opt.Model,
     to: Annotated[str, opt.Option(metavar=FORMATS, help="Format of the file.", rich_help_panel=FILE)],
@@ -51,20 +54,42 @@ def export(
             rich_help_panel=FILE,
         ),
     ] = None,
+    int8: Annotated[
+        bool,
+        opt.Option("--int8", help="Quantize, calibrated on images of --data.", rich_help_panel=INT8),
+    ] = False,
+    int8_tolerance: Annotated[
+        float | None,
+        opt.Option(
+            min=0.0,
+            metavar="F",
+            help="Largest divergence of the outputs (nats an image, of classes); layers stay float until it is met. "
+            "0.001.",
+            rich_help_panel=INT8,
+        ),
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        opt.Option(
+            "--evaluate",
+            metavar="DATA",
+            help="Measure the accuracy of model and file there.",
+            rich_help_panel=INT8,
+        ),
+    ] = None,
+    eval_split: opt.EvalSplit = None,
+    eval_images: opt.EvalImages = None,
     checkpoint: opt.Checkpoint = None,
     model_arg: opt.ModelArgs = None,
     data: opt.OptionalData = None,
     split: Annotated[
         str | None,
-        opt.Option(help="Split of the images to compare outputs on.", rich_help_panel=opt.DATA),
+        opt.Option(help="Split of --data; train for --int8, if there is one.", rich_help_panel=opt.DATA),
     ] = None,
-    data_root: opt.DataRoot = None,
-    class_map: opt.ClassMap = None,
-    skip_bad_images: opt.SkipBad = False,
-    mean: opt.Mean = None,
-    std: opt.Std = None,
-    crop_pct: opt.CropPct = None,
-    interpolation: opt.Interpolation = None,
+    reading_of: ReadingOf = Reading,
+    batch_size: opt.BatchSize = 64,
+    workers: opt.Workers = None,
+    seed: opt.Seed = 0,
     overwrite: opt.Overwrite = False,
     json_output: opt.Json = False,
 ) -> None:
@@ -78,24 +103,45 @@ def export(
     args = parse_model_args(model_arg)
     if split is not None and data is None:
         raise typer.BadParameter("belongs to --data", param_hint="--split")
+    if int8 and precision != "fp32":
+        raise typer.BadParameter("is a precision of its own", param_hint="--int8")
+    if int8 and data is None:
+        raise typer.BadParameter("give --data DATA to calibrate on", param_hint="--int8")
+    if int8_tolerance is not None and not int8:
+        raise typer.BadParameter("belongs to --int8", param_hint="--int8-tolerance")
+    if (eval_split or eval_images) and evaluate is None:
+        raise typer.BadParameter("belongs to --evaluate", param_hint="--eval-split")
     screen = Screen(json_output)
     with screen:
+        import torch
+
         import comcat
 
-        from ..data import loader
-        from ..exporting.exporter import check_request
+        from ..data import calibration_batches, loader
+        from ..evaluation.measure import evaluate as measure
+        from ..exporting.exporter import CALIBRATION, INT8_TOLERANCE, check_request
+        from ..exporting.file_model import FileModel
         from ..exporting.parity import MOST_COMPARED
 
         check_input_file(checkpoint, "--checkpoint")
-        check_request(out, to, precision, batch is None, dynamic_size, overwrite)
+        precision = "int8" if int8 else precision
+        target = check_request(out, to, precision, batch is None, dynamic_size, overwrite)
+        torch.manual_seed(seed)
         loaded = comcat.load_model(model, checkpoint=checkpoint, model_args=args)
-        given = (mean, std, crop_pct, interpolation)
-        images = None
-        if data is not None or any(value is not None for value in given):
-            reading = Reading(data or "", data_root, class_map, skip_bad_images, *given)
-            config = reading.configure(loaded)
-            if data is not None:
-                images = loader(reading.open(split, "evaluation", config, None), MOST_COMPARED, 0, MOST_COMPARED)
+        reading = reading_of(data or evaluate or "")
+        config = reading.configure(loaded) if data or evaluate or reading != Reading(reading.data) else {}
+        images = tested = None
+        if data is not None:
+            opened = reading.open(split, "calibration" if int8 else "evaluation", config, None)
+            count = min(CALIBRATION, len(opened) or CALIBRATION) if int8 else MOST_COMPARED
+            images = (
+                calibration_batches(opened, count, batch_size, seed, workers)
+                if int8
+                else loader(opened, count, 0, count)
+            )
+        if evaluate is not None:
+            labelled = reading_of(evaluate).open_labelled(eval_split, config, loaded, screen)
+            tested = loader(labelled, batch_size, workers, eval_images)
         report = comcat.export(
             loaded,
             out,
@@ -105,12 +151,23 @@ def export(
             dynamic_size=dynamic_size,
             batch_size=batch or 1,
             tolerance=tolerance,
+            int8_tolerance=INT8_TOLERANCE if int8_tolerance is None else int8_tolerance,
             images=images,
             overwrite=overwrite,
             progress=screen.progress,
         )
+        measured = {}
+        if tested is not None:
+            made = FileModel(out, target, precision, list(report.outputs), batch, loaded)
+            measured["model"] = measure(loaded, tested, progress=screen.stage("evaluate the model"))
+            measured["file"] = measure(made, tested, progress=screen.stage("evaluate the file"))
     say(screen, report)
-    screen.result(report.to_dict())
+    for name, found in measured.items():
+        scores = ", ".join(f"{figure.label} {figure.shown()}" for figure in found.figures())
+        screen.say(f"{name}: {scores}, on {found.images} images")
+    screen.result(
+        {**report.to_dict(), "evaluation": {name: found.to_dict() for name, found in measured.items()} or None}
+    )
 
 
 def say(screen: Screen, report: ExportReport) -> None:
@@ -126,5 +183,8 @@ def say(screen: Screen, report: ExportReport) -> None:
             f"differs from PyTorch in fp32 by at most {report.absolute:.2g}, {report.relative:.2g} of the largest "
             f"output ({report.tolerance:.2g} allowed), on {report.images} {kind}"
         )
+    if report.divergence is not None:
+        kept = f"{len(report.floats)} layers stay float" if report.floats else "no layer stays float"
+        screen.say(f"diverges from PyTorch by {report.divergence:.2g} on the calibration images; {kept}")
     for note in report.notes:
         screen.note(note)

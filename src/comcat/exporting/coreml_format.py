@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from .file_format import FileFormat
+from .file_format import FileFormat, Run
+from .int8_choice import Int8
 from .publishing import PACKAGE_SUFFIX
 from .tracing import Traced
 
@@ -31,7 +32,9 @@ class CoreMlFormat(FileFormat):
     def traced_dtype(self, precision: str) -> torch.dtype:
         return torch.float32
 
-    def write(self, traced: Traced, path: Path, precision: str, metadata: Mapping[str, str]) -> None:
+    def write(
+        self, traced: Traced, path: Path, precision: str, metadata: Mapping[str, str], int8: Int8 | None = None
+    ) -> None:
         import coremltools
 
         made: Any = coremltools.convert(
@@ -47,7 +50,7 @@ class CoreMlFormat(FileFormat):
         made.user_defined_metadata.update(metadata)
         made.save(str(path))
 
-    def run(self, path: Path, batches: Iterable[Sequence[np.ndarray]], precision: str) -> list[list[np.ndarray]] | None:
+    def opened(self, path: Path, precision: str) -> Run | None:
         if platform.system() != "Darwin":
             return None
         import coremltools
@@ -55,11 +58,12 @@ class CoreMlFormat(FileFormat):
         model: Any = coremltools.models.MLModel(str(path))
         names = [port.name for port in model.get_spec().description.input]
         outputs = [port.name for port in model.get_spec().description.output]
-        found = []
-        for batch in batches:
+
+        def run(batch: Sequence[np.ndarray]) -> list[np.ndarray]:
             made = model.predict(dict(zip(names, batch, strict=True)))
-            found.append([made[name] for name in outputs])
-        return found
+            return [made[name] for name in outputs]
+
+        return run
 
 
 FORMAT = CoreMlFormat()

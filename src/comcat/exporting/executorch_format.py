@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import ClassVar
@@ -10,7 +10,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from .file_format import FileFormat
+from .file_format import FileFormat, Run
+from .int8_choice import Int8
 from .tracing import Traced
 
 
@@ -28,7 +29,9 @@ class ExecuTorchFormat(FileFormat):
     bounded = True
     holds_metadata = False
 
-    def write(self, traced: Traced, path: Path, precision: str, metadata: Mapping[str, str]) -> None:
+    def write(
+        self, traced: Traced, path: Path, precision: str, metadata: Mapping[str, str], int8: Int8 | None = None
+    ) -> None:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
@@ -37,12 +40,15 @@ class ExecuTorchFormat(FileFormat):
         with open(path, "wb") as file:
             lowered.to_executorch().write_to_file(file)
 
-    def run(self, path: Path, batches: Iterable[Sequence[np.ndarray]], precision: str) -> list[list[np.ndarray]]:
+    def opened(self, path: Path, precision: str) -> Run:
         from executorch.runtime import Runtime
 
         method = Runtime.get().load_program(path).load_method("forward")
-        outputs = [method.execute([torch.from_numpy(one) for one in batch]) for batch in batches]
-        return [[tensor.numpy().copy() for tensor in one] for one in outputs]
+
+        def run(batch: Sequence[np.ndarray]) -> list[np.ndarray]:
+            return [tensor.numpy().copy() for tensor in method.execute([torch.from_numpy(one) for one in batch])]
+
+        return run
 
 
 def slice_for_split(graph: torch.fx.Graph) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_st
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -29,12 +29,20 @@ from ..progress import Progress
 from ..wording import by
 from .file_format import FileFormat
 from .file_metadata import SIDECAR, as_text, describe_file
+from .file_model import FileModel
 from .flat_model import FlatModel
 from .formats import file_format
-from .parity import TOLERANCES, Deviation, arrays, batches_of, calls, compare, given_images, reference
+from .int8_choice import FloatChoice, Int8, diverging
+from .parity import MOST_COMPARED, TOLERANCES, Deviation, arrays, batches_of, calls, compare, given_images, reference
 from .publishing import check_target, publish, staged
 from .tracing import MOST_IMAGES, Traced, blaming, trace
 
+#: Images that int8 is calibrated on.
+CALIBRATION = 256
+#: Largest divergence of int8 by default. See benchmarks/int8.py for what that costs.
+INT8_TOLERANCE = 0.001
+#: How often an int8 file is written until it is within its tolerance.
+_ATTEMPTS = 4
 #: Images of the example that an open batch is traced with; no batch of the parity check has so many.
 _TRACED = 3
 
@@ -45,12 +53,15 @@ class ExportReport:
 
     Attributes:
         format, path, bytes: of the file, with those that belong to it.
-        precision: fp32, fp16 or bf16.
+        precision: fp32, fp16, bf16 or int8.
         inputs, outputs: name -> shape, with ``"batch"``, ``"height"`` and ``"width"`` for axes of any size.
         absolute, relative: the largest difference from the model in float32 under PyTorch, the second in units of the
             largest value of its output; None where the file cannot run on this machine.
         tolerance: that ``relative`` was held to; images: how many were compared; batches: in batches of these sizes.
         real: whether they were given, or random.
+        floats: of int8, the layers that stayed float; divergence: how far its outputs are from those of the model on
+            the calibration images, in nats an image for classes, otherwise in the unit of
+            :func:`comcat.evaluation.outputs.divergence`.
         notes: what the user must know, such as what was not checked.
     """
 
@@ -66,6 +77,8 @@ class ExportReport:
     images: int
     batches: tuple[int, ...]
     real: bool
+    floats: tuple[str, ...] = ()
+    divergence: float | None = None
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,6 +97,7 @@ def export(
     batch_size: int = 1,
     input_size: Sequence[int] | None = None,
     tolerance: float | None = None,
+    int8_tolerance: float = INT8_TOLERANCE,
     images: Any = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -98,13 +112,17 @@ def export(
         path: of the file, with the format's ending; OpenVINO writes its weights beside it.
         to: ``onnx`` (.onnx), ``openvino`` (.xml), ``torch`` (.pt2), ``executorch`` (.pte), ``litert`` (.tflite) or
             ``coreml`` (.mlpackage).
-        precision: ``fp32``, ``fp16`` or ``bf16``; not every format has them all.
+        precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``; not every format has them all. ``int8`` quantizes after
+            training and needs ``images`` to calibrate on.
         dynamic_batch: take batches of any size; otherwise of ``batch_size`` images.
         dynamic_size: take images of any size that the model takes.
         input_size: (C, H, W) of the images, default the model's own.
         tolerance: largest difference from PyTorch in float32, in units of the largest output;
             :data:`comcat.exporting.parity.TOLERANCES` by default.
-        images: to compare the outputs on: (N, C, H, W) or batches, normalized; random ones by default.
+        int8_tolerance: largest divergence of an int8 file's outputs by simulation, on the calibration images; layers
+            stay float until it is met, those first that cost most per weight (:mod:`comcat.exporting.int8_choice`).
+        images: to compare the outputs on: (N, C, H, W) or batches, normalized; random ones by default. For ``int8``,
+            the first 256 are calibrated on.
         overwrite: replace a file of that name.
         progress: called as ``progress("export", steps done, steps in all)``.
 
@@ -126,13 +144,13 @@ def export(
         with still(model):
             subject = _Subject(model, target, precision, batch_size if not dynamic_batch else None, input_size)
             subject.open_size = dynamic_size
-            pixels = given_images(images, subject.size)
-            traced = subject.trace()
-            tell("export", 1, 3)
+            pixels = given_images(images, subject.size, CALIBRATION if precision == "int8" else MOST_COMPARED)
             file = stage / path.name
-            notes = _write(traced, file, target, precision, describe_file(model, subject.config, to, precision))
-            tell("export", 2, 3)
-            found, batches = subject.compared(traced, file, pixels)
+            metadata = describe_file(model, subject.config, to, precision)
+            written = _written_int8 if precision == "int8" else _written
+            made = written(subject, file, metadata, pixels, int8_tolerance, tell)
+            found, batches = subject.compared(made.traced, file, pixels)
+        traced, notes, int8, lost = made.traced, made.notes, made.int8, made.divergence
         if found is None:
             notes.append(f"not compared with PyTorch: files of {target.title} do not run on this machine")
         elif not found.relative <= allowed:
@@ -157,6 +175,8 @@ def export(
         images=sum(batches) if found else 0,
         batches=batches if found else (),
         real=pixels is not None,
+        floats=int8.floats if int8 else (),
+        divergence=lost,
         notes=notes,
     )
 
@@ -171,8 +191,55 @@ def check_request(
     return target
 
 
-def _write(traced: Traced, file: Path, target: FileFormat, precision: str, metadata: dict[str, Any]) -> list[str]:
-    """The file, with its metadata; what there is to say of it."""
+class _Made(NamedTuple):
+    """A file that was written, for whichever reason with what notes."""
+
+    traced: Traced
+    notes: list[str]
+    int8: Int8 | None = None
+    divergence: float | None = None
+
+
+def _written(subject: _Subject, file: Path, metadata: dict[str, Any], *_: Any) -> _Made:
+    """A file of floats."""
+    traced = subject.trace()
+    return _Made(traced, _write(subject.target, traced, file, metadata))
+
+
+def _written_int8(
+    subject: _Subject,
+    file: Path,
+    metadata: dict[str, Any],
+    pixels: torch.Tensor | None,
+    tolerance: float,
+    tell: Progress,
+) -> _Made:
+    """An int8 file within the tolerance.
+
+    Runtimes quantize otherwise than the simulation does: where the file diverges by more, the simulation is held to as
+    much less, a few times.
+    """
+    choice, held = subject.choice(pixels, tell), tolerance
+    for _ in range(_ATTEMPTS):
+        int8 = choice.within(held)
+        traced = subject.trace(int8)
+        notes = _write(subject.target, traced, file, {**metadata, "float_layers": list(int8.floats)}, int8)
+        lost = subject.divergence(file, int8)
+        if lost <= tolerance or not int8.divergence:
+            break
+        held = 0.8 * int8.divergence * tolerance / lost
+    if lost > tolerance:
+        raise ExportError(
+            f"the outputs of the file diverge by {lost:.2g}, and {tolerance:.2g} is allowed, with {len(int8.floats)} "
+            "layers that stay float: give a larger int8_tolerance (--int8-tolerance)"
+        )
+    return _Made(traced, notes, int8, lost)
+
+
+def _write(
+    target: FileFormat, traced: Traced, file: Path, metadata: dict[str, Any], int8: Int8 | None = None
+) -> list[str]:
+    """Write the file with its metadata; what there is to say of it."""
     notes = target.notes()
     if "preprocessing" not in metadata:
         notes.append("the model does not say how its images are normalized, and so the file does not")
@@ -180,7 +247,7 @@ def _write(traced: Traced, file: Path, target: FileFormat, precision: str, metad
         notes.append(f"{target.title} plans its memory ahead: batches of up to {MOST_IMAGES} images")
     metadata |= {"inputs": traced.inputs, "outputs": traced.outputs}
     with quiet(), blaming(traced.program, target.title):
-        target.write(traced, file, precision, as_text(metadata))
+        target.write(traced, file, metadata["precision"], as_text(metadata), int8)
     if not target.holds_metadata:
         sidecar = file.with_name(file.name + SIDECAR)
         sidecar.write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
@@ -214,10 +281,26 @@ class _Subject:
         with explained(self.example.pixels), quiet():
             self.flat = FlatModel(self.copy, self.example)
 
-    def trace(self) -> Traced:
+    def choice(self, images: torch.Tensor | None, progress: Progress) -> FloatChoice:
+        """What stays float, to be chosen on these images."""
+        if images is None:
+            raise ExportError("int8 needs images to calibrate on: give images (--data)")
+        if len(self.flat.input_names) > 1:
+            names = ", ".join(self.flat.input_names)
+            raise ExportError(f"int8 files are of models that take images alone, and this one takes {names}")
+        return FloatChoice(self.copy, images, self.target.by_token, progress)
+
+    def divergence(self, file: Path, int8: Int8) -> float:
+        """Of the file's outputs from the model's, on the calibration images."""
+        made = FileModel(file, self.target, self.precision, self.flat.output_names, self.batch, self.copy)
+        return diverging(self.copy, made, int8.images)
+
+    def trace(self, int8: Int8 | None = None) -> Traced:
         """The graph that the format is written from."""
         dtype = self.target.traced_dtype(self.precision)
         flat = self.flat if dtype == torch.float32 else self.flat.cast(dtype)
+        if int8 is not None:
+            flat = self.target.quantized(flat, int8)
         with quiet(), nullcontext() if self.target.pads_heads else unpadded():
             return trace(flat, self.example.images, self.batch is None, self.open_size, self.target.bounded)
 
@@ -232,8 +315,11 @@ class _Subject:
             batches += (1,)
         wanted = reference(self.flat, examples)
         with quiet(), blaming(traced.program, self.target.title):
-            got = self.target.run(file, arrays(self.flat, examples), self.precision)
-        return None if got is None else compare(self.flat.output_names, wanted, got), batches
+            run = self.target.opened(file, self.precision)
+            if run is None:
+                return None, batches
+            got = [run(batch) for batch in arrays(self.flat, examples)]
+        return compare(self.flat.output_names, wanted, got), batches
 
     def _other_size(self) -> Example:
         """A call of the model with another image size than its own."""

@@ -7,7 +7,7 @@ extra in pyproject.toml.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,9 +16,14 @@ import numpy as np
 import torch
 
 from ..errors import ExportError
+from .flat_model import FlatModel
+from .int8_choice import Int8
 from .tracing import Traced
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+#: What a precision is traced in; int8 begins as float32.
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
+#: A file that is ready to run: one batch in, its outputs out.
+Run = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 
 
 class FileFormat(ABC):
@@ -27,6 +32,7 @@ class FileFormat(ABC):
     Attributes:
         name: as typed; title: as said; suffix: of its files.
         packages: that must be there; extra: of comcat that installs them.
+        int8_packages: what int8 needs besides; by_token: whether int8 inputs have a scale for every token.
         precisions: that it can hold; why_not: precision -> why it cannot.
         dynamic_batch, dynamic_size: whether it can leave the number and the size of images open.
         bounded: whether an open batch needs an upper bound.
@@ -39,6 +45,8 @@ class FileFormat(ABC):
     suffix: ClassVar[str]
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str] = ""
+    int8_packages: ClassVar[tuple[str, ...]] = ()
+    by_token: ClassVar[bool] = False
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     why_not: ClassVar[Mapping[str, str]] = {}
     dynamic_batch: ClassVar[bool] = True
@@ -62,21 +70,28 @@ class FileFormat(ABC):
             )
         if dynamic_size and not self.dynamic_size:
             raise ExportError(f"a file of {self.title} holds images of one size: leave dynamic_size out")
-        missing = [package for package in self.packages if find_spec(package) is None]
-        if missing:
-            raise ExportError(f"{self.title} needs {_and(missing)}: pip install 'comcat[{self.extra}]'")
+        for packages, extra in ((self.packages, self.extra), (self.int8_packages, "int8")):
+            missing = [package for package in packages if find_spec(package) is None]
+            if missing and (extra != "int8" or precision == "int8"):
+                raise ExportError(f"{self.title} needs {_and(missing)}: pip install 'comcat[{extra}]'")
 
     def traced_dtype(self, precision: str) -> torch.dtype:
         """In which the model is traced, where the precision is in the graph; float32 where it is set on writing."""
         return DTYPES[precision]
 
+    def quantized(self, flat: FlatModel, int8: Int8) -> FlatModel:
+        """The model to be traced for int8, where quantizing comes before the graph."""
+        return flat
+
     @abstractmethod
-    def write(self, traced: Traced, path: Path, precision: str, metadata: Mapping[str, str]) -> None:
+    def write(
+        self, traced: Traced, path: Path, precision: str, metadata: Mapping[str, str], int8: Int8 | None = None
+    ) -> None:
         """Write the file, with whatever files belong to it beside it; may raise anything."""
 
     @abstractmethod
-    def run(self, path: Path, batches: Iterable[Sequence[np.ndarray]], precision: str) -> list[list[np.ndarray]] | None:
-        """The outputs of the file, batch by batch; None where it cannot run on this machine."""
+    def opened(self, path: Path, precision: str) -> Run | None:
+        """The file, ready to run; None where it cannot run on this machine."""
 
     def notes(self) -> list[str]:
         """What the user must know of every file of this format that is written here."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import ast
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
-from .file_format import FileFormat
+from .file_format import FileFormat, Run
+from .int8_choice import Int8, image_batches
 from .tracing import Traced
 
 #: Protocol buffers end at two gigabytes; larger weights go into a file of their own beside the graph.
@@ -23,17 +23,20 @@ class OnnxFormat(FileFormat):
     suffix = ".onnx"
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
     extra = "onnx"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
     why_not: ClassVar[Mapping[str, str]] = {
         "bf16": "ONNX Runtime has no bf16 kernels for processors, so that nobody could check the file here"
     }
 
-    def write(self, traced: Traced, path: Path, precision: str, metadata: Mapping[str, str]) -> None:
+    def write(
+        self, traced: Traced, path: Path, precision: str, metadata: Mapping[str, str], int8: Int8 | None = None
+    ) -> None:
         import torch
 
         made: Any = torch.onnx.export(
             traced.program, dynamo=True, input_names=list(traced.inputs), output_names=list(traced.outputs)
         )
+        layers = _layers(made.model)
         _forget_traces(made.model)
         _named_axes(made.model, traced)
         made.model.metadata_props.update(metadata)
@@ -41,12 +44,58 @@ class OnnxFormat(FileFormat):
         made.model.producer_version = metadata["comcat_version"]
         size = sum(value.const_value.nbytes for value in made.model.graph.initializers.values())
         made.save(path, external_data=size > _MOST_BYTES)
+        if int8 is not None:
+            first = next(iter(traced.inputs.values()))[0]
+            _quantize(path, layers, int8, first if isinstance(first, int) else None)
 
-    def run(self, path: Path, batches: Iterable[Sequence[np.ndarray]], precision: str) -> list[list[np.ndarray]]:
+    def opened(self, path: Path, precision: str) -> Run:
         from ..runtimes import session
 
         run = session(path, "onnxruntime")
-        return [run(*batch) for batch in batches]
+        return lambda batch: run(*batch)
+
+
+def _quantize(path: Path, layers: Mapping[str, str], int8: Int8, batch: int | None) -> None:
+    """Replace a float file by its int8 form, with scales for inputs (by tensor) and for weights (by channel)."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    name = next(iter(_input_names(path)))
+
+    class Reader(CalibrationDataReader):
+        batches = iter([{name: images.numpy()} for images in image_batches(int8.images, batch or 1)])
+
+        def get_next(self) -> Any:
+            return next(self.batches, None)
+
+    made = path.with_name("int8.onnx")
+    quantize_static(
+        path,
+        made,
+        Reader(),
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+        nodes_to_exclude=[node for node, layer in layers.items() if layer in int8.floats],
+        extra_options={"MatMulConstBOnly": True},
+    )
+    made.replace(path)
+
+
+def _input_names(path: Path) -> list[str]:
+    import onnx
+
+    return [value.name for value in onnx.load(str(path), load_external_data=False).graph.input]
+
+
+def _layers(model: Any) -> dict[str, str]:
+    """Nodes with weights -> the layer that they come from."""
+    found = {}
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        if node.op_type in ("MatMul", "Gemm", "Conv") and len(scopes) > 1:
+            found[node.name] = scopes[-2].removeprefix("model.")
+    return found
 
 
 def _forget_traces(model: Any) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from .file_format import FileFormat, static_shape
+from .file_format import FileFormat, Run, static_shape
 from .file_metadata import KEY
-from .tracing import Traced
+from .int8_choice import Int8, image_batches
+from .tracing import Traced, layer_of
 
 
 class OpenVinoFormat(FileFormat):
@@ -25,12 +26,15 @@ class OpenVinoFormat(FileFormat):
     suffix = ".xml"
     packages: ClassVar[tuple[str, ...]] = ("openvino",)
     extra = "openvino"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "bf16")
+    int8_packages: ClassVar[tuple[str, ...]] = ("nncf",)
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "bf16", "int8")
 
     def traced_dtype(self, precision: str) -> torch.dtype:
         return torch.float32
 
-    def write(self, traced: Traced, path: Path, precision: str, metadata: Mapping[str, str]) -> None:
+    def write(
+        self, traced: Traced, path: Path, precision: str, metadata: Mapping[str, str], int8: Int8 | None = None
+    ) -> None:
         openvino = _openvino()
         model = openvino.convert_model(traced.program)
         for ports, wanted in ((model.inputs, traced.inputs), (model.outputs, traced.outputs)):
@@ -38,17 +42,42 @@ class OpenVinoFormat(FileFormat):
                 port.get_tensor().set_names({name})
         shapes = [openvino.PartialShape(static_shape(shape)) for shape in traced.inputs.values()]
         model.reshape(dict(enumerate(shapes)))
+        if int8 is not None:
+            model = _quantized(model, traced, int8)
         if precision == "bf16":
             _stored_in_bf16(openvino, model)
         for key, value in metadata.items():
             model.set_rt_info(value, [KEY, key])
         openvino.save_model(model, path, compress_to_fp16=precision == "fp16")
 
-    def run(self, path: Path, batches: Iterable[Sequence[np.ndarray]], precision: str) -> list[list[np.ndarray]]:
+    def opened(self, path: Path, precision: str) -> Run:
         from ..runtimes import session
 
-        run = session(path, "openvino", precision="bf16" if precision == "bf16" else "fp32")
-        return [run(*batch) for batch in batches]
+        run = session(path, "openvino", precision=precision if precision in ("bf16", "int8") else "fp32")
+        return lambda batch: run(*batch)
+
+
+def _quantized(model: Any, traced: Traced, int8: Int8) -> Any:
+    """The model with quantized layers, by NNCF, which moves outliers of activations into the weights first."""
+    import nncf
+
+    layers = {node.name: layer_of(node) for node in traced.program.graph.nodes}
+    floats = []
+    for op in model.get_ops():
+        if op.get_type_name() in ("MatMul", "Convolution"):
+            name = op.get_friendly_name()
+            layer = layers.get(name.partition("/")[0].replace("convolution", "conv2d"))
+            if layer in int8.floats:
+                floats.append(name)
+    first = next(iter(traced.inputs.values()))[0]
+    batches = image_batches(int8.images, first if isinstance(first, int) else 1)
+    return nncf.quantize(
+        model,
+        nncf.Dataset([batch.numpy() for batch in batches]),
+        subset_size=len(batches),
+        model_type=nncf.ModelType.TRANSFORMER,
+        ignored_scope=nncf.IgnoredScope(names=floats) if floats else None,
+    )
 
 
 def _openvino() -> Any:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..models.running import exact
-from .file_format import FileFormat
+from .file_format import FileFormat, Run
 from .file_metadata import KEY, SIDECAR
+from .flat_model import FlatModel
+from .int8_choice import Int8
 from .tracing import Traced
 
 
@@ -23,15 +27,40 @@ class TorchFormat(FileFormat):
     title = "torch.export"
     suffix = ".pt2"
     pads_heads = True
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "bf16")
+    int8_packages: ClassVar[tuple[str, ...]] = ("torchao",)
+    by_token = True
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "bf16", "int8")
 
-    def write(self, traced: Traced, path: Path, precision: str, metadata: Mapping[str, str]) -> None:
+    def quantized(self, flat: FlatModel, int8: Int8) -> FlatModel:
+        """Linear layers with int8 weights, whose inputs are quantized token by token as they come."""
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        made = copy.deepcopy(flat)
+        floats = set(int8.floats)
+
+        def wanted(module: nn.Module, name: str) -> bool:
+            return isinstance(module, nn.Linear) and name not in floats
+
+        quantize_(made.model, Int8DynamicActivationInt8WeightConfig(), wanted)
+        return made.requires_grad_(False)
+
+    def write(
+        self, traced: Traced, path: Path, precision: str, metadata: Mapping[str, str], int8: Int8 | None = None
+    ) -> None:
+        for node in traced.program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # paths of this machine, and a third of a small file
         torch.export.save(traced.program, path, extra_files={KEY + SIDECAR: json.dumps(metadata)})
 
-    def run(self, path: Path, batches: Iterable[Sequence[np.ndarray]], precision: str) -> list[list[np.ndarray]]:
+    def opened(self, path: Path, precision: str) -> Run:
+        if precision == "int8":
+            import torchao  # noqa: F401  its operators are in the file
         model = torch.export.load(path).module()
-        with exact(torch.device("cpu")), torch.no_grad():
-            return [[t.numpy() for t in model(*map(torch.from_numpy, batch))] for batch in batches]
+
+        def run(batch: Sequence[np.ndarray]) -> list[np.ndarray]:
+            with exact(torch.device("cpu")), torch.no_grad():
+                return [tensor.numpy() for tensor in model(*map(torch.from_numpy, batch))]
+
+        return run
 
 
 FORMAT = TorchFormat()
