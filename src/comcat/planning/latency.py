@@ -17,22 +17,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import ConfigDict, Field
 
 from ..errors import CalibrationError
 from ..layers.base import Inventory, Layer
 from ..layers.cost import Shape
 from ..models.profile import Profile
 from ..storage.atomic import atomic_file
-from ..storage.reader import digest, read_json, shown
+from ..storage.reader import digest, read_json, shown, validated
 from ..wording import by
 
 #: 2 has the runtime, its version and precision; tables of 1 are of PyTorch.
 FORMAT = 2
 #: Largest width of a part in a table; interpolation takes memory by it.
 MOST_WIDTH = 1 << 20
+Count = Annotated[int, Field(gt=0, lt=1 << 62)]
+_CONFIG = ConfigDict(extra="forbid")  # of what is read from a file
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,19 @@ class Grid:
     """
 
     parts: tuple[str, ...]
-    widths: tuple[tuple[int, ...], ...]
+    widths: tuple[tuple[Count, ...], ...]
     times: tuple[Any, ...]
+    __pydantic_config__ = _CONFIG
+
+    def __post_init__(self) -> None:
+        names, times = ", ".join(self.parts), np.asarray(self.times)
+        if times.shape != tuple(map(len, self.widths)) or len(self.parts) != len(self.widths):
+            raise ValueError(f"times of shape {times.shape} do not fit the widths of {names}")
+        if times.dtype.kind != "i" or (times <= 0).any() or any((np.diff(axis) <= 0).any() for axis in self.widths):
+            raise ValueError(f"times of {names} must be positive integers and widths ascending")
+        if max(axis[-1] for axis in self.widths) > MOST_WIDTH or math.prod(a[-1] + 1 for a in self.widths) > 10**8:
+            raise ValueError(f"the widths of {names} are larger than any layer")
+        object.__setattr__(self, "times", nested(times))
 
     @cached_property
     def table(self) -> np.ndarray:
@@ -71,9 +85,10 @@ class Grid:
 class LayerTimes:
     """Times of one kind of layer: ``count`` of them, ``dense`` nanoseconds each, and what narrower ones take."""
 
-    count: int
-    dense: int
+    count: Count
+    dense: Count
     grids: tuple[Grid, ...]
+    __pydantic_config__ = _CONFIG
 
     def at(self, widths: Mapping[str, Any]) -> np.ndarray:
         """Nanoseconds, int64, at integer arrays of widths by part; -1 stands for dense.
@@ -116,17 +131,18 @@ class LatencyTable:
 
     device: str
     dtype: str
-    batch_size: int
-    threads: int
+    batch_size: Count
+    threads: Annotated[int, Field(ge=0, lt=1 << 62)]
     torch: str
-    input_size: tuple[int, ...]
-    params: int
-    macs: int
-    dense: int
+    input_size: Annotated[tuple[Count, ...], Field(min_length=3, max_length=3)]
+    params: Count
+    macs: Count
+    dense: Count
     layers: dict[str, LayerTimes]
     runtime: str = "torch"
     precision: str = "fp32"
     version: str = ""
+    __pydantic_config__ = _CONFIG
 
     def __repr__(self) -> str:
         size = by(self.input_size)
@@ -216,56 +232,28 @@ class LatencyTable:
                 "edited on purpose, remove its field 'sha256'"
             )
         try:
-            return cls.from_dict(data)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise CalibrationError(f"latency table '{path}' is damaged: {error!r}; measure again") from error
+            return cls.from_dict(data, f"latency table '{path}'")
+        except CalibrationError as error:
+            raise CalibrationError(f"{error}; measure again") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, the inverse of :meth:`from_dict`."""
         return {"comcat_latency": FORMAT, **asdict(self)}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> LatencyTable:
-        """From parsed JSON; KeyError, TypeError or ValueError where it is no table."""
-        fields = {key: value for key, value in data.items() if key != "comcat_latency"}
-        layers = {
-            key: LayerTimes(_positive(layer["count"]), _positive(layer["dense"]), tuple(map(_grid, layer["grids"])))
-            for key, layer in data["layers"].items()
-        }
-        sizes = {key: _positive(data[key]) for key in ("batch_size", "dense", "params", "macs")}
-        sizes |= {"threads": data["threads"] if data["threads"] == 0 else _positive(data["threads"])}
+    def from_dict(cls, data: dict[str, Any], what: str = "the latency table") -> LatencyTable:
+        """From parsed JSON; CalibrationError, which calls it ``what``, where it is no table."""
+        values = {key: value for key, value in data.items() if key != "comcat_latency"}
         if data["comcat_latency"] == 1:
-            fields |= {"runtime": "torch", "precision": precision_of(data["dtype"]), "version": data["torch"]}
-        names = ("device", "dtype", "torch", "runtime", "precision", "version")
-        wrong = [key for key in names if not isinstance(fields[key], str)]
-        if wrong or len(data["input_size"]) != 3 or not all(map(_positive, data["input_size"])):
-            raise ValueError(f"{wrong[0] if wrong else 'input_size'} is of another kind than a table has")
-        return cls(**{**fields, **sizes, "input_size": tuple(data["input_size"]), "layers": layers})
+            precision = precision_of(str(data.get("dtype")))
+            values |= {"runtime": "torch", "precision": precision, "version": str(data.get("torch"))}
+        table: LatencyTable = validated(cls, values, what, CalibrationError)
+        return table
 
 
 def precision_of(dtype: str) -> str:
     """A dtype in the words of the runtimes."""
     return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
-
-
-def _grid(data: dict[str, Any]) -> Grid:
-    parts, widths = tuple(data["parts"]), tuple(tuple(map(_positive, axis)) for axis in data["widths"])
-    if not all(isinstance(part, str) for part in parts):
-        raise ValueError(f"the parts {shown(parts)} are no names")
-    if any(len(axis) < 1 or axis[-1] > MOST_WIDTH for axis in widths) or math.prod(a[-1] + 1 for a in widths) > 10**8:
-        raise ValueError(f"the widths of {', '.join(parts)} are larger than any layer")
-    times = np.asarray(data["times"], dtype=np.int64)
-    if times.shape != tuple(map(len, widths)) or len(parts) != len(widths):
-        raise ValueError(f"times of shape {times.shape} do not fit the widths of {', '.join(parts)}")
-    if (times <= 0).any() or any((np.diff(axis) <= 0).any() or axis[0] < 1 for axis in widths):
-        raise ValueError(f"times of {', '.join(parts)} must be positive and widths ascending")
-    return Grid(parts, widths, nested(times))
-
-
-def _positive(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**62:
-        raise ValueError(f"{value!r} is not a positive integer")
-    return value
 
 
 def nested(times: np.ndarray) -> tuple[Any, ...]:

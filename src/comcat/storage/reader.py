@@ -137,9 +137,9 @@ def validated(kind: Any, data: Any, what: str, error: Failure = CheckpointError)
     except ValidationError as cause:
         first = cause.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        wanted = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        wanted = first["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("String ")
         found = "is missing" if first["type"] == "missing" else f"is {shown(first['input'])}, but {wanted}"
-        if first["type"] == "extra_forbidden":
+        if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             found = "is not known"
         more = f" (and {cause.error_count() - 1} more)" if cause.error_count() > 1 else ""
         raise error(f"{what} is damaged: {where or 'its content'} {found}{more}") from cause

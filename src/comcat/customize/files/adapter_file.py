@@ -281,7 +281,8 @@ def _base(handle: Adapter) -> str:
 def _read_token(
     pipe: Any, found: Header, text: str | None, tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None
 ) -> Token:
-    token = found.token or {}
+    token = found.token
+    assert token is not None
     text, count = token["text"] if text is None else text, token["vectors"]
     check_new(pipe, text, count)
     vectors = {}

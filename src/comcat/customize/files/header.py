@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
 
 from ..._version import __version__
-from ...errors import CheckpointError, ModelError
-from ...storage.reader import parse_json
-from ..adapter.attached import NAME, check_scale
-from ..adapter.tokens import is_word
+from ...errors import CheckpointError
+from ...storage.reader import parse_json, validated
+from ..adapter.attached import NAME
 
 FORMAT = 1
 KEY = "comcat"
 Storage = Literal["float32", "float16", "bfloat16", "int8"]
 STORAGES: tuple[Storage, ...] = ("float32", "float16", "bfloat16", "int8")
+_CONFIG = ConfigDict(extra="forbid")
+
+
+class TokenEntry(TypedDict):
+    """The word that an adapter brings along, and how many vectors of a text encoder it stands for."""
+
+    text: Annotated[str, Field(pattern=r"^\S+$")]
+    vectors: int
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class Entry:
     rank: int
     signature: str
     biases: list[str] = field(default_factory=list)
+    __pydantic_config__ = _CONFIG
 
 
 @dataclass(frozen=True)
@@ -44,22 +55,24 @@ class Part:
     model: str
     fingerprint: str
     layers: dict[str, Entry]
+    __pydantic_config__ = _CONFIG
 
 
 @dataclass(frozen=True)
 class Header:
     """The metadata of an adapter file."""
 
-    name: str
+    name: Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
     scale: float
     storage: Storage
     base: dict[str, str]
     components: dict[str, Part]
-    token: dict[str, Any] | None = None
+    token: TokenEntry | None = None
     prompt: str | None = None
     training: dict[str, Any] | None = None
     format: int = FORMAT
     comcat: str = __version__
+    __pydantic_config__ = _CONFIG
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -67,52 +80,17 @@ class Header:
     @classmethod
     def from_json(cls, text: str, path: Path) -> Header:
         """Raises CheckpointError for anything that :meth:`to_json` could not have written."""
-        data: Any = parse_json(text, f"the metadata of '{path}'")
-        try:
-            version = data["format"]
-            if not _is_int(version) or not 1 <= version <= FORMAT:
-                raise CheckpointError(
-                    f"'{path}' has format {version} (written by comcat {data.get('comcat')}), this version reads up to "
-                    f"{FORMAT}; upgrade comcat"
-                )
-            unknown = sorted(set(data) - {f.name for f in fields(cls)})
-            if unknown:
-                raise CheckpointError(f"the metadata of '{path}' has unknown fields {', '.join(unknown)}")
-            parts = {
-                name: Part(**{**part, "layers": {key: Entry(**entry) for key, entry in part["layers"].items()}})
-                for name, part in data["components"].items()
-            }
-            header = cls(**{**data, "components": parts})
-            if header.storage not in STORAGES:
-                raise CheckpointError(f"'{path}' is stored as {header.storage!r}, which is not known; upgrade comcat")
-            header._check()
-            return header
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, ModelError) as error:
-            raise CheckpointError(f"the metadata of '{path}' is damaged: {error!r}") from error
-
-    def _check(self) -> None:
-        check_scale(self.scale)
-        entries = [entry for part in self.components.values() for entry in part.layers.values()]
-        parts = self.components.values()
-        token = {"text": "V*", "vectors": 1} if self.token is None else self.token
-        checks = {
-            "name": isinstance(self.name, str) and NAME.fullmatch(self.name),
-            "base": isinstance(self.base, dict) and all(isinstance(value, str) for value in self.base.values()),
-            "token": isinstance(token, dict) and is_word(token["text"]) and _is_int(token["vectors"]),
-            "prompt": self.prompt is None or isinstance(self.prompt, str),
-            "training": self.training is None or isinstance(self.training, dict),
-            "comcat": isinstance(self.comcat, str),
-            "model": all(isinstance(part.model, str) and isinstance(part.fingerprint, str) for part in parts),
-            "rank": all(_is_int(entry.rank) and isinstance(entry.signature, str) for entry in entries),
-            "biases": all(
-                isinstance(entry.biases, list) and all(isinstance(name, str) for name in entry.biases)
-                for entry in entries
-            ),
-        }
-        wrong = [name for name, right in checks.items() if not right]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)} of another kind than a file of comcat has")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+        what = f"the metadata of '{path}'"
+        data: Any = parse_json(text, what)
+        if not isinstance(data, dict) or "format" not in data:
+            raise CheckpointError(f"{what} is damaged: format is missing")
+        version = data["format"]
+        if type(version) is not int or not 1 <= version <= FORMAT:
+            raise CheckpointError(
+                f"'{path}' has format {version} (written by comcat {data.get('comcat')}), this version reads up to "
+                f"{FORMAT}; upgrade comcat"
+            )
+        if data.get("storage", STORAGES[0]) not in STORAGES:
+            raise CheckpointError(f"'{path}' is stored as {data['storage']!r}, which is not known; upgrade comcat")
+        header: Header = validated(cls, data, what)
+        return header
