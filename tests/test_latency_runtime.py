@@ -80,6 +80,24 @@ def test_files_of_stacks_compute_what_the_stacks_do(runtime: str, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("runtime", "precision"), [("onnxruntime", "int8"), ("openvino", "int8"), ("onnxruntime", "fp16")]
+)
+def test_stacks_are_timed_in_the_precision_of_the_file(runtime: str, precision: str, tmp_path: Path) -> None:
+    """Of the largest number: 8 bits by tensor in two layers, and fp16."""
+    needs(runtime)
+    pytest.importorskip("nncf")
+    ready = float_copy(comcat.prepare(vit(**WIDE)), runtime)
+    layer = next(one for one in ready.inventory.layers if one.kind == "ffn")
+    call, choice = layer_calls(ready, 2, ready.size())[layer.name], {"neurons": 24}
+    with torch.no_grad():
+        wanted = stack_of(layer, choice, call)(call.x).numpy()
+    (run,) = stack_sessions(layer, [choice], call, runtime, precision, 1, tmp_path)
+    assert run.precision == precision
+    (got,) = run(call.x.numpy())
+    assert 1e-6 < np.abs(got - wanted).max() / np.abs(wanted).max() < 0.1
+
+
 def test_wide_parts_are_timed_at_widths_of_matrix_units() -> None:
     model = vit(embed_dim=96, num_heads=3, mlp_ratio=4.0, dtype=torch.float32)
     found = {layer.kind: MeasuredWidths(layer, 8, coarse=True) for layer in comcat.prepare(model).inventory.layers}
@@ -89,16 +107,17 @@ def test_wide_parts_are_timed_at_widths_of_matrix_units() -> None:
     assert axes[("fc1",)][0] == (8, 16, 24, 32, 40, 48, 56, 72)
 
 
-@pytest.mark.parametrize("runtime", FILES)
-def test_a_table_says_where_it_was_measured(runtime: str, host: nn.Module, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("runtime", "precision"), [("onnxruntime", "fp32"), ("openvino", "int8")])
+def test_a_table_says_where_it_was_measured(runtime: str, precision: str, host: nn.Module, tmp_path: Path) -> None:
     needs(runtime)
+    if precision == "int8":
+        pytest.importorskip("nncf")
     seen: list[Any] = []
-    table = comcat.measure_latency(
-        host, 2, widths=2, rounds=1, runtime=runtime, threads=1, progress=lambda *args: seen.append(args)
-    )
-    assert (table.runtime, table.precision, table.threads, table.batch_size) == (runtime, "fp32", 1, 2)
+    how: dict[str, Any] = {"runtime": runtime, "precision": precision, "threads": 1}
+    table = comcat.measure_latency(host, 2, widths=2, rounds=1, progress=lambda *args: seen.append(args), **how)
+    assert (table.runtime, table.precision, table.threads, table.batch_size) == (runtime, precision, 1, 2)
     assert table.version[0].isdigit()
-    assert f"in {runtime} and fp32" in repr(table)
+    assert f"in {runtime} and {precision}" in repr(table)
     assert seen == [("latency", i + 1, len(table.layers)) for i in range(len(table.layers))]
     assert sum(layer.count for layer in table.layers.values()) == len(comcat.prepare(host).inventory.layers)
     assert comcat.plan(host, comcat.Budget(params=0.7), latency=table).estimate["latency"] > 0

@@ -26,6 +26,14 @@ RUNTIMES = {
 FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}
 
 
+def held_precision(runtime: str, precision: str) -> str:
+    """In which precision a file is written that a runtime shall compute in ``precision``.
+
+    What ONNX Runtime computes in is in the file, and so is int8 for all; of floats OpenVINO is told.
+    """
+    return precision if runtime == "onnxruntime" or precision == "int8" else "fp32"
+
+
 def session_class(runtime: str) -> type[Session]:
     """The class of a runtime's sessions.
 

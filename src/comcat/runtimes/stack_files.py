@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from .._version import __version__
@@ -13,12 +14,13 @@ from ..exporting.exporter import quiet
 from ..exporting.file_format import FileFormat
 from ..exporting.flat_model import FlatModel
 from ..exporting.formats import file_format
+from ..exporting.int8_choice import Int8
 from ..exporting.tracing import blaming, trace
 from ..models.example import Example
 from ..models.modes import layers_called
 from ..nn.low_rank_attention import unpadded
 from .layer_stacks import LayerCall, Side, stack_of
-from .registry import FORMATS, session
+from .registry import FORMATS, held_precision, session
 from .sessions import Session
 
 if TYPE_CHECKING:
@@ -52,18 +54,22 @@ def stack_sessions(
         stacks = [stack_of(layer, choice, call) for choice in choices[start : start + count]]
         target = file_format(FORMATS[runtime])
         file = folder / f"side-{start}{target.suffix}"
-        _write(Side(stacks), call, target, file)
+        _write(Side(stacks), call, target, held_precision(runtime, precision), file)
         for part in _parts(file, len(stacks)):
             yield session(part, runtime, precision, threads)
         for written in folder.glob(f"{file.stem}*"):
             written.unlink()
 
 
-def _write(side: nn.Module, call: LayerCall, target: FileFormat, file: Path) -> None:
+def _write(side: nn.Module, call: LayerCall, target: FileFormat, held: str, file: Path) -> None:
+    flat = FlatModel(side, Example((call.x,)))
+    dtype = target.traced_dtype(held)
+    flat = flat if dtype == torch.float32 else flat.cast(dtype)
     with quiet(), layers_called(), unpadded():
-        traced = trace(FlatModel(side, Example((call.x,))), len(call.x), dynamic_batch=False, dynamic_size=False)
+        traced = trace(flat, len(call.x), dynamic_batch=False, dynamic_size=False)
         with blaming(traced.program, target.title):
-            target.write(traced, file, "fp32", {"comcat_version": __version__})
+            int8 = Int8(call.x) if held == "int8" else None
+            target.write(traced, file, held, {"comcat_version": __version__}, int8)
 
 
 def _parts(file: Path, count: int) -> Iterator[Path]:

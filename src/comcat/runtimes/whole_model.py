@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ..exporting.exporter import export
 from ..exporting.formats import file_format
 from ..models.example import example_for
-from .registry import FORMATS, session
+from ..models.profile import default_input_size
+from .registry import FORMATS, held_precision, session
 from .sessions import Session
 
 
@@ -32,9 +35,12 @@ def whole_session(
         return session(model, runtime, precision, threads)
     to = FORMATS[runtime]
     path = folder / f"{name}{file_format(to).suffix}"
-    # What ONNX Runtime computes in is in the file, and so is int8; of floats OpenVINO is told.
-    held = precision if to == "onnx" or precision == "int8" else "fp32"
-    export(model, path, to=to, precision=held, overwrite=True)
+    held = held_precision(runtime, precision)
+    how: dict[str, Any] = {}
+    if held == "int8":  # for its time alone: all layers that can be, on any images
+        pixels = torch.randn(8, *default_input_size(model), generator=torch.Generator().manual_seed(0))
+        how = {"images": pixels, "tolerance": math.inf, "int8_tolerance": math.inf}
+    export(model, path, to=to, precision=held, overwrite=True, **how)
     return session(path, runtime, precision, threads)
 
 
