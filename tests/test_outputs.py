@@ -209,6 +209,8 @@ def test_scores_of_every_kind() -> None:
     found = comcat.evaluate(Given(logits), [(x, labels)], outputs="labels")
     assert found.metrics["accuracy"] == 75.0
     assert found.metrics["mean_average_precision"] == pytest.approx(100 * ((1 + 2 / 3) / 2 + 1) / 2)
+    found = comcat.evaluate(Given(logits), [(x, labels * 0)], outputs="labels")  # no image has a label: no precision
+    assert set(found.to_dict()["metrics"]) == {"accuracy"}
     maps = torch.zeros(4, 3, 2, 2)
     maps[:, 1] = 1
     truth = torch.ones(4, 2, 2, dtype=torch.uint8)

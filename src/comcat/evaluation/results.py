@@ -42,8 +42,10 @@ class Evaluation:
         found: dict[str, Any] = {"loss": self.loss, "images": self.images, "images_per_second": self.images_per_second}
         if not math.isnan(self.top1):
             found = {"top1": self.top1, "top5": self.top5, **found}
-        found = {name: value for name, value in found.items() if not math.isnan(value)}  # no loss, or no speed
-        return found if self.outputs == "classes" else {**found, "outputs": self.outputs, "metrics": self.metrics}
+        found = _measured(found)  # no loss, or no speed
+        if self.outputs == "classes":
+            return found
+        return {**found, "outputs": self.outputs, "metrics": _measured(self.metrics)}
 
     def figures(self) -> list[Figure]:
         """The scores of this kind by name, the one that counts most first; accuracies in percent."""
@@ -87,9 +89,15 @@ class Agreement:
         """Plain data; of outputs that are no classes, their kind and the error instead of the divergence."""
         if self.outputs == "classes":
             return {"same": self.same, "kl": self.kl, "images": self.images}
+        scores = _measured(self.scores)
         if self.outputs in ("labels", "maps") and not math.isnan(self.same):
-            return {"same": self.same, "kl": self.kl, **self.scores, "images": self.images, "outputs": self.outputs}
+            return {"same": self.same, "kl": self.kl, **scores, "images": self.images, "outputs": self.outputs}
         if self.outputs == "detections":
-            return {**self.scores, "images": self.images, "outputs": self.outputs}
+            return {**scores, "images": self.images, "outputs": self.outputs}
         cosine = {"cosine": self.cosine} if self.outputs == "features" else {}
-        return {"relative_error": self.kl, **cosine, **self.scores, "images": self.images, "outputs": self.outputs}
+        return {"relative_error": self.kl, **cosine, **scores, "images": self.images, "outputs": self.outputs}
+
+
+def _measured(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what the images could not tell, such as the precision of labels that none of them has: JSON has no NaN."""
+    return {name: value for name, value in values.items() if not math.isnan(value)}
