@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -122,7 +122,8 @@ def convert(
         if to == "comcat":
             document = _to_comcat(screen, file, out, base, rank, storage, scale, lora_alpha, partial, variant, device)
         else:
-            document = _to_lora(screen, file, out, to, base, lora_rank, scale, prompt, data_free, variant, device)
+            wanted = _AsLora(file, base, lora_rank, scale, prompt, data_free, variant, device)
+            document = _to_lora(screen, wanted, out, to)
     screen.result({"out": str(out), "bytes": out.stat().st_size, **document})
 
 
@@ -171,23 +172,11 @@ def _to_comcat(
     return conversion.to_dict()
 
 
-def _to_lora(
-    screen: Screen,
-    file: Path,
-    out: Path,
-    layout: Any,
-    base: str | None,
-    rank: int | None,
-    scale: float | None,
-    prompts: list[str] | None,
-    data_free: bool,
-    variant: str | None,
-    device: str,
-) -> dict[str, Any]:
+def _to_lora(screen: Screen, wanted: _AsLora, out: Path, layout: Any) -> dict[str, Any]:
     from ..customize.lora.exporting import embedding_path, write_lora
     from ..report.adapter_tables import conversion as table
 
-    handle, factors, result, output = _converted(screen, file, base, rank, scale, prompts, data_free, variant, device)
+    handle, factors, result, output = wanted.convert(screen)
     write_lora(handle, factors, out, layout)
     screen.out.print(table(result, f"as a LoRA ({layout})", output))
     if handle.token is not None:
@@ -213,37 +202,42 @@ def merge_report(
     with screen:
         from ..report.adapter_tables import conversion as table
 
-        _, _, result, output = _converted(screen, file, base, lora_rank, scale, prompt, data_free, variant, device)
+        wanted = _AsLora(file, base, lora_rank, scale, prompt, data_free, variant, device)
+        _, _, result, output = wanted.convert(screen)
     screen.out.print(table(result, "as a LoRA", output))
     screen.result({**result.to_dict(), "output_error": output})
 
 
-def _converted(
-    screen: Screen,
-    file: Path,
-    base: str | None,
-    rank: int | None,
-    scale: float | None,
-    prompts: list[str] | None,
-    data_free: bool,
-    variant: str | None,
-    device: str,
-) -> Any:
-    from ..customize.files.adapter_file import load_adapter, read_adapter
-    from ..customize.lora.denoiser_moments import no_roots, record
-    from ..customize.lora.denoiser_probe import output_error
-    from ..customize.lora.exporting import as_lora
-    from ..errors import DataError
+@dataclass(frozen=True)
+class _AsLora:
+    """An adapter that is to become a LoRA, as the options say it."""
 
-    read_adapter(file)
-    pipe = _open(screen, base, variant, device)
-    handle = load_adapter(pipe, file, scale=scale)
-    texts = prompts or ([handle.info["prompt"]] if handle.info.get("prompt") else [])
-    if not texts and not data_free:
-        raise DataError("the file does not say what it was taught with; give --prompt, or --data-free")
-    roots = no_roots if data_free else record(handle, texts, progress=screen.progress).roots
-    factors, result = as_lora(handle, rank=rank, roots=roots, progress=screen.progress)
-    return handle, factors, result, output_error(handle, factors, texts[0] if texts else "")
+    file: Path
+    base: str | None
+    rank: int | None
+    scale: float | None
+    prompts: list[str] | None
+    data_free: bool
+    variant: str | None
+    device: str
+
+    def convert(self, screen: Screen) -> Any:
+        """The adapter, the LoRA's factors, what is lost by layer, and the difference of what is drawn."""
+        from ..customize.files.adapter_file import load_adapter, read_adapter
+        from ..customize.lora.denoiser_moments import no_roots, record
+        from ..customize.lora.denoiser_probe import output_error
+        from ..customize.lora.exporting import as_lora
+        from ..errors import DataError
+
+        read_adapter(self.file)
+        pipe = _open(screen, self.base, self.variant, self.device)
+        handle = load_adapter(pipe, self.file, scale=self.scale)
+        texts = self.prompts or ([handle.info["prompt"]] if handle.info.get("prompt") else [])
+        if not texts and not self.data_free:
+            raise DataError("the file does not say what it was taught with; give --prompt, or --data-free")
+        roots = no_roots if self.data_free else record(handle, texts, progress=screen.progress).roots
+        factors, result = as_lora(handle, rank=self.rank, roots=roots, progress=screen.progress)
+        return handle, factors, result, output_error(handle, factors, texts[0] if texts else "")
 
 
 def _open(screen: Screen, base: str | None, variant: str | None, device: str) -> Any:
