@@ -26,6 +26,7 @@ from ..layers.heads import HeadWeights, Places, Role, joined_output, spread
 from ..linalg.rotary import LAYOUTS, pair_places
 from ..nn.copies import copy_with
 from .attention_structure import attention_of, layer_of, variants
+from .kept_forward import KeptForward
 from .proof import COARSE, ROUNDING, Trial
 
 #: Why queries and keys stay dense where it is known that their product does not exist.
@@ -53,8 +54,8 @@ class _Form:
         inputs = tuple(replace(one, by_head=self.by_head and len(one.roles) > 1) for one in layer.stream.inputs)
         stream = replace(layer.stream, inputs=inputs, by_component=self.by_component)
         made = layer_of(layer.name, layer.module, layer.heads, stream, layer.running)
-        assert made.kept is not None
-        made.kept.narrow, made.kept.implicit = self.narrow, self.implicit
+        kept = _kept(made)
+        kept.narrow, kept.implicit = self.narrow, self.implicit
         made.proof, made.dense_parts = None, dict(self.dense)
         made.rotary, made.by_channel = self.rotary, self.by_channel
         return made
@@ -128,8 +129,7 @@ def _silenced(trial: Trial, layer: AttentionLayer) -> bool:
 
 def _channels_are_free(trial: Trial, layer: AttentionLayer) -> bool:
     """Whether channels can be left out where they lead nowhere: halves, such that any two are parted once, each way."""
-    heads, kept = layer.heads, layer.kept
-    assert kept is not None
+    heads, kept = layer.heads, _kept(layer)
     order, places = _channels(layer), torch.arange(heads.value_width)
     for bit, side in product(range((heads.value_width - 1).bit_length()), (0, 1)):
         keep = order[:, (places >> bit) % 2 == side]
@@ -140,6 +140,12 @@ def _channels_are_free(trial: Trial, layer: AttentionLayer) -> bool:
         if not trial.holds(small, trial.run(with_weights(layer, dense))):
             return False
     return True
+
+
+def _kept(layer: AttentionLayer) -> KeptForward:
+    """How a layer that was recognised by its parts runs."""
+    assert isinstance(layer.stand_in, KeptForward)
+    return layer.stand_in
 
 
 def _channels(layer: AttentionLayer) -> Tensor:
@@ -227,8 +233,7 @@ def _linear_with(like: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
 
 def _stand_in(trial: Trial, layer: AttentionLayer, form: _Form) -> _Form | None:
     """How a narrower layer runs: with the host told of the width, else padded to the full one."""
-    heads, kept = layer.heads, layer.kept
-    assert kept is not None
+    heads, kept = layer.heads, _kept(layer)
     choice = {}
     if "qk" not in form.dense:
         choice[layer.qk_part] = max(1, (heads.width // 2 if layer.rotary else heads.width) - 1)

@@ -100,7 +100,7 @@ def layer_of(name: str, module: nn.Module, heads: Heads, stream: Stream, running
     """The layer that runs through its own forward."""
     widths, totals = _attributes(running, heads, stream)
     kept = KeptForward(running, heads, stream, widths, totals)
-    return AttentionLayer(name, module, heads, stream, kept.build, kept.fill, running=running, kept=kept)
+    return AttentionLayer(name, module, heads, stream, kept, running=running)
 
 
 def variants(layer: AttentionLayer) -> Iterator[AttentionLayer]:

@@ -5,6 +5,8 @@ Classes are matched exactly: a subclass may override ``forward``, and then nothi
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 from timm.layers import Mlp
@@ -12,10 +14,10 @@ from timm.layers.attention import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from ..layers.attention import AttentionLayer, Fill
+from ..layers.attention import AttentionLayer
 from ..layers.base import Layer
 from ..layers.ffn import FFNLayer
-from ..layers.heads import Heads, HeadWeights, Input, Places, Stream, as_parameter, flatten_heads, is_identity
+from ..layers.heads import Heads, HeadWeights, Input, Places, Role, Stream, as_parameter, flatten_heads, is_identity
 from ..nn.linear import LowRankLinear
 from ..nn.low_rank_attention import LowRankAttention
 from .changed import changed, patched
@@ -52,19 +54,47 @@ def _attention(name: str, module: Any) -> AttentionLayer | str:
     gated = getattr(module, "gate", None) is not None
     head_dim = module.qkv.out_features // (3 * module.num_heads)
 
-    def build(qk_rank: int, vo_rank: int) -> nn.Module:
+    heads, stream = Heads.of(module.num_heads, head_dim), Stream.fused("qkv", "proj")
+    by_channel = gated and "vo" not in dense
+    stand_in = FusedStandIn(module, head_dim, KeptForward(module, heads, stream) if by_channel else None)
+    fused = bool(getattr(module, "fused_attn", True))
+    return AttentionLayer(name, module, heads, stream, stand_in, dense, by_channel=by_channel, fused=fused)
+
+
+@dataclass
+class FusedStandIn:
+    """A :class:`~comcat.nn.LowRankAttention` in the place of timm's.
+
+    Attributes:
+        kept: what runs components that keep their places, where channels are left out.
+    """
+
+    original: Any
+    head_dim: int
+    kept: KeptForward | None
+
+    @property
+    def fixed(self) -> bool:
+        return self.kept is not None and self.kept.fixed
+
+    def build(self, qk: int, vo: int, placed: Collection[Role] = ()) -> nn.Module:
+        """An empty stand-in; see :class:`comcat.layers.attention.StandIn`."""
+        if placed:
+            assert self.kept is not None
+            return self.kept.build(qk, vo, placed)
+        module = self.original
         cls: type[LowRankAttention] = LowRankWindowAttention if type(module) is WindowAttention else LowRankAttention
         small = cls(
             dim=module.qkv.in_features,
             num_heads=module.num_heads,
-            head_dim=head_dim,
-            qk_rank=qk_rank,
-            vo_rank=vo_rank,
+            head_dim=self.head_dim,
+            qk_rank=qk,
+            vo_rank=vo,
             scale=module.scale,
             dim_out=module.proj.out_features,
             qkv_bias=module.qkv.bias is not None,
             # A reduced value carries its mean, and what it loses of it, into the output bias.
-            proj_bias=module.proj.bias is not None or vo_rank < head_dim,
+            proj_bias=module.proj.bias is not None or vo < self.head_dim,
             attn_drop=module.attn_drop,
             proj_drop=module.proj_drop,
             q_norm=getattr(module, "q_norm", None),
@@ -84,27 +114,20 @@ def _attention(name: str, module: Any) -> AttentionLayer | str:
             fresh.training = module.training
         return small
 
-    fused = bool(getattr(module, "fused_attn", True))
-    heads, stream = Heads.of(module.num_heads, head_dim), Stream.fused("qkv", "proj")
-    if not gated or "vo" in dense:
-        return AttentionLayer(name, module, heads, stream, build, _fill(module), dense, fused=fused)
-    kept = KeptForward(module, heads, stream)
-    return AttentionLayer(name, module, heads, stream, build, _fill(module), dense, by_channel=True, kept=kept)
-
-
-def _fill(original: Any) -> Fill:
-    """Writes per-head weights into a :class:`~comcat.nn.LowRankAttention` that replaces ``original``."""
-
-    def fill(small: Any, heads: HeadWeights, places: Places) -> None:
-        weight, bias = heads.rows(Input("qkv", ("query", "key", "value")))
+    def fill(self, small: Any, weights: HeadWeights, places: Places) -> None:
+        """Write per-head weights into a stand-in."""
+        if places:
+            assert self.kept is not None
+            self.kept.fill(small, weights, places)
+            return
+        original = self.original
+        weight, bias = weights.rows(Input("qkv", ("query", "key", "value")))
         small.qkv.weight = as_parameter(weight, original.qkv.weight)
         if bias is not None:
             small.qkv.bias = as_parameter(bias, original.qkv.bias)
-        small.proj.weight = as_parameter(flatten_heads(heads.output).mT, original.proj.weight)
-        if small.proj.bias is not None and heads.output_bias is not None:
-            small.proj.bias = as_parameter(heads.output_bias, original.proj.weight)
-
-    return fill
+        small.proj.weight = as_parameter(flatten_heads(weights.output).mT, original.proj.weight)
+        if small.proj.bias is not None and weights.output_bias is not None:
+            small.proj.bias = as_parameter(weights.output_bias, original.proj.weight)
 
 
 class LowRankWindowAttention(LowRankAttention, WindowAttention):

@@ -15,8 +15,8 @@ The part is then called ``channels``: as many of every head are kept, and the ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from torch import Tensor, nn
@@ -29,13 +29,24 @@ from .heads import Heads, HeadWeights, Places, Role, Stream, split_output
 from .recording import Recorder, ShapeCounter, as_rows
 from .rotation import find_tables, turn_rows
 
-if TYPE_CHECKING:
-    from ..hosts.kept_forward import KeptForward
 
-#: Makes an empty stand-in from the widths of one head's queries and keys, and of its values.
-Build = Callable[[int, int], nn.Module]
-#: Writes weights (of any head widths) into such a stand-in.
-Fill = Callable[[Any, HeadWeights, Places], None]
+class StandIn(Protocol):
+    """How one attention module runs with narrower heads."""
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the products run at the full width whatever is kept, the rest being zeros."""
+
+    def build(self, qk: int, vo: int, placed: Collection[Role] = ()) -> nn.Module:
+        """An empty module with everything else of the original.
+
+        Args:
+            qk, vo: widths of one head's queries and keys, and of its values.
+            placed: whose components go to places of their own within a head of the full width.
+        """
+
+    def fill(self, small: nn.Module, weights: HeadWeights, places: Places) -> None:
+        """Write weights of these widths into it; ``places`` of what is placed."""
 
 
 class AttentionLayer(Layer):
@@ -43,7 +54,7 @@ class AttentionLayer(Layer):
 
     Args:
         heads, stream: how many heads there are, and where their matrices are inside ``running``.
-        build: ``build(qk_width, vo_width)``, an empty stand-in with everything else of the original; fill: writes it.
+        stand_in: what builds and fills narrower ones.
         dense_parts: parts that must keep their width, and why.
         rotary: how the components of a rotated query pair up: ``half`` (i with i + d / 2), ``next`` (2 i with 2 i + 1),
             or None.
@@ -51,7 +62,6 @@ class AttentionLayer(Layer):
             does not exist.
         fused: whether queries and values run at one width, that of the wider, as fused kernels want it.
         running: what computes the same through linear layers that are called; default the module itself.
-        kept: what builds and fills stand-ins that keep the host's forward, where that is the way.
     """
 
     kind = "attention"
@@ -71,31 +81,22 @@ class AttentionLayer(Layer):
         module: nn.Module,
         heads: Heads,
         stream: Stream,
-        build: Build,
-        fill: Fill,
+        stand_in: StandIn,
         dense_parts: Mapping[str, str] | None = None,
         *,
         rotary: str | None = None,
         by_channel: bool = False,
         fused: bool = True,
         running: nn.Module | None = None,
-        kept: KeptForward | None = None,
     ) -> None:
         super().__init__(name, module, dense_parts)
-        self.heads, self.stream = heads, stream
-        self.build, self.fill = build, fill
+        self.heads, self.stream, self.stand_in = heads, stream, stand_in
         self.rotary, self.by_channel, self.fused = rotary, by_channel, fused
         self._running = running
-        self.kept = kept
 
     @property
     def running(self) -> nn.Module:
         return self.module if self._running is None else self._running
-
-    @property
-    def fixed(self) -> bool:
-        """Whether the products run at the full width whatever is kept, the rest being zeros."""
-        return self.kept is not None and self.kept.fixed
 
     @property
     def qk_part(self) -> str:
@@ -266,11 +267,8 @@ class AttentionLayer(Layer):
         self.check(choice)
         if not choice:
             return {}
-        widths = self.qk_width(choice), self.vo_width(choice)
-        if placed := self.placed(choice):
-            assert self.kept is not None
-            return {self.name: self.kept.build(*widths, placed)}
-        return {self.name: self.build(*widths)}
+        made = self.stand_in.build(self.qk_width(choice), self.vo_width(choice), self.placed(choice))
+        return {self.name: made}
 
     def replaced(self, choice: Choice) -> dict[str, nn.Module]:
         if not choice:
@@ -311,7 +309,7 @@ class AttentionLayer(Layer):
         has_bias = self.output.bias is not None
         params = params + h.num * vo * out + np.where(has_bias | (np.asarray(vo) < h.value_width), out, 0)
         products = 2 * np.maximum(qk, vo) if self.fused else qk + vo
-        if self.fixed:
+        if self.stand_in.fixed:
             products = h.width + h.value_width
         if not any("query" in one.roles for one in self.stream.inputs):
             products = 0  # what brings values together is the host's own, and stays as it is

@@ -128,9 +128,8 @@ class AttentionFactors(Factors["AttentionLayer"]):
 
     def _build(self, choice: Choice) -> dict[str, nn.Module]:
         new, layer = self.layer.empty(choice), self.layer
-        fill = layer.kept.fill if layer.kept is not None and layer.placed(choice) else layer.fill
         for small in new.values():
-            fill(small, *self.reduced(choice))
+            layer.stand_in.fill(small, *self.reduced(choice))
         return new
 
     def reduced(self, choice: Choice) -> tuple[HeadWeights, Places]:
