@@ -2,7 +2,7 @@
 
     python benchmarks/int8.py --shared SHARED [--json results/int8.json] [--test-images 10000] [--teacher vit_cifar10]
 
-The compressed model has half the parameters, without training: ranks by spectrum from 1024 unlabelled training images.
+The compressed model has half the parameters, without training: ranks chosen on 1024 unlabelled training images.
 Int8 is calibrated on 256 of them, once with all layers quantized and once with the default tolerance. Accuracy is that
 of the file, run in its runtime.
 """
@@ -51,6 +51,8 @@ def main() -> None:
     p.add_argument("--shared", type=Path, required=True, help="folder with teachers/ and data/cifar10/")
     p.add_argument("--test-images", type=int, default=10_000)
     p.add_argument("--teacher", default="vit_cifar10")
+    p.add_argument("--method", default="auto", help="of the plan")
+    p.add_argument("--kinds", nargs="*", default=("dense", "compressed"))
     p.add_argument("--to", nargs="*", default=("onnx", "openvino", "torch"))
     args = p.parse_args()
     known = json.loads(args.json.read_text())["results"] if args.json and args.json.is_file() else {}
@@ -58,11 +60,15 @@ def main() -> None:
     dense.pretrained_cfg = {**(getattr(dense, "pretrained_cfg", None) or {}), "mean": MEAN, "std": STD}
     pool, _ = cifar10(args.shared, "train", 1024)
     test = cifar10(args.shared, "test", args.test_images)
-    calibration = comcat.calibrate(dense, pool.split(64))
-    plan = comcat.plan(dense, comcat.Budget(params=0.5), calibration, method="spectrum")
-    small = comcat.compress(dense, plan, calibration).eval()
     rows = known.setdefault(args.teacher, {"test_images": args.test_images})
-    for kind, model in (("dense", dense), ("compressed", small)):
+    models = {"dense": dense}
+    if "compressed" in args.kinds:
+        calibration = comcat.calibrate(dense, pool.split(64))
+        plan = comcat.plan(dense, comcat.Budget(params=0.5), calibration, method=args.method)
+        models["compressed"] = comcat.compress(dense, plan, calibration).eval()
+        rows["method"] = args.method
+    for kind in args.kinds:
+        model = models[kind]
         for to in args.to:
             for name, precision, tolerance in (
                 ("fp32", "fp32", ALL),

@@ -238,6 +238,19 @@ def test_a_full_disk(small: nn.Module, tmp_path: Path, monkeypatch: pytest.Monke
     assert left_behind(tmp_path) == []
 
 
+def test_openvino_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    from comcat.runtimes.openvino_runtime import openvino_module
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr(openvino_module(), "save_model", full)
+    with pytest.raises(CheckpointError, match=r"iostream error\); is there space on the disk\?; nothing was written"):
+        comcat.export(vit(**F32, depth=1), tmp_path / "a.xml", "openvino")
+    assert left_behind(tmp_path) == []
+
+
 def test_a_file_that_computes_something_else_is_not_written(
     small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,7 +49,10 @@ class OpenVinoFormat(FileFormat):
             _stored_in_bf16(openvino, model)
         for key, value in metadata.items():
             model.set_rt_info(value, [KEY, key])
-        openvino.save_model(model, path, compress_to_fp16=precision == "fp16")
+        try:
+            openvino.save_model(model, path, compress_to_fp16=precision == "fp16")
+        except RuntimeError as error:  # all that it says of a full disk is "iostream error"
+            raise OSError(errno.EIO, f"OpenVINO could not write it ({error}); is there space on the disk?") from error
 
     def opened(self, path: Path, precision: str) -> Run:
         from ..runtimes import session

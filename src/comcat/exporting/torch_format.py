@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,7 +50,9 @@ class TorchFormat(FileFormat):
     ) -> None:
         for node in traced.program.graph.nodes:
             node.meta.pop("stack_trace", None)  # paths of this machine, and a third of a small file
-        torch.export.save(traced.program, path, extra_files={KEY + SIDECAR: json.dumps(metadata)})
+        content = io.BytesIO()  # PyTorch's own writer ends the process where the disk is full
+        torch.export.save(traced.program, content, extra_files={KEY + SIDECAR: json.dumps(metadata)})
+        path.write_bytes(content.getbuffer())
 
     def opened(self, path: Path, precision: str) -> Run:
         if precision == "int8":
