@@ -89,6 +89,13 @@ def test_every_runtime_computes_what_pytorch_does(
     assert (torch.get_num_threads(), next(host.parameters()).dtype) == before
 
 
+def test_modules_of_one_class_are_compiled_one_by_one(host: nn.Module) -> None:
+    """PyTorch counts compilations by code, and stops at eight."""
+    codes = [runtimes.session(host, "torch-compile").function.__code__ for _ in range(9)]
+    assert len(set(map(id, codes))) == len(codes)
+    assert len({code.co_name for code in codes}) == len(codes)
+
+
 @pytest.mark.slow
 def test_a_compiled_module_computes_what_it_did() -> None:
     module, x = nn.Sequential(nn.Linear(7, 5), nn.ReLU()), np.random.default_rng(0).standard_normal((3, 7), np.float32)

@@ -207,12 +207,12 @@ def in_turns(
     Returns:
         For each session, one figure per round.
     """
-    begin = time.perf_counter()
     each = [list(arrays)] * len(sessions) if _same_for_all(arrays) else [list(one) for one in arrays]
     inputs = [one._prepared(own, {}) for one, own in zip(sessions, each, strict=True)]
     times: list[list[float]] = [[] for _ in sessions]
-    turn, going = 0, True
+    turn, going, begin = 0, True, 0.0
     while going:
+        begin = begin if turn > 1 else time.perf_counter()  # the first round warms up, or compiles
         for spent, one, own in zip(times, sessions, inputs, strict=True):
             least = min(one._timed(own) for _ in range(repeats))
             if turn:

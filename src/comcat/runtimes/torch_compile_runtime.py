@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import count
+from types import FunctionType
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import ModelError
 from .torch_runtime import TorchSession
+
+_NUMBERS = count()
 
 
 class CompiledSession(TorchSession):
@@ -17,8 +22,8 @@ class CompiledSession(TorchSession):
 
     def _open(self, source: Any) -> None:
         super()._open(source)
-        self.eager = self.module
-        self.module = torch.compile(self.eager, dynamic=False)
+        self.function = _function_of(self.module)
+        self.module = torch.compile(self.function, dynamic=False)
 
     def _run(self, inputs: Any) -> Any:
         try:
@@ -31,3 +36,17 @@ class CompiledSession(TorchSession):
                 f"torch.compile cannot compile {self.name}: {str(cause).strip().splitlines()[0]}. It needs a C++ "
                 "compiler (apt-get install g++); or choose the runtime 'torch'"
             ) from cause
+
+
+def _function_of(module: nn.Module) -> FunctionType:
+    """A function that calls the module, with code of its own.
+
+    PyTorch keeps what it compiled by code, looks through all of it at every call, and goes back to running layer by
+    layer after eight compilations of one code: many modules of one class would be slow, the ninth not compiled at all.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module(*args, **kwargs)
+
+    code = call.__code__.replace(co_name=f"call_{next(_NUMBERS)}")
+    return FunctionType(code, call.__globals__, code.co_name, closure=call.__closure__)
