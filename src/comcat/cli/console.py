@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import logging
 import os
 import shlex
 import signal
@@ -35,6 +36,8 @@ from ..wording import some
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
+#: What speaks of torchao where that is installed, when transformers or diffusers are imported: nobody asked for it.
+_CHATTER = ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 _given: list[str] = []
 
 
@@ -180,6 +183,8 @@ def command(function: Command) -> Command:
     def run(*args: Any, **kwargs: Any) -> None:
         from ..storage.atomic import written
 
+        for name in _CHATTER:
+            logging.getLogger(name).setLevel(logging.ERROR)
         json_output = bool(kwargs.get("json_output"))
         already = len(written)
         try:

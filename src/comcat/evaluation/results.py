@@ -99,5 +99,5 @@ class Agreement:
 
 
 def _measured(values: dict[str, Any]) -> dict[str, Any]:
-    """Without what the images could not tell, such as the precision of labels that none of them has: JSON has no NaN."""
+    """Without what images could not tell, such as the precision of labels that none of them has: JSON has no NaN."""
     return {name: value for name, value in values.items() if not math.isnan(value)}
