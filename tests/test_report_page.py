@@ -14,8 +14,8 @@ import comcat
 from comcat import LayerReport, Report
 from comcat.models.opening import load_model
 from comcat.report.figures import draw_kept, kept_by_part
+from comcat.report.method_words import budget_words
 from comcat.report.page import PAGE_NAME
-from comcat.report.page_content import budget_words
 from comcat.runtimes.bench import Bench, BenchRow
 from conftest import VIT, images, randomize, swin, vit
 from test_cli import ARGS, NAME, Result, model_options

@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import BudgetError
 from ..models.machine import versions
-from ..planning.choice import comparison
-from ..planning.plan import Budget
-from . import format as fmt
 from .bench_record import BenchRecord, time_groups
 from .facts import Facts, TrainingRecord
-from .figures import kept_by_part
+from .method_words import method_terms
+from .page_layers import kept_bars, layer_rows, left_dense, spectra_panels
+from .page_samples import Pixels, disagreements
 from .spectra_figure import SpectrumSummary
-from .style import TITLES
 from .tables import MAC_NOTE, Row, compared
-from .thumbnails import data_uri
-from .vector import Chart, Curve, progress_chart, spectrum_curve
+from .vector import Chart, progress_chart
 
 if TYPE_CHECKING:
-    from ..evaluation.side_by_side import Comparison, Sample
-
-METHODS = {
-    "uniform": "the same share of every layer",
-    "spectrum": "by the spectra of the layers, the component that counts most for its cost first",
-    "probe": "by cutting one part of one layer at a time and measuring what it does to the outputs",
-    "search": "learned: a distribution over candidate widths, trained with the budget in its loss",
-    "manual": "written by hand",
-    "full-rank": "every layer at its full width",
-}
-VERDICTS = {
-    "lost": "Only the dense model is right",
-    "won": "Only the compressed model is right",
-    "changed": "Another answer",
-}
-#: A second moment that needed more than this is not that of any data, see :class:`comcat.LayerReport`.
-_LARGE_RIDGE = 1e-4
+    from ..evaluation.side_by_side import Comparison
 
 
 class Tile(NamedTuple):
@@ -47,50 +27,6 @@ class Tile(NamedTuple):
     figure: str
     detail: str
     share: float | None
-
-
-class Bar(NamedTuple):
-    row: str
-    share: float | None
-    label: str
-
-
-class PartShown(NamedTuple):
-    """One part of one layer in the table of layers."""
-
-    key: str
-    name: str
-    kept: int
-    full: int
-    curve: Curve | None
-
-
-class LayerRow(NamedTuple):
-    name: str
-    kind: str
-    parts: list[PartShown]
-    params: tuple[str, str, float]  # before, after, share in percent
-    macs: tuple[str, str, float]
-    error: str
-    doubtful: bool
-
-
-class Panel(NamedTuple):
-    """Spectra of one part of all layers; ``even`` is where a low-rank layer stops being smaller, in percent."""
-
-    key: str
-    title: str
-    full: int
-    curves: list[Curve]
-    even: float | None
-
-
-class SampleShown(NamedTuple):
-    """A sample as it is drawn: the picture, and lines of (whose answer, the answer, its probability)."""
-
-    picture: str
-    answers: list[tuple[str, str, str]]
-    distance: str
 
 
 @dataclass(frozen=True)
@@ -106,7 +42,7 @@ class Extras:
 
     comparison: Comparison | None = None
     names: Sequence[str] | None = None
-    pixels: tuple[Sequence[float] | None, Sequence[float] | None] = (None, None)
+    pixels: Pixels = (None, None)
     spectra: Sequence[SpectrumSummary] = ()
     spectra_of: str = ""
     bench: BenchRecord | None = None
@@ -115,6 +51,7 @@ class Extras:
 def page_content(facts: Facts, extras: Extras) -> dict[str, Any]:
     """The variables of ``page.html``."""
     rows = compared([facts.dense, facts.small])
+    found = extras.comparison
     return {
         "name": facts.name,
         "size": " × ".join(str(n) for n in facts.report.input_size),
@@ -125,15 +62,15 @@ def page_content(facts: Facts, extras: Extras) -> dict[str, Any]:
         "evaluated_on": facts.evaluated_on,
         "latency": facts.record.latency if facts.record else None,
         "bench": _bench(extras.bench),
-        "panels": _kept(facts),
-        "layers": _layers(facts, extras.spectra),
-        "dense": _left_dense(facts),
+        "panels": kept_bars(facts),
+        "layers": layer_rows(facts, extras.spectra),
+        "dense": left_dense(facts),
         "notes": facts.report.notes,
-        "spectra": _panels(facts, extras.spectra),
+        "spectra": spectra_panels(facts, extras.spectra),
         "spectra_of": extras.spectra_of,
-        "method": _method(facts),
+        "method": method_terms(facts),
         "training": _training(facts.training),
-        "samples": _samples(extras),
+        "samples": None if found is None else disagreements(found, extras.names, extras.pixels),
         "steps": _steps(facts),
         "versions": _versions(facts),
         "device": facts.record.device if facts.record else None,
@@ -173,105 +110,6 @@ def _bench(record: BenchRecord | None) -> dict[str, Any] | None:
     }
 
 
-def _kept(facts: Facts) -> list[tuple[str, str, list[Bar]]]:
-    """For every part its key, its title and a bar for every block."""
-    rows, parts = kept_by_part(facts.report)
-    panels = []
-    for part, blocks in parts.items():
-        bars = [Bar(r, 100 * blocks[r].share, blocks[r].label) if r in blocks else Bar(r, None, "dense") for r in rows]
-        panels.append((part, TITLES[part], bars))
-    return panels
-
-
-def _layers(facts: Facts, spectra: Sequence[SpectrumSummary]) -> list[LayerRow]:
-    by_part = {(s.layer, s.part): s for s in spectra}
-    rows = []
-    for layer in facts.report.layers:
-        parts = []
-        for part, kept in layer.ranks.items():
-            found = by_part.get((layer.name, "head" if part == "rank" else part))
-            curve = spectrum_curve(layer.name, found.tail, kept) if found else None
-            key = {"rank": "head"}.get(part, part)
-            parts.append(PartShown(key, fmt.PART_NAMES.get(part, part), kept, layer.full[part], curve))
-        rows.append(
-            LayerRow(
-                layer.name,
-                layer.kind,
-                parts,
-                _fall(layer.params_before, layer.params_after),
-                _fall(layer.macs_before, layer.macs_after),
-                fmt.error(layer.error),
-                (layer.ridge or 0) > _LARGE_RIDGE,
-            )
-        )
-    return rows
-
-
-def _fall(before: int, after: int) -> tuple[str, str, float]:
-    return fmt.count(before), fmt.count(after), 100 * after / max(before, 1)
-
-
-def _left_dense(facts: Facts) -> list[tuple[str, str, list[str]]]:
-    """Reason, class and the layers that have them."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for entry in facts.report.dense:
-        found.setdefault((entry.reason, entry.cls), []).append(entry.name)
-    return [(*key, names) for key, names in found.items()]
-
-
-def _panels(facts: Facts, spectra: Sequence[SpectrumSummary]) -> list[Panel]:
-    cut = {
-        (layer.name, "head" if part == "rank" else part): kept
-        for layer in facts.report.layers
-        for part, kept in layer.ranks.items()
-    }
-    panels = []
-    for part in TITLES:
-        found = [s for s in spectra if s.part == part]
-        if not found:
-            continue
-        curves = [
-            spectrum_curve(s.layer, s.tail, cut.get((s.layer, part)), 0.3 + 0.7 * (i + 1) / len(found))
-            for i, s in enumerate(found)
-        ]
-        even = 100 * found[0].break_even / found[0].full
-        panels.append(Panel(part, TITLES[part], found[0].full, curves, even if even < 100 else None))
-    return panels
-
-
-def _method(facts: Facts) -> list[tuple[str, str]]:
-    """What was asked for and how it was done: pairs of a term and its words."""
-    plan, record = facts.plan, facts.record
-    said = METHODS.get(plan.method)
-    terms = [("widths", f"{plan.method}: {said}" if said else plan.method)]
-    if plan.budget:
-        terms.insert(0, ("budget", budget_words(plan.budget)))
-    if line := comparison(plan):
-        terms.append(("chosen from", line))
-    if record and record.calibration:
-        weighed = ", errors weighed by output gradients (Fisher)" if record.calibration.fisher else ""
-        terms.append(("calibration", f"{record.calibration.images:,} images{weighed}"))
-    elif record:
-        terms.append(("calibration", "none: from the weights alone"))
-    return terms
-
-
-def budget_words(budget: Mapping[str, Any]) -> str:
-    """``{"params": 0.5, "of": "model"}`` -> ``50 % of the parameters of the model``."""
-    given = {key: value for key, value in budget.items() if value is not None}
-    try:
-        found = Budget(**given)
-    except (BudgetError, TypeError):  # edited by hand
-        return ", ".join(f"{key} {value}" for key, value in given.items())
-    unit = {"params": "parameters", "macs": "MACs", "latency": "time"}.get(found.unit, found.unit)
-    if isinstance(found.value, float):
-        whole = "model" if found.of == "model" else "compressed parts"
-        return f"{100 * found.value:g} % of the {unit} of the {whole}"
-    if found.unit == "latency":
-        return f"at most {found.value / 1e6:g} ms for a batch"
-    return f"at most {fmt.count(found.value)} {unit}"
-
-
 def _training(record: TrainingRecord | None) -> dict[str, Any] | None:
     if record is None:
         return None
@@ -292,43 +130,6 @@ def _history(record: TrainingRecord) -> tuple[str, Chart] | None:
     ordered = sorted((figure for _, figure in known), key=lambda figure: figure.value)
     values = [(epoch, figure.value, f"{figure.shown()} after {epoch:g} epochs") for epoch, figure in known]
     return known[0][1].label, progress_chart(values, ordered[0].shown(), ordered[-1].shown())
-
-
-def _samples(extras: Extras) -> dict[str, Any] | None:
-    found = extras.comparison
-    if found is None:
-        return None
-    groups = []
-    for verdict, title in VERDICTS.items():
-        samples = found.samples.get(verdict, [])
-        if samples:
-            count = found.differing.get(verdict, len(samples))
-            shown = [_shown(sample, extras) for sample in samples]
-            groups.append({"title": title, "count": count, "verdict": verdict, "samples": shown})
-    changed = sum(found.differing.values()) if found.kind == "classes" else None
-    return {
-        "kind": found.kind,
-        "images": found.images,
-        "divergence": f"{found.divergence:.4g}",
-        "changed": changed,
-        "share": f"{100 * changed / found.images:.2f}" if changed is not None else None,
-        "groups": groups,
-    }
-
-
-def _shown(sample: Sample, extras: Extras) -> SampleShown:
-    answers = []
-    if sample.dense is not None and sample.small is not None:
-        for who, (number, probability) in (("dense", sample.dense), ("small", sample.small)):
-            answers.append((who, class_name(number, extras.names), f"{100 * probability:.0f} %"))
-        if sample.label is not None:
-            answers.append(("truth", class_name(sample.label, extras.names), ""))
-    return SampleShown(data_uri(sample.image, *extras.pixels), answers, f"{sample.divergence:.3g}")
-
-
-def class_name(number: int, names: Sequence[str] | None) -> str:
-    """The name of a class, or ``class 3``."""
-    return names[number] if names is not None and 0 <= number < len(names) else f"class {number}"
 
 
 def _steps(facts: Facts) -> list[str]:

@@ -16,7 +16,7 @@ from .._version import __version__
 from ..models.hub import PREFIX
 from ..report import format as fmt
 from ..report.facts import Facts
-from ..report.page_content import METHODS, budget_words
+from ..report.method_words import METHODS, budget_words
 from ..report.tables import compared
 
 #: In a card that comcat wrote, and may therefore replace.
