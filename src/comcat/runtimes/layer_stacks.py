@@ -11,7 +11,7 @@ differences, which are all that a plan goes by. The second layer has weights of 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..errors import ModelError
 from ..layers.base import Choice, Layer
 from ..models.example import example_for
 from ..models.modes import evaluating
-from ..models.running import explained, still
+from ..models.running import explained, still, tensors_in
 from ..prepared import Prepared
 from .registry import FORMATS
 
@@ -64,17 +64,7 @@ class LayerCall:
             return value.to(x.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
         output = module(*map(given, self.args), **{key: given(value) for key, value in self.kwargs.items()})
-        return next(_tensors(output))
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
-    elif isinstance(output, Mapping):
-        yield from _tensors(list(output.values()))
+        return next(tensors_in(output))
 
 
 class Stack(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..models.running import explained
+from ..models.running import explained, tensors_in
 from .sessions import Session
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,21 +69,9 @@ class TorchSession(Session):
         return output
 
     def _arrays(self, outputs: Any) -> list[np.ndarray]:
-        return [_array(tensor) for tensor in _tensors(outputs)]
+        return [_array(tensor) for tensor in tensors_in(outputs)]
 
 
 def _array(tensor: Tensor) -> np.ndarray:
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy().copy()
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """All tensors of an output, in order."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
