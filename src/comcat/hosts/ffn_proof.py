@@ -67,12 +67,17 @@ def _beside(trial: Trial, layer: FFNLayer) -> bool:
 
 
 def _by_pixel(trial: Trial) -> bool:
-    """Whether every pixel is treated by itself: the mirrored image comes out mirrored."""
+    """Whether every pixel is treated by itself: the mirrored image comes out mirrored, and not as it was."""
     args, kwargs = trial.call
     if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or args[0].dim() != 4 or trial.reference is None:
         return False
-    mirrored = Trial(trial.base, ((args[0].flip(-2, -1),), {}))
-    return trial.holds(trial.base, None if (out := mirrored.reference) is None else [one.flip(-2, -1) for one in out])
+    out = Trial(trial.base, ((args[0].flip(-2, -1),), {})).reference
+    # One pixel, or units that never fire, are their own mirror image, which shows nothing.
+    return (
+        out is not None
+        and not trial.holds(trial.base, out)
+        and trial.holds(trial.base, [one.flip(-2, -1) for one in out])
+    )
 
 
 def _two(linear: Any) -> LowRankLinear:
