@@ -261,3 +261,17 @@ def test_openvino_reports_to_nobody() -> None:
         "import openvino.tools.ovc.convert_impl\nassert sys.modules['openvino_telemetry'] is None"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such signals")
+def test_signals_after_sessions_of_openvino(file: Path) -> None:
+    """Sessions go in the order they came in; then a signal is handled in Python."""
+    pytest.importorskip("openvino")
+    script = (
+        "import gc, signal, sys\nfrom comcat import runtimes\n"
+        "one, two = (runtimes.session(sys.argv[1], 'openvino') for _ in range(2))\n"
+        "del one\ngc.collect()\ndel two\ngc.collect()\n"
+        "signal.signal(signal.SIGCHLD, lambda *_: print('handled'))\nsignal.raise_signal(signal.SIGCHLD)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

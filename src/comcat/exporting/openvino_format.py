@@ -65,6 +65,9 @@ def _quantized(model: Any, traced: Traced, int8: Int8) -> Any:
     """The model with quantized layers, by NNCF, which moves outliers of activations into the weights first."""
     import nncf
 
+    from ..runtimes.openvino_runtime import openvino_core
+
+    openvino_core()  # before those that NNCF makes, see there
     layers = {node.name: layer_of(node) for node in traced.program.graph.nodes}
     floats = []
     for op in model.get_ops():

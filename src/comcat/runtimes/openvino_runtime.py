@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,15 +29,14 @@ class OpenVinoSession(FileSession):
     suffixes: ClassVar[tuple[str, ...]] = (".xml", ".onnx")
 
     def _read(self, path: Path) -> None:
-        openvino = openvino_module()
         # Threads that are not bound to a core: all sessions of a process would be bound to the same few.
         config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "ENABLE_CPU_PINNING": "NO"}
         if self.precision in _HINTS:
             config["INFERENCE_PRECISION_HINT"] = _HINTS[self.precision]
         if self.threads is not None:
             config["INFERENCE_NUM_THREADS"] = self.threads
-        compiled = openvino.Core().compile_model(str(path), "CPU", config)
-        self.version = openvino.__version__.partition("-")[0]
+        compiled = openvino_core().compile_model(str(path), "CPU", config)
+        self.version = openvino_module().__version__.partition("-")[0]
         self._request = compiled.create_infer_request()
         self.inputs = tuple(_port(one) for one in compiled.inputs)
         self._outputs = len(compiled.outputs)
@@ -61,7 +61,7 @@ def is_quantized(path: Path) -> bool:
         ModelError: OpenVINO cannot read it.
     """
     try:
-        model = openvino_module().Core().read_model(str(path))
+        model = openvino_core().read_model(str(path))
     except RuntimeError as error:
         raise ModelError(f"openvino cannot read '{path}': {first_line(error)}") from error
     short = {"i8", "u8", "i4", "u4"}
@@ -69,6 +69,19 @@ def is_quantized(path: Path) -> bool:
     return any(op.get_type_name() == "FakeQuantize" for op in model.get_ops()) or any(
         op.get_element_type().to_string() in short for op in constants
     )
+
+
+@cache
+def openvino_core() -> Any:
+    """The one of this process, which stays.
+
+    A core replaces the stack that signals are handled on, and puts the one before back when it goes. Of two that go in
+    the order they came in, the second puts back what the first has freed, and the next signal (Ctrl-C, the end of a
+    child process) is a segmentation fault.
+    """
+    core = openvino_module().Core()
+    core.get_property("CPU", "FULL_DEVICE_NAME")  # it is the plugin that does this, which is loaded here
+    return core
 
 
 def openvino_module() -> Any:

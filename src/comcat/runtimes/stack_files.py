@@ -87,9 +87,9 @@ def _read(file: Path) -> Any:
         import onnx.utils
 
         return onnx.utils.Extractor(onnx.load(str(file)))
-    from .openvino_runtime import openvino_module
+    from .openvino_runtime import openvino_core
 
-    return openvino_module().Core().read_model(str(file))
+    return openvino_core().read_model(str(file))
 
 
 def _onnx_part(whole: Any, output: int, path: Path) -> None:
