@@ -7,36 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import comcat
 from comcat import Plan, SearchConfig, TrainingError
 from comcat.training import state
-from conftest import calibrated, images, vit
+from conftest import calibrated, vit
+from test_finetune_resume import Noisy
 from test_search import HALF, HOST, records
 
 pytestmark = pytest.mark.usefixtures("no_source")
-
-COUNT = 26
-#: NumPy's global generator, from which augmentations draw.
-GLOBAL = np.random.mtrand._rand
-
-
-class Noisy(Dataset):
-    """Random images under an augmentation that draws from all three global generators."""
-
-    def __init__(self, count: int = COUNT) -> None:
-        self.images = images(vit(), count).float()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index] * (random.random() + GLOBAL.rand() + torch.rand(())), index % 11
 
 
 def settings(**changes: Any) -> SearchConfig:

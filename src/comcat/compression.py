@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +16,7 @@ from .hosts.changed import hooked
 from .layers.base import Choice, Inventory, Layer, LeftDense
 from .layers.cost import Shape
 from .layers.factors import Factors
-from .models.modes import exclusive
+from .models.modes import copied, exclusive
 from .models.profile import Profile, profile
 from .models.running import still
 from .models.source import Source, describe
@@ -200,11 +199,7 @@ def compress(
     plan.check(ready.inventory)
     ready.check(calibration)
     ready.factors(calibration)
-    try:
-        with exclusive(ready.model), torch.inference_mode(False):
-            small = copy.deepcopy(ready.model)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        raise ModelError(f"the model cannot be copied ({error}); compress_ works on it in place") from error
+    small = copied(ready.model, instead="compress_ works on it in place")
     there = ready.of_copy(small)
     compress_(there, plan, calibration, input_size=input_size, keep_original=False, progress=progress)
     return small

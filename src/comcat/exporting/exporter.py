@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import warnings
@@ -16,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..errors import ExportError, ModelError
+from ..errors import ExportError
 from ..layers.base import check_finite
 from ..models.example import Example, example_for
+from ..models.modes import copied
 from ..models.opening import load_model
 from ..models.preprocessing import said_config
 from ..models.profile import default_input_size, image_size
@@ -272,11 +272,8 @@ class _Subject:
         self.target, self.precision, self.batch = target, precision, batch
         self.size = image_size(size or default_input_size(model))
         self.config = said_config(model)
-        try:
-            with torch.inference_mode(False):
-                self.copy = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-        except (RuntimeError, TypeError, NotImplementedError) as error:
-            raise ModelError(f"the model cannot be copied ({error})") from error
+        with torch.inference_mode(False):
+            self.copy = copied(model).cpu().float().eval().requires_grad_(False)
         self.example = example_for(self.copy, self.size, batch or _TRACED, seed=0)
         with explained(self.example.pixels), quiet():
             self.flat = FlatModel(self.copy, self.example)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from ..errors import ModelError
 
 _free = threading.Condition()
 #: Which thread works with a module, and how many times over, by the module's id while it does.
@@ -42,6 +45,19 @@ def exclusive(*models: nn.Module) -> Iterator[None]:
                 else:
                     del _busy[id(module)]
             _free.notify_all()
+
+
+def copied(model: nn.Module, instead: str = "") -> nn.Module:
+    """A copy, with weights of its own that train also where it is made under ``torch.inference_mode``.
+
+    Raises:
+        ModelError: the model cannot be copied; ``instead`` says what to do then.
+    """
+    try:
+        with exclusive(model), torch.inference_mode(False):
+            return copy.deepcopy(model)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise ModelError(f"the model cannot be copied ({error})" + (f"; {instead}" if instead else "")) from error
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..layers.base import Choice, Layer
 from ..models.example import example_for
-from ..models.modes import evaluating
+from ..models.modes import copied, evaluating
 from ..models.running import explained, still, tensors_in
 from ..prepared import Prepared
 from .registry import FORMATS
@@ -99,12 +99,9 @@ class Side(nn.Module):
 
 def float_copy(ready: Prepared, runtime: str) -> Prepared:
     """The model in float32 and evaluation mode, with what is known of its layers; for files on the processor."""
-    try:
-        made = copy.deepcopy(ready.model).float().eval().requires_grad_(False)
-        made = made.cpu() if runtime in FORMATS else made
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        raise ModelError(f"the model cannot be copied ({error})") from error
-    return ready.of_copy(made)
+    with torch.inference_mode(False):
+        made = copied(ready.model).float().eval().requires_grad_(False)
+        return ready.of_copy(made.cpu() if runtime in FORMATS else made)
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ that kind's times are put right by as much.
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import torch
 
 from ..layers.base import Layer
 from ..models.machine import device_name
-from ..models.modes import exclusive
+from ..models.modes import copied, exclusive
 from ..planning.latency import LatencyTable
 from ..planning.measured_widths import MeasuredWidths
 from ..planning.timing import measured_in_place
@@ -63,20 +62,20 @@ def measure_in_runtime(
     """
     session_class(runtime).check(precision, threads)
     if runtime == "torch":
-        model = copy.deepcopy(ready.model).to(DTYPES[precision]).eval()
+        model = copied(ready.model).to(DTYPES[precision]).eval()
         with torch_threads(threads):
             return measured_in_place(ready.of_copy(model), batch_size, size, widths, rounds, progress)
     if runtime == "torch-compile":
         widths = min(widths, _COMPILED_WIDTHS)
     with exclusive(ready.model), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         how = runtime, precision, threads, Path(folder)
-        copied = float_copy(ready, runtime)
-        shapes, calls = ready.shapes(size), layer_calls(copied, batch_size, size)
+        floating = float_copy(ready, runtime)
+        shapes, calls = ready.shapes(size), layer_calls(floating, batch_size, size)
         kinds: dict[str, list[Layer]] = {}
-        for layer in copied.inventory.layers:
+        for layer in floating.inventory.layers:
             kinds.setdefault(layer.layer_key(shapes[layer.name]), []).append(layer)
-        images = random_inputs(copied.model, size, batch_size)
-        whole = whole_session(copied.model, *how)
+        images = random_inputs(floating.model, size, batch_size)
+        whole = whole_session(floating.model, *how)
         timed: dict[str, _Timed] = {}
         for done, (key, layers) in enumerate(kinds.items()):
             chosen = MeasuredWidths(layers[0], widths, coarse=True)
@@ -88,7 +87,7 @@ def measure_in_runtime(
                 progress("latency", done + 1, len(kinds))
         dense, profile = min(one.whole for one in timed.values()), ready.profile(size)
         return LatencyTable(
-            device=device_name(next(copied.model.parameters()).device),
+            device=device_name(next(floating.model.parameters()).device),
             dtype="float32",
             batch_size=batch_size,
             threads=threads or 0,
