@@ -27,6 +27,8 @@ from .whole_model import random_inputs, whole_session
 
 #: A budget counts as met within this fraction of it.
 TOLERANCE = 0.05
+#: Plans are made anew until this is reached, so that the next measurement of the same model finds it met too.
+_AIM = TOLERANCE / 2
 #: Plans that are made anew at most.
 _CORRECTIONS = 2
 #: Turns of both models, and seconds that they take at least.
@@ -138,7 +140,7 @@ def realize(
     build: Callable[[Plan], tuple[nn.Module, Built]],
     replan: Callable[[LatencyTable], Plan] | None,
 ) -> Outcome[Built]:
-    """Build a plan's model, measure it, and plan again until the budget is met within 5 %, twice at most.
+    """Build a plan's model, measure it, and plan again until the budget is met well within 5 %, twice at most.
 
     Args:
         budget: in nanoseconds of the table.
@@ -152,7 +154,7 @@ def realize(
         tried.append(realized)
         if best is None or abs(realized.off) < abs(best.realized.off):
             best = Outcome(plan, built, realized, table, tried)
-        if realized.met or replan is None or len(tried) > _CORRECTIONS:
+        if abs(realized.off) <= _AIM or replan is None or len(tried) > _CORRECTIONS:
             return best
         # What the plan says it saves is by this table, whose dense time stays.
         promised, saved = 1 - realized.planned, 1 - realized.kept
