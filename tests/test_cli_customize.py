@@ -159,6 +159,28 @@ def test_generate_without_adapter_and_token(place, dog, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_generate_with_masks(place, dog, cat, tmp_path):
+    """Every adapter on its half: another picture than everywhere, and the same where a mask is white."""
+    (left := Image.new("L", (20, 20))).paste(255, (0, 0, 10, 20))
+    left.save(tmp_path / "left.png")
+    Image.new("L", (5, 5), 255).save(tmp_path / "white.png")
+    ways = {"apart": ["left", "white"], "white": ["white", "white"], "bare": [None, None]}
+    drawn = {}
+    for name, masks in ways.items():
+        files = [f"{file}:0.9" for file in (dog[0], cat[0])]
+        given = [f"{f}@{tmp_path / m}.png" if m else f for f, m in zip(files, masks, strict=True)]
+        options = ["--adapter", given[0], "--adapter", given[1], "--prompt", "V* and <cat>", "--seeds", 3]
+        result = generate(place, *options, "--out", tmp_path / name, "--json")
+        assert result.code == 0, result.err
+        document = json.loads(result.out)
+        assert [a["mask"] for a in document["adapters"]] == [m and f"{tmp_path / m}.png" for m in masks]
+        with Image.open(tmp_path / name / document["images"][0]["file"]) as image:
+            drawn[name] = image.tobytes()
+    close = max(abs(a - b) for a, b in zip(drawn["white"], drawn["bare"], strict=True))
+    assert close <= 1
+    assert drawn["apart"] != drawn["bare"]
+
+
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 def test_convert_to_a_lora_and_back(place, dog, tmp_path, layout):
     lora = tmp_path / "lora.safetensors"
@@ -321,25 +343,45 @@ def test_interrupted_by_a_signal(place, tmp_path):
 def test_parsing(tmp_path):
     assert parse_seeds("0-3,7") == [0, 1, 2, 3, 7]
     assert parse_seeds(" 5 , 1-1,5") == [5, 1]
-    assert parse_adapter("dog.safetensors") == (Path("dog.safetensors"), None, None)
-    assert parse_adapter("dog.safetensors:-0.5") == (Path("dog.safetensors"), -0.5, None)
+    dog = Path("dog.safetensors")
+    assert parse_adapter("dog.safetensors") == (dog, None, None, None)
+    assert parse_adapter("dog.safetensors:-0.5") == (dog, -0.5, None, None)
     (tmp_path / "a:1").write_text("")
-    assert parse_adapter(str(tmp_path / "a:1")) == (tmp_path / "a:1", None, None)
-    assert parse_adapter("dog.safetensors:0.8,token=V2*") == (Path("dog.safetensors"), 0.8, "V2*")
-    assert parse_adapter("dog.safetensors,token=<d:1>") == (Path("dog.safetensors"), None, "<d:1>")
-    assert parse_adapter("dog.safetensors,token=V2*:0.8") == (Path("dog.safetensors"), 0.8, "V2*")
-    assert parse_adapter(r"C:\dog.safetensors:0.8") == (Path(r"C:\dog.safetensors"), 0.8, None)
+    assert parse_adapter(str(tmp_path / "a:1")) == (tmp_path / "a:1", None, None, None)
+    assert parse_adapter("dog.safetensors:0.8,token=V2*") == (dog, 0.8, "V2*", None)
+    assert parse_adapter("dog.safetensors,token=<d:1>") == (dog, None, "<d:1>", None)
+    assert parse_adapter("dog.safetensors,token=V2*:0.8") == (dog, 0.8, "V2*", None)
+    assert parse_adapter(r"C:\dog.safetensors:0.8") == (Path(r"C:\dog.safetensors"), 0.8, None, None)
     (tmp_path / "a,token=b.safetensors").write_text("")
-    assert parse_adapter(str(tmp_path / "a,token=b.safetensors:2")) == (tmp_path / "a,token=b.safetensors", 2, None)
-    assert parse_adapter("a" * 999 + ":1") == (Path("a" * 999), 1, None)
+    found = parse_adapter(str(tmp_path / "a,token=b.safetensors:2"))
+    assert found == (tmp_path / "a,token=b.safetensors", 2, None, None)
+    assert parse_adapter("a" * 999 + ":1") == (Path("a" * 999), 1, None, None)
+    left = Path("left.png")
+    for text in (
+        "dog.safetensors:0.8@left.png,token=V*",
+        "dog.safetensors@left.png:0.8,token=V*",
+        "dog.safetensors,token=V*:0.8@left.png",
+    ):
+        assert parse_adapter(text) == (dog, 0.8, "V*", left)
+    assert parse_adapter("dog.safetensors@left.png") == (dog, None, None, left)
+    assert parse_adapter("dog.safetensors,token=V@*@left.png") == (dog, None, "V@*", left)
+    assert parse_adapter("dog.safetensors,token=V@*") == (dog, None, "V@*", None)
+    (tmp_path / "me@home").mkdir()
+    (tmp_path / "me@home" / "left@2x.png").write_text("")
+    (tmp_path / "dog@home").write_text("")
+    place, image = tmp_path / "dog@home", tmp_path / "me@home" / "left@2x.png"
+    assert parse_adapter(f"{place}@{image}") == (place, None, None, image)
+    assert parse_adapter("me@home/dog.safetensors:1") == (Path("me@home/dog.safetensors"), 1, None, None)
     for text in (
         "x.safetensors:abc",
         "x.safetensors:",
         "x.safetensors:0,8",
         "x.safetensors:1,token=",
         "x.safetensors,1",
+        "x.safetensors@",
+        "x.safetensors@left",
     ):
-        with pytest.raises(typer.BadParameter, match=r"write FILE, FILE:0\.8 or FILE:0\.8,token="):
+        with pytest.raises(typer.BadParameter, match=r"write FILE, FILE:0\.8, FILE@MASK or FILE:0\.8@MASK,token="):
             parse_adapter(text)
     with pytest.raises(typer.BadParameter, match="more than 10,000 seeds"):
         parse_seeds("0-9223372036854775806")

@@ -31,6 +31,7 @@ def place(tmp_path_factory):
     handle.requires_grad_(False)
     for parameter in handle.parameters():
         parameter.add_(0.1)
+    save_adapter(pipe, root / "taught.safetensors")
     export_lora(pipe, root / "lora.safetensors")
     return root
 
@@ -231,3 +232,31 @@ def test_what_is_for_loras_alone(place, tmp_path, more, to):
     assert result.code == 2
     assert "--lora-alpha" in result.err
     nothing_in(tmp_path)
+
+
+# Masks
+
+MASKS = {
+    "missing": "there is no mask '.*missing.png'; give an image, white where the adapter acts",
+    "no image": r"the mask '.*no image.png' cannot be read \(not an image\). Give a PNG or JPEG",
+    "black": "the mask '.*black.png' is black everywhere, so that the adapter would act nowhere. Paint white",
+    "colours": "the mask '.*colours.png' has colours; paint it white where the adapter acts",
+    "wide": r"the mask of 'dog' is 20 x 10 pixels \(width x height\), and the picture 16 x 16: .* aspect ratio",
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_masks(place: Path, tmp_path: Path, case: str) -> None:
+    path = tmp_path / f"{case}.png"
+    if case == "no image":
+        path.write_text("no image")
+    elif case != "missing":
+        given = {"black": ("L", (8, 8), 0), "colours": ("RGB", (8, 8), "red"), "wide": ("L", (20, 10), 255)}
+        Image.new(*given[case]).save(path)
+    out = tmp_path / "images"
+    adapter = f"{place / 'taught.safetensors'}@{path}"
+    options = ["--adapter", adapter, "--prompt", PROMPT, "--steps", 1, "--seeds", 0, "--out", out]
+    # The shape of the picture is known when it is drawn; everything else before the base is opened.
+    base = place / ("base" if case == "wide" else "nowhere")
+    refused(Result(["generate", base, *options]), "^error: ", MASKS[case])
+    assert not out.exists()

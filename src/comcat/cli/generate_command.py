@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -29,8 +29,9 @@ def generate(
     adapter: Annotated[
         list[str] | None,
         opt.Option(
-            metavar="FILE[:S][,token=WORD]",
-            help="Adapter; its strength and its learned word if not its own; repeatable.",
+            metavar="FILE[:S][@MASK][,token=WORD]",
+            help="Adapter; its strength, an image that is white where it acts, and its learned word if not its own; "
+            "repeatable.",
         ),
     ] = None,
     seeds: Annotated[
@@ -66,11 +67,14 @@ def generate(
     """Draw prompts with BASE and any number of adapters: one PNG per prompt and seed, and a grid of all.
 
     [dim]comcat generate BASE --adapter dog.safetensors:0.8 --prompt "a photo of V* dog on the beach" --out images[/dim]
+
+    Two concepts side by side: --adapter dog.safetensors@left.png --adapter cat.safetensors@right.png
     """
     screen = Screen(json_output)
     numbers = parse_seeds(seeds)
     files = [parse_adapter(text) for text in adapter or []]
     with screen:
+        from ..customize.adapter.masking import as_mask
         from ..customize.files.adapter_file import read_adapter
         from ..customize.generation import check_prompts
         from ..customize.generation import generate as draw
@@ -78,8 +82,10 @@ def generate(
         from ..customize.pipelines import DTYPES, open_pipeline
 
         texts = read_prompts(prompt, prompts)
-        for path, _, _ in files:
-            read_adapter(path)  # what is wrong with a file is said before the base is read
+        for given in files:  # what is wrong with a file is said before the base is read
+            read_adapter(given.path)
+            if given.mask is not None:
+                as_mask(given.mask)
         place = parse_device(device)
         precision = precision or ("fp16" if place.type == "cuda" else "no")
         if precision not in DTYPES:
@@ -109,8 +115,14 @@ def generate(
         document = {
             "base": base,
             "adapters": [
-                {"file": str(p), "name": h.name, "scale": h.scale, "token": h.token.text if h.token else None}
-                for (p, _, _), h in zip(files, handles, strict=True)
+                {
+                    "file": str(given.path),
+                    "name": h.name,
+                    "scale": h.scale,
+                    "token": h.token.text if h.token else None,
+                    "mask": str(given.mask) if given.mask else None,
+                }
+                for given, h in zip(files, handles, strict=True)
             ],
             "images": [
                 {"file": p.name, "prompt": text, "seed": seed}
@@ -132,30 +144,50 @@ def generate(
     screen.result(document)
 
 
-def parse_adapter(text: str) -> tuple[Path, float | None, str | None]:
-    """``dog.safetensors:0.8,token=V2*`` -> (path, strength or None, word or None), in either order.
+class AdapterOption(NamedTuple):
+    """What one ``--adapter`` says; None: as the adapter's file has it, and everywhere in the picture."""
 
-    What is there under this name is taken as it is. BadParameter for a strength or a word that is none.
+    path: Path
+    scale: float | None = None
+    token: str | None = None
+    mask: Path | None = None
+
+
+def parse_adapter(text: str) -> AdapterOption:
+    """``dog.safetensors:0.8@left.png,token=V2*``: a file, and what stands behind it in any order.
+
+    What is there under this name is taken as it is. BadParameter for a strength, a mask or a word that is none.
     """
-    scale = token = None
+    scale = token = mask = None
     rest = text
     while not os.path.exists(rest):
         head, _, tail = rest.rpartition(":")
         front, found, word = rest.rpartition(",token=")
+        file, picture = _split_mask(rest)
         if head and scale is None and (number := _number(tail)) is not None:
             rest, scale = head, number
+        elif file and mask is None and not (found and len(file) < len(front)):
+            rest, mask = file, Path(picture)
         elif found and token is None:
             rest, token = front, word
         else:
             break
-    typo = None if os.path.exists(rest) else re.search(r"(?i)(?<=\.safetensors)[:,].*", rest)
+    typo = None if os.path.exists(rest) else re.search(r"(?i)(?<=\.safetensors)[:,@].*", rest)
     if typo or token == "":
         raise typer.BadParameter(
-            f"{typo[0] if typo else ',token='!r} of {text!r} cannot be read; write FILE, FILE:0.8 or "
-            "FILE:0.8,token=WORD",
+            f"{typo[0] if typo else ',token='!r} of {text!r} cannot be read; write FILE, FILE:0.8, FILE@MASK or "
+            "FILE:0.8@MASK,token=WORD",
             param_hint="--adapter",
         )
-    return Path(rest), scale, token
+    return AdapterOption(Path(rest), scale, token, mask)
+
+
+def _split_mask(text: str) -> tuple[str, str]:
+    """``dog.safetensors@left.png`` -> ("dog.safetensors", "left.png"); ("", "") without a mask."""
+    splits = [(text[:i], text[i + 1 :]) for i, letter in enumerate(text) if letter == "@"]
+    there = [split for split in splits if os.path.exists(split[1])]
+    named = [split for split in splits if Path(split[1]).suffix not in ("", ".safetensors")]
+    return (there or named[::-1] or [("", "")])[0]
 
 
 def _number(text: str) -> float | None:
@@ -211,17 +243,19 @@ def check_outputs(out: Path, paths: Sequence[Path], overwrite: bool) -> None:
         raise CheckpointError(f"'{there[0]}' exists already; choose another --out or give --overwrite")
 
 
-def load_all(pipe: Any, files: Sequence[tuple[Path, float | None, str | None]]) -> list[Any]:
+def load_all(pipe: Any, files: Sequence[AdapterOption]) -> list[Any]:
     """Load adapters; of two with the same name the later one is called by a number."""
     from ..customize.adapter.attached import adapters
     from ..customize.files.adapter_file import load_adapter, read_adapter
 
     handles = []
-    for path, scale, token in files:
+    for path, scale, token, mask in files:
         name = read_adapter(path)[0].name
         taken = adapters(pipe)
         unique = next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if n not in taken)
         handles.append(load_adapter(pipe, path, scale=scale, name=unique, token=token))
+        if mask is not None:
+            handles[-1].mask = mask
     return handles
 
 

@@ -8,6 +8,8 @@ in ONE fused attention call: the queries, keys and values of a head are r column
 
 filled with zeros to a multiple of 8. The softmax scale stays that of the original head width d. ``A_k`` and ``A_o``
 start at zero, so the model starts where it was. Source: COMCAT (arXiv 2305.17235), Eq. 8.
+
+With a mask (:mod:`comcat.nn.masks`), the q' and the outputs of a query are multiplied by the mask's value at its token.
 """
 
 from __future__ import annotations
@@ -20,11 +22,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .masks import Mask
+
 #: Fused attention kernels want widths that are multiples of this.
 WIDTH_MULTIPLE = 8
 
 #: x_q and x_kv of a stream: what its queries, and its keys and values, are computed from.
 Inputs = Mapping[str, tuple[Tensor, Tensor]]
+
+#: The stream that the picture's tokens are in. Masks do not act on the others.
+PICTURE = "sample"
 
 
 @dataclass
@@ -104,17 +111,34 @@ class AddedProduct(nn.Module):
 
 
 class AddedLayer(nn.Module):
-    """What one adapter adds to one attention layer: a product per stream of tokens ("sample", "context")."""
+    """What one adapter adds to one attention layer: a product per stream of tokens ("sample", "context").
+
+    Attributes:
+        mask: where in the picture it acts; None: everywhere.
+    """
+
+    mask: Mask | None
 
     def __init__(self, streams: Mapping[str, AddedProduct], rank: int, strength: Strength) -> None:
         super().__init__()
         self.streams = nn.ModuleDict(dict(streams))
         self.rank = rank
         self.strength = strength
+        self.mask = None
         self._started = False  # once something was added, nobody looks again
 
     def __getitem__(self, stream: str) -> AddedProduct:
         return cast(AddedProduct, self.streams[stream])
+
+    def mask_of(self, stream: str, x: Tensor) -> Tensor | None:
+        """(1 or B, n), the mask's value for every token of x (B, n, ...); None where none acts on this stream."""
+        return None if self.mask is None or stream != PICTURE else self.mask.weights(x.shape[1], x)
+
+    def project(self, stream: str, x_q: Tensor, x_kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, n, D), (B, m, D) to s m q', k', s v' of (B, n, H, r), (B, m, H, r) twice."""
+        q, k, v = self[stream].project(x_q, x_kv, self.strength.value)
+        mask = self.mask_of(stream, q)
+        return q if mask is None else q * mask[:, :, None, None], k, v
 
     def follow(self, device: torch.device) -> None:
         """Go where the layer computes: what moves its weights there, block by block, does not know of products."""
@@ -158,7 +182,7 @@ def widen(
     columns: list[list[Tensor]] = [[q], [k], [v]]
     for layer in layers:
         layer.follow(q.device)
-        parts = [layer[name].project(*x, layer.strength.value) for name, x in inputs.items()]
+        parts = [layer.project(name, *x) for name, x in inputs.items()]
         for column, pieces in zip(columns, zip(*parts, strict=True), strict=True):
             column.append((pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)).to(column[0].dtype))
     width = q.shape[-1] + sum(layer.rank for layer in layers)
@@ -180,11 +204,12 @@ def narrow(z: Tensor, head_dim: int, layers: Sequence[AddedLayer]) -> tuple[Tens
 
 
 def add_output(out: Tensor, parts: Iterable[Tensor], layers: Iterable[AddedLayer], stream: str) -> Tensor:
-    """``out + sum_l z'_l A_o,l`` for the tokens of one stream: out (B, n, D_out), parts (B, n, H r)."""
+    """``out + sum_l m_l z'_l A_o,l`` for the tokens of one stream: out (B, n, D_out), parts (B, n, H r)."""
     for part, layer in zip(parts, layers, strict=True):
         output = layer[stream].output
         if output is not None:
-            out = out + call(output, part)
+            mask = layer.mask_of(stream, part)
+            out = out + call(output, part if mask is None else part * mask[:, :, None])
     return out
 
 

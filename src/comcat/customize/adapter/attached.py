@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import ModelError
+from ...errors import DataError, ModelError
 from ...hosts import diffusers as denoisers
 from ...nn.added import AddedLayer, Strength
 from .components import components, denoiser, find_addable, host, text_encoders
+from .masking import as_mask, put_mask, settle
 from .targets import Ranks, Targets, choose
 from .tokens import Token, install, new_token, uninstall
 
@@ -47,6 +48,7 @@ class Adapter:
         self.info: dict[str, Any] = {}
         self.left_out: list[str] = []
         self._modules: dict[tuple[str, str], nn.Module] = {}  # where the products are
+        self._mask: Tensor | None = None
 
     @property
     def scale(self) -> float:
@@ -64,6 +66,28 @@ class Adapter:
     @enabled.setter
     def enabled(self, enabled: bool) -> None:
         self.strength.enabled = bool(enabled)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Where in the picture the adapter acts, (H, W) in [0, 1]; None: everywhere.
+
+        Set from an image (white: here, black: not here, gray: with this part of its strength), a path, an array or a
+        tensor, of any resolution and the aspect ratio of the picture. It acts on the tokens of the picture; those of
+        the text, text encoders and a learned word have no place in it and are not masked. It is not stored in files.
+
+        Raises:
+            DataError: it is no mask, or black everywhere.
+            ModelError: the adapter has nothing in the denoiser, or masks do not know this kind of denoiser.
+        """
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Any) -> None:
+        values = None if mask is None else as_mask(mask)
+        put_mask(self, values)
+        self._mask = values
+        model = denoiser(self.pipe)[1]
+        settle(model, any(handle.mask is not None for handle in adapters(model).values()))
 
     @property
     def ranks(self) -> dict[str, dict[str, int]]:
@@ -114,6 +138,7 @@ class Adapter:
         new._modules = {key: copy.deepcopy(self._modules[key], memo) for key in mine if key in self._modules}
         new.token = copy.deepcopy(self.token, memo) if whole else None
         new.info = copy.deepcopy(self.info, memo)
+        new._mask = self._mask
         new.left_out = [*self.left_out, *({key[0] for key in self.layers} - {key[0] for key in mine})]
         if self.token is not None and not whole:
             new.left_out.append("token")
@@ -121,6 +146,7 @@ class Adapter:
 
     def __repr__(self) -> str:
         on = "" if self.enabled else ", off"
+        on += "" if self.mask is None else ", masked"
         return (
             f"Adapter({self.name!r}, {len(self.layers)} layers, {self.num_parameters:,} parameters, "
             f"scale {self.scale:g}{on})"
@@ -256,6 +282,7 @@ def remove_adapter(pipe: Any, name: str) -> None:
         ModelError: there is no adapter of this name.
     """
     handle = get_adapter(pipe, name)
+    handle.mask = None
     for (key, _), module in handle._modules.items():
         host(key).detach(module, name)
     handle._modules = {}
@@ -270,14 +297,26 @@ def remove_adapter(pipe: Any, name: str) -> None:
     denoisers.guard(model)
 
 
-def set_adapters(pipe: Any, scales: Mapping[str, float]) -> None:
+def set_adapters(pipe: Any, scales: Mapping[str, float], masks: Mapping[str, Any] | None = None) -> None:
     """Switch exactly these adapters on, at these strengths, and all others off; no layer is touched.
+
+    Args:
+        masks: name -> where in the picture it acts (:attr:`Adapter.mask`); those of ``scales`` that are not named act
+            everywhere. None: masks stay as they are.
 
     Raises:
         ModelError: one of them is not on this pipeline, or a strength is no finite number.
+        DataError: a mask is none, or belongs to an adapter that is not switched on.
     """
     handles = {name: get_adapter(pipe, name) for name in scales}
     checked = {name: check_scale(scale) for name, scale in scales.items()}
+    if masks is not None:
+        stray = [name for name in masks if name not in scales]
+        if stray:
+            raise DataError(f"there is a mask for {stray[0]!r}, which is not among the adapters that are switched on")
+        read = {name: None if masks.get(name) is None else as_mask(masks[name]) for name in scales}
+        for name, mask in read.items():
+            handles[name].mask = mask
     for name, handle in adapters(pipe).items():
         handle.enabled = name in handles
         if name in handles:

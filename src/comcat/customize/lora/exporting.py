@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ModelError
 from ...hosts.addable import AddableAttention
 from ...linalg.products import norm_of_product
 from ...progress import Progress
@@ -84,7 +84,14 @@ def as_lora(
     Args:
         rank: of the LoRA; by default what the form needs, heads times the adapter's rank.
         roots: of the moments of a layer's inputs; without them all directions of the inputs count alike.
+
+    Raises:
+        ModelError: the adapter has a mask, which a LoRA cannot hold.
     """
+    if handle.mask is not None:
+        raise ModelError(
+            f"{handle.name!r} has a mask, and a LoRA acts everywhere; take it off first: adapter.mask = None"
+        )
     factors: dict[str, dict[str, LoraWeights]] = {}
     errors: list[LayerError] = []
     dropped: list[str] = []
@@ -171,6 +178,7 @@ def export_lora(
 
     Raises:
         CheckpointError: the layout has no names for this model, or the file cannot be written.
+        ModelError: the adapter has a mask.
     """
     if layout not in LAYOUTS:
         raise CheckpointError(f"layout is {layout!r}; choose one of {', '.join(LAYOUTS)}")
