@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 
@@ -15,3 +16,8 @@ def some(items: Iterable[str], separator: str = ", ", count: int = 3) -> str:
 def by(size: Iterable[int]) -> str:
     """``3 x 224 x 224``."""
     return " x ".join(map(str, size))
+
+
+def slug(text: str) -> str:
+    """A text as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48] or "prompt"

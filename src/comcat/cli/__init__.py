@@ -19,6 +19,7 @@ from .export_command import export
 from .finetune_command import finetune
 from .generate_command import generate
 from .inspect_command import inspect
+from .judge_command import judge
 from .push_command import push
 from .report_command import report
 from .run_command import run
@@ -51,6 +52,7 @@ app.command()(report)
 app.command()(push)
 app.command()(customize)
 app.command()(generate)
+app.command()(judge)
 app.add_typer(adapter, name="adapter")
 demos = typer.Typer(invoke_without_command=True)
 demos.callback()(demo)

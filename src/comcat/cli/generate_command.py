@@ -11,6 +11,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from ..wording import slug
 from . import options as opt
 from .console import Screen, command
 from .customize_command import Base, Device, Variant
@@ -79,7 +80,7 @@ def generate(
         from ..customize.generation import check_prompts
         from ..customize.generation import generate as draw
         from ..customize.pictures import grid, save_png
-        from ..customize.pipelines import DTYPES, open_pipeline
+        from ..customize.pipelines import open_pipeline
 
         texts = read_prompts(prompt, prompts)
         for given in files:  # what is wrong with a file is said before the base is read
@@ -87,9 +88,7 @@ def generate(
             if given.mask is not None:
                 as_mask(given.mask)
         place = parse_device(device)
-        precision = precision or ("fp16" if place.type == "cuda" else "no")
-        if precision not in DTYPES:
-            raise typer.BadParameter(f"{precision!r} is not one of {', '.join(DTYPES)}", param_hint="--precision")
+        precision = drawing_precision(precision, place.type)
         names = [f"{i:03d}-{slug(text)}" for i, text in enumerate(texts)]
         paths = [[out / f"{name}-seed{seed}.png" for seed in numbers] for name in names]
         check_outputs(out, [p for row in paths for p in row] + [out / "grid.png", out / "images.json"], overwrite)
@@ -142,6 +141,16 @@ def generate(
             file.write((json.dumps(document, indent=1) + "\n").encode())
     screen.done(f"{sum(map(len, rows))} images in ", (out, "bold"), "; see ", (out / "grid.png", "bold"))
     screen.result(document)
+
+
+def drawing_precision(given: str | None, device: str) -> str:
+    """In which pictures are drawn: as given, or what suits the device."""
+    from ..customize.pipelines import DTYPES
+
+    precision = given or ("fp16" if device == "cuda" else "no")
+    if precision not in DTYPES:
+        raise typer.BadParameter(f"{precision!r} is not one of {', '.join(DTYPES)}", param_hint="--precision")
+    return precision
 
 
 class AdapterOption(NamedTuple):
@@ -257,8 +266,3 @@ def load_all(pipe: Any, files: Sequence[AdapterOption]) -> list[Any]:
         if mask is not None:
             handles[-1].mask = mask
     return handles
-
-
-def slug(text: str) -> str:
-    """A prompt as a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48] or "prompt"

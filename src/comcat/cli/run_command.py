@@ -1,4 +1,4 @@
-"""``comcat run``: a recipe from the dense model to the fine-tuned small one, in one command."""
+"""``comcat run``: a recipe from the dense model to the fine-tuned small one, or of many subjects, in one command."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from . import options as opt
 from .config_options import reads_images
 from .console import Screen, command, main_process_speaks
 from .inputs import Reading, ReadingOf, check_input_file, parse_count, parse_device
+from .subjects_job import MARK, check_options, run_subjects
 
 if TYPE_CHECKING:
     from ..planning.plan import Budget
@@ -105,7 +106,8 @@ def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see the folder recipes.")],
     data: opt.Data,
     out: Annotated[
-        Path, opt.Option(metavar="DIR", help="Gets compressed/, the model before, and finetuned/, the result.")
+        Path,
+        opt.Option(metavar="DIR", help="Gets compressed/ and finetuned/, or a folder for each subject."),
     ],
     resume: Annotated[bool, opt.Option("--resume", help="Continue the run in --out where it was interrupted.")] = False,
     keep: Annotated[
@@ -129,7 +131,7 @@ def run(
     seed: opt.Seed = 0,
     json_output: opt.Json = False,
 ) -> None:
-    """Compress and fine-tune a model as RECIPE says: ranks, weights, evaluation.
+    """Compress and fine-tune a model as RECIPE says, or teach and judge the subjects of a benchmark.
 
     Under [bold]accelerate launch -m comcat run ...[/bold] it runs on many GPUs and machines.
 
@@ -147,19 +149,23 @@ def run(
     rank = process_index()
     screen = Screen(json_output or rank > 0)
     with screen, main_process_speaks(rank) as started:
-        from ..errors import TrainingError
         from ..planning.plan import Budget
+        from ..training.settings import read_yaml
 
         check_input_file(recipe, "RECIPE")
         check_input_file(checkpoint, "--checkpoint")
+        reading, values = reading_of(data), read_yaml(recipe)
+        if MARK in values:
+            others = {"--keep": keep, "--max-params": max_params, "--checkpoint": checkpoint, "--workers": workers}
+            others |= {"--train-split": train_split, "--eval-split": eval_split, "--eval-images": eval_images}
+            check_options(others, reading)
+            _check_out(out, resume)
+            run_subjects(screen, recipe, values, Path(data), out, batch_size=batch_size, device=device, seed=seed)
+            return
         plan = Recipe.read(recipe)
         params = most if keep is None else keep
         budget = Budget(**plan.budget) if params is None else Budget(params=params)
-        if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise TrainingError(f"'{out}' already holds something; continue with --resume or choose another --out")
-        if resume and not out.is_dir():
-            raise TrainingError(f"there is no run in '{out}' to resume; start without --resume")
-        reading = reading_of(data)
+        _check_out(out, resume)
         stages = _Stages(
             screen,
             replace(plan, batch_size=batch_size or plan.batch_size),
@@ -183,6 +189,15 @@ def run(
         stages.finetune()
     if rank == 0:
         stages.show()
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    from ..errors import TrainingError
+
+    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise TrainingError(f"'{out}' already holds something; continue with --resume or choose another --out")
+    if resume and not out.is_dir():
+        raise TrainingError(f"there is no run in '{out}' to resume; start without --resume")
 
 
 @dataclass

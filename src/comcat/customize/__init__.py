@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from .adapter.attached import Adapter, adapters, add_adapter, get_adapter, remove_adapter, set_adapters
     from .files.adapter_file import load_adapter, read_adapter, save_adapter
     from .generation import generate
+    from .judging.contestants import Contestant
+    from .judging.judge import judge
+    from .judging.judgement import Judgement
     from .lora.exporting import Conversion, export_lora
     from .lora.importing import import_lora
     from .pipelines import open_pipeline
@@ -20,14 +23,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "Contestant",
     "Conversion",
     "CustomizeConfig",
+    "Judgement",
     "adapters",
     "add_adapter",
     "export_lora",
     "generate",
     "get_adapter",
     "import_lora",
+    "judge",
     "load_adapter",
     "open_pipeline",
     "read_adapter",
@@ -42,14 +48,17 @@ _lazy.package(
     __name__,
     {
         "Adapter": "adapter.attached",
+        "Contestant": "judging.contestants",
         "Conversion": "lora.exporting",
         "CustomizeConfig": "teaching.customize_config",
+        "Judgement": "judging.judgement",
         "adapters": "adapter.attached",
         "add_adapter": "adapter.attached",
         "export_lora": "lora.exporting",
         "generate": "generation",
         "get_adapter": "adapter.attached",
         "import_lora": "lora.importing",
+        "judge": "judging.judge",
         "load_adapter": "files.adapter_file",
         "open_pipeline": "pipelines",
         "read_adapter": "files.adapter_file",

@@ -8,6 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,21 @@ FLAGGED = "comcat_flagged"
 
 #: An emphasis of other programs: (V*:1.2).
 _WEIGHT = re.compile(r"\([^()]*:\s*\d+(?:\.\d+)?\)")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a pipeline draws; None is the pipeline's own.
+
+    Attributes:
+        steps, guidance_scale, negative_prompt: as the pipeline takes them; height, width: in pixels.
+    """
+
+    steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
 
 
 @torch.no_grad()
@@ -54,34 +70,39 @@ def generate(
         DataError: one of these is no such number or text; the pipeline does not take it, such as a negative prompt; or
             a learned word would be cut off at the end of a prompt, or is not known to this pipeline.
     """
-    _check_request(prompts, seeds, batch_size, {"steps": steps, "height": height, "width": width}, guidance_scale)
-    check_words(pipe, [*prompts, *([] if negative_prompt is None else [negative_prompt])])
-    wanted = {
-        "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
-        "negative_prompt": negative_prompt,
-        "height": height,
-        "width": width,
-    }
-    given: dict[str, Any] = {key: value for key, value in wanted.items() if value is not None}
-    taken = inspect.signature(pipe.__call__).parameters
-    unknown = [key for key in given if key not in taken]
-    if "negative_prompt" in given and "true_cfg_scale" in taken:  # a distilled model: its pipeline would ignore it
-        unknown.append("negative_prompt")
-    if (height is None) != (width is None):  # some pipelines would ignore it
-        raise DataError("give both height and width, or neither")
-    if unknown:
-        raise DataError(f"{type(pipe).__name__} takes no {unknown[0].replace('_', ' ')}; leave it out")
-    if "clean_caption" in taken:  # captions are learned as they are written
-        given["clean_caption"] = False
+    if isinstance(prompts, str):
+        raise _no_list()
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     images: list[Image.Image] = []
+    for batch in draw(pipe, jobs, Drawing(steps, guidance_scale, negative_prompt, height, width), batch_size):
+        images += batch
+        if progress:
+            progress(stage, len(images), len(jobs))
+    count = len(seeds)
+    return [images[i * count : (i + 1) * count] for i in range(len(prompts))]
+
+
+@torch.no_grad()
+def draw(
+    pipe: Any, jobs: Sequence[tuple[str, int]], drawing: Drawing, batch_size: int = 4
+) -> Iterator[list[Image.Image]]:
+    """The images of pairs of a prompt and a seed, batch by batch.
+
+    Raises:
+        DataError: as :func:`generate`.
+    """
+    prompts, seeds = [prompt for prompt, _ in jobs], [seed for _, seed in jobs]
+    sizes = {"steps": drawing.steps, "height": drawing.height, "width": drawing.width}
+    _check_request(prompts, seeds, batch_size, sizes, drawing.guidance_scale)
+    negative = drawing.negative_prompt
+    check_words(pipe, [*dict.fromkeys(prompts), *([] if negative is None else [negative])])
+    given = _arguments(pipe, drawing)
     with quiet(pipe):
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             options = dict(given)
-            if negative_prompt is not None:
-                options["negative_prompt"] = [negative_prompt] * len(batch)
+            if negative is not None:
+                options["negative_prompt"] = [negative] * len(batch)
             try:
                 found = pipe(
                     prompt=[prompt for prompt, _ in batch],
@@ -93,18 +114,31 @@ def generate(
                 raise DataError(f"{type(pipe).__name__} cannot draw this: {error}") from error
             for image, flag in zip(found.images, getattr(found, "nsfw_content_detected", None) or (), strict=False):
                 image.info[FLAGGED] = bool(flag)
-            images += found.images
-            if progress:
-                progress(stage, len(images), len(jobs))
-    count = len(seeds)
-    return [images[i * count : (i + 1) * count] for i in range(len(prompts))]
+            yield list(found.images)
+
+
+def _arguments(pipe: Any, drawing: Drawing) -> dict[str, Any]:
+    """What the pipeline is called with beside prompts and noise."""
+    wanted = {("num_inference_steps" if name == "steps" else name): value for name, value in asdict(drawing).items()}
+    given = {key: value for key, value in wanted.items() if value is not None}
+    taken = inspect.signature(pipe.__call__).parameters
+    unknown = [key for key in given if key not in taken]
+    if "negative_prompt" in given and "true_cfg_scale" in taken:  # a distilled model: its pipeline would ignore it
+        unknown.append("negative_prompt")
+    if (drawing.height is None) != (drawing.width is None):  # some pipelines would ignore it
+        raise DataError("give both height and width, or neither")
+    if unknown:
+        raise DataError(f"{type(pipe).__name__} takes no {unknown[0].replace('_', ' ')}; leave it out")
+    if "clean_caption" in taken:  # captions are learned as they are written
+        given["clean_caption"] = False
+    return given
 
 
 def _check_request(
     prompts: Any, seeds: Any, batch_size: Any, sizes: Mapping[str, Any], guidance_scale: float | None
 ) -> None:
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise DataError("prompts must be a list of texts, such as ['a photo of a dog']")
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise _no_list()
     for name, value in {"batch_size": batch_size, **sizes}.items():
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise DataError(f"{name} is {value!r}, but must be a whole number of at least 1")
@@ -113,6 +147,10 @@ def _check_request(
             raise DataError(f"the seed {seed!r} must be a whole number of at most 64 bits")
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise DataError(f"guidance_scale is {guidance_scale}, but must be a finite number")
+
+
+def _no_list() -> DataError:
+    return DataError("prompts must be a list of texts, such as ['a photo of a dog']")
 
 
 @contextlib.contextmanager

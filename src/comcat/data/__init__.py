@@ -27,6 +27,7 @@ __all__ = [
     "StreamData",
     "calibration_batches",
     "default_workers",
+    "image_transform",
     "load_dataset",
     "loader",
 ]
@@ -87,7 +88,7 @@ def load_dataset(
     return ImageData(
         data,
         source,
-        _transform(config),
+        image_transform(config),
         (channels, height, width),
         chosen,
         splits,
@@ -157,8 +158,8 @@ def default_workers(images: int, input_size: tuple[int, int, int]) -> int:
     return 0 if small else min(2, os.cpu_count() or 1)
 
 
-def _transform(config: Mapping[str, Any]) -> Callable[[Any], torch.Tensor]:
-    """timm's evaluation transform; a colour mean and std are averaged for a one-channel model."""
+def image_transform(config: Mapping[str, Any]) -> Callable[[Any], torch.Tensor]:
+    """timm's evaluation transform, PIL to (C, H, W); a colour mean and std are averaged for a one-channel model."""
     from timm.data import create_transform
 
     config = dict(config)
@@ -209,7 +210,7 @@ def _open_stream(
     from timm.data import create_dataset
 
     split = split or ("train" if purpose == "calibration" else "validation")
-    transform = _transform(config)
+    transform = image_transform(config)
     try:
         stream = create_dataset(data, root=root, split=split, seed=seed, transform=transform)
     except Exception as e:  # the readers of three packages, each with errors of its own

@@ -18,11 +18,12 @@ Tokenize = Callable[[list[str]], Any]
 _FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.spm", "spiece.model")
 
 
-def open_dual_encoder(name: str) -> tuple[nn.Module, Tokenize]:
+def open_dual_encoder(name: str, option: str = "--text") -> tuple[nn.Module, Tokenize]:
     """Both towers of a model, and what makes tokens of prompts for it.
 
     Args:
         name: a directory or a Hub repository of transformers or open_clip, or ``open_clip/NAME/TAG``.
+        option: of the command line by which it was named, for messages.
 
     Raises:
         ModelError: it is no model of images and text, or has no tokenizer beside it.
@@ -34,8 +35,8 @@ def open_dual_encoder(name: str) -> tuple[nn.Module, Tokenize]:
     args = {"towers": "both"} if home is None else home.both_towers(files)
     if args is None or (home is None and not name.startswith("open_clip/")):
         raise ModelError(
-            f"'{name}' is no model of images and text with a tokenizer; name the one whose text tower makes classes of "
-            "the prompts: --text MODEL"
+            f"'{name}' is no model of images and text with a tokenizer; name the one whose text tower reads the "
+            f"prompts: {option} MODEL"
         )
     model = load_model(name, model_args=args)
     found: Any = library_of(model)

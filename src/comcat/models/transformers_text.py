@@ -58,7 +58,7 @@ def tokenizer_of(model: nn.Module, folder: Path | None, name: str) -> Callable[[
     if not there:
         raise ModelError(
             f"'{name}' has no tokenizer beside its weights; put its files there (tokenizer.json, or those of "
-            "AutoTokenizer.save_pretrained), or name a directory that has them: --text MODEL"
+            "AutoTokenizer.save_pretrained), or name a model that has them"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

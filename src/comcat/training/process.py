@@ -26,9 +26,14 @@ def process_index() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def process_count() -> int:
+    """This process and its peers, before or after they have met."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def wait_for_everyone() -> None:
     """Return when every process of this run has called it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if process_count() > 1:
         from accelerate import PartialState
 
         PartialState().wait_for_everyone()

@@ -186,7 +186,7 @@ def load_photo(photo: Photo, bucket: Bucket, *, flip: bool = False, crop: tuple[
     not applied. DataError if the file cannot be read any more, or changed its size since it was found.
     """
     framing = frame(photo.size, bucket, crop=crop)
-    image = _decode(photo.path)
+    image = decode(photo.path)
     if image.size[::-1] != photo.size:
         raise DataError(f"the photo {photo.path.name!r} changed its size while it was in use. Start again")
     image = image.resize(framing.resized_size[::-1], Image.Resampling.LANCZOS)
@@ -273,7 +273,7 @@ def _read_text(path: Path) -> str:
         raise DataError(f"the captions in {path} cannot be read ({cause}). Repair or remove the file") from e
 
 
-def _decode(path: Path) -> Image.Image:
+def decode(path: Path) -> Image.Image:
     """The upright RGB image, the first of several; DataError if there is none."""
     return _decode_first(path)[0]
 
