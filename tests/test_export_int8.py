@@ -16,7 +16,7 @@ from comcat.cli import app
 from comcat.exporting import exporter
 from comcat.exporting.file_model import FileModel
 from comcat.exporting.formats import file_format
-from comcat.exporting.int8_choice import FloatChoice, diverging, groups_of
+from comcat.exporting.int8_choice import FloatChoice, _by_channel, diverging, groups_of
 from conftest import images, vit
 
 PACKAGES = {"onnx": "onnxruntime", "openvino": "nncf", "torch": "torchao"}
@@ -32,8 +32,8 @@ def compressed() -> nn.Module:
     return comcat.compress(vit(dtype=torch.float32), plan).eval()
 
 
-def floats_of(model: nn.Module, tolerance: float, by_token: bool = False) -> tuple[str, ...]:
-    return FloatChoice(model, images(model, 48), by_token).within(tolerance).floats
+def in_float(model: nn.Module, tolerance: float, by_token: bool = False) -> tuple[str, ...]:
+    return FloatChoice(model, images(model, 48), by_token).within(tolerance).weights_only
 
 
 def test_layers_are_grouped_by_the_module_that_holds_them() -> None:
@@ -45,16 +45,21 @@ def test_layers_are_grouped_by_the_module_that_holds_them() -> None:
     assert "patch_embed" not in groups_of(compressed(), (nn.Linear,))
 
 
-def test_the_looser_the_tolerance_the_fewer_layers_stay_float() -> None:
+def test_the_looser_the_tolerance_the_more_layers_are_int8() -> None:
     model = wide_vit()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     choice = FloatChoice(model, images(model, 48), by_token=False)
-    assert choice.within(1e9).floats == ()
+    assert choice.within(1e9).weights_only == choice.within(1e9).floats == ()
     everything = choice.within(1e9).divergence
-    kept = [choice.within(everything * share) for share in (0.9, 0.5, 0.1)]
-    assert 0 < len(kept[0].floats) <= len(kept[1].floats) <= len(kept[2].floats)
-    assert all(one.divergence <= everything * share for one, share in zip(kept, (0.9, 0.5, 0.1), strict=True))
-    with pytest.raises(ExportError, match=r"no layer can be int8 within a divergence of 1e-12; all of them together"):
+    shares = 0.9, 0.5, 0.1
+    kept = [choice.within(everything * share) for share in shares]
+    spared = [(len(one.floats), len(one.weights_only) + len(one.floats)) for one in kept]
+    assert spared == sorted(spared)
+    assert spared[0][1] > 0
+    assert spared[-1][0] > 0
+    assert all(not set(one.floats) & set(one.weights_only) for one in kept)
+    assert all(one.divergence <= everything * share for one, share in zip(kept, shares, strict=True))
+    with pytest.raises(ExportError, match=r"no layer can be int8 within a divergence of 1e-12; rounding all weights"):
         choice.within(1e-12)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -73,7 +78,7 @@ def test_the_layer_that_suffers_stays_float() -> None:
     model.blocks[1].mlp.fc2.weight.data[:, 0] = 0
     model.blocks[1].mlp.drop1 = Outlier()
     all_of_it = FloatChoice(model, images(model, 48), by_token=False).within(1e9).divergence
-    assert floats_of(model, all_of_it / 100)[:2] == ("blocks.1.mlp.fc1", "blocks.1.mlp.fc2")
+    assert in_float(model, all_of_it / 100)[:2] == ("blocks.1.mlp.fc1", "blocks.1.mlp.fc2")
     by_token = FloatChoice(model, images(model, 48), by_token=True).within(1e9).divergence
     assert by_token < all_of_it / 10
 
@@ -99,6 +104,33 @@ def test_an_int8_file(to: str, tmp_path: Path) -> None:
     assert [path.name, *(["a.bin"] if to == "openvino" else [])] == sorted(p.name for p in tmp_path.iterdir())[::-1]
 
 
+@pytest.mark.parametrize("to", ["onnx", "openvino", "torch"])
+def test_layers_of_int8_weights_that_compute_in_float(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take a byte a weight, and their inputs, one of which takes every scale, are not rounded."""
+    pytest.importorskip(PACKAGES[to])
+    model = wide_vit()
+    layers = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    monkeypatch.setattr(FloatChoice, "within", lambda self, _: exporter.Int8(self._images, layers, (), 1.0))
+    target = file_format(to)
+    path = tmp_path / f"a{target.suffix}"
+    report = comcat.export(model, path, to, "int8", images=images(model, 33), int8_tolerance=1)
+    assert report.weights_only == layers
+    weights = sum(p.numel() for p in model.parameters())
+    graph = 2 if to == "torch" else 1  # whose description is longer than these weights
+    assert weights < report.bytes < (1 + graph) * weights + 100_000
+    rounded = wide_vit()
+    for name in layers:
+        weight = rounded.get_submodule(name).weight
+        weight.data = _by_channel(weight.data)
+    made = FileModel(path, target, "int8", list(report.outputs), None, model)
+    x = images(model, 7, seed=5)
+    # A weight between two steps may be rounded either way, by a scale that differs in its last bit. OpenVINO computes
+    # what is not int8 in bf16 where the processor can, and torchao takes other steps (of 1/127.5).
+    rounding = 1e-3 if to == "onnx" else 2e-2
+    with torch.no_grad():
+        torch.testing.assert_close(made(x), rounded(x), rtol=0, atol=rounding * float(model(x).abs().max()))
+
+
 @pytest.mark.parametrize("to", ["onnx", "openvino"])
 def test_layers_that_stay_float_are_float_in_the_file(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(PACKAGES[to])
@@ -106,7 +138,9 @@ def test_layers_that_stay_float_are_float_in_the_file(to: str, tmp_path: Path, m
     floats = ("blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2")
     choose = FloatChoice.within
     monkeypatch.setattr(
-        FloatChoice, "within", lambda self, tolerance: exporter.Int8(self._images, floats, choose(self, 1e9).divergence)
+        FloatChoice,
+        "within",
+        lambda self, tolerance: exporter.Int8(self._images, (), floats, choose(self, 1e9).divergence),
     )
     report = comcat.export(
         model, tmp_path / f"a{file_format(to).suffix}", to, "int8", images=images(model, 33), int8_tolerance=1
@@ -169,7 +203,7 @@ def test_the_command(tmp_path: Path, image_folder: Path) -> None:
     assert document["divergence"] <= 1
     assert document["evaluation"]["file"]["images"] == document["evaluation"]["model"]["images"] == 36
     said = CliRunner().invoke(app, [*words, "--overwrite"])
-    assert "on the calibration images; no layer stays float" in said.output
+    assert "on the calibration images; every layer is int8" in said.output
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,8 @@ def export(
         opt.Option(
             min=0.0,
             metavar="F",
-            help="Largest divergence of the outputs (nats an image, of classes); layers stay float until it is met. "
-            "0.001.",
+            help="Largest divergence of the outputs (nats an image, of classes); layers compute in float until it is "
+            "met. 0.001.",
             rich_help_panel=INT8,
         ),
     ] = None,
@@ -184,7 +184,8 @@ def say(screen: Screen, report: ExportReport) -> None:
             f"output ({report.tolerance:.2g} allowed), on {report.images} {kind}"
         )
     if report.divergence is not None:
-        kept = f"{len(report.floats)} layers stay float" if report.floats else "no layer stays float"
-        screen.say(f"diverges from PyTorch by {report.divergence:.2g} on the calibration images; {kept}")
+        kept = [(report.weights_only, "compute in float with int8 weights"), (report.floats, "stay float")]
+        said = ", ".join(f"{len(layers)} layers {what}" for layers, what in kept if layers) or "every layer is int8"
+        screen.say(f"diverges from PyTorch by {report.divergence:.2g} on the calibration images; {said}")
     for note in report.notes:
         screen.note(note)

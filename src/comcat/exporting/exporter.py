@@ -59,7 +59,8 @@ class ExportReport:
             largest value of its output; None where the file cannot run on this machine.
         tolerance: that ``relative`` was held to; images: how many were compared; batches: in batches of these sizes.
         real: whether they were given, or random.
-        floats: of int8, the layers that stayed float; divergence: how far its outputs are from those of the model on
+        weights_only: of int8, the layers of int8 weights that compute in float; floats: those that stayed float;
+            divergence: how far its outputs are from those of the model on
             the calibration images, in nats an image for classes, otherwise in the unit of
             :func:`comcat.evaluation.outputs.divergence`.
         notes: what the user must know, such as what was not checked.
@@ -77,6 +78,7 @@ class ExportReport:
     images: int
     batches: tuple[int, ...]
     real: bool
+    weights_only: tuple[str, ...] = ()
     floats: tuple[str, ...] = ()
     divergence: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -120,7 +122,8 @@ def export(
         tolerance: largest difference from PyTorch in float32, in units of the largest output;
             :data:`comcat.exporting.parity.TOLERANCES` by default.
         int8_tolerance: largest divergence of an int8 file's outputs by simulation, on the calibration images; layers
-            stay float until it is met, those first that cost most per weight (:mod:`comcat.exporting.int8_choice`).
+            compute in float until it is met, those first that cost most per weight, with int8 weights where they can
+            (:mod:`comcat.exporting.int8_choice`).
         images: to compare the outputs on: (N, C, H, W) or batches, normalized; random ones by default. For ``int8``,
             the first 256 are calibrated on.
         overwrite: replace a file of that name.
@@ -175,6 +178,7 @@ def export(
         images=sum(batches) if found else 0,
         batches=batches if found else (),
         real=pixels is not None,
+        weights_only=int8.weights_only if int8 else (),
         floats=int8.floats if int8 else (),
         divergence=lost,
         notes=notes,
@@ -223,15 +227,17 @@ def _written_int8(
     for _ in range(_ATTEMPTS):
         int8 = choice.within(held)
         traced = subject.trace(int8)
-        notes = _write(subject.target, traced, file, {**metadata, "float_layers": list(int8.floats)}, int8)
+        layers = {"weights_only_layers": list(int8.weights_only), "float_layers": list(int8.floats)}
+        notes = _write(subject.target, traced, file, metadata | layers, int8)
         lost = subject.divergence(file, int8)
         if lost <= tolerance or not int8.divergence:
             break
         held = 0.8 * int8.divergence * tolerance / lost
     if lost > tolerance:
         raise ExportError(
-            f"the outputs of the file diverge by {lost:.2g}, and {tolerance:.2g} is allowed, with {len(int8.floats)} "
-            "layers that stay float: give a larger int8_tolerance (--int8-tolerance)"
+            f"the outputs of the file diverge by {lost:.2g}, and {tolerance:.2g} is allowed, with "
+            f"{len(int8.weights_only + int8.floats)} layers that compute in float: give a larger int8_tolerance "
+            "(--int8-tolerance)"
         )
     return _Made(traced, notes, int8, lost)
 

@@ -1,15 +1,16 @@
-"""Which layers stay float in an int8 file: by what quantizing them does to the outputs on the calibration images.
+"""Which layers compute in int8 in an int8 file: by what quantizing them does to the outputs on the calibration images.
 
 Int8 is simulated in PyTorch: weights are rounded by output channel, inputs of layers as the runtime will do it, by
-tensor over the range that the calibration images have, or by token. The loss of a group of layers (an attention
-module, an MLP, the patch embedding, the classifier) is the divergence of the outputs when it alone is quantized. Groups
-are kept float by loss per weight, largest first, until all others together stay within the tolerance: the fewest that
-do, found by bisection.
+tensor over the range that the calibration images have, or by token. Rounded weights alone hardly change what a model
+says, rounded inputs may; so there are three kinds of layers in a file: int8, int8 weights with inputs in float, and
+float. The loss of a group of layers (an attention module, an MLP, the patch embedding, the classifier) is the
+divergence of the outputs when it alone is quantized. Groups are spared by loss per weight, largest first, until all
+others together stay within the tolerance: the fewest that do, found by bisection, first for weights, then for inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +35,12 @@ class Int8:
 
     Attributes:
         images: (N, C, H, W), normalized, to calibrate on.
-        floats: layers that stay float.
+        weights_only: layers of int8 weights that compute in float; floats: layers that stay float.
         divergence: of the outputs by the simulation, in the unit of their kind (nats per image for classes).
     """
 
     images: Tensor
+    weights_only: tuple[str, ...] = ()
     floats: tuple[str, ...] = ()
     divergence: float = 0.0
 
@@ -57,46 +59,61 @@ class FloatChoice:
     def __init__(self, model: nn.Module, images: Tensor, by_token: bool, progress: Progress | None = None) -> None:
         self._simulated = _Simulation(model, images, by_token)
         self._images, self._progress = images, progress
-        self._order: list[str] = []
-        self._everything: float | None = None
+        self._orders: dict[bool, list[str]] = {}
         if not self._simulated.groups:
             raise ExportError("the model has no linear layers or convolutions that could be int8")
 
     def within(self, tolerance: float) -> Int8:
-        """The fewest layers that stay float while all others diverge by at most ``tolerance`` by the simulation.
+        """As many layers in int8 as diverge together by at most ``tolerance`` by the simulation.
+
+        Weights get half of it at most.
 
         Raises:
-            ExportError: not even one group of layers can be int8.
+            ExportError: not even the weights of one group of layers can be int8.
         """
         groups = self._simulated.groups
         with self._simulated.hooked():
-            if self._everything is None:
-                self._everything = self._simulated.loss(set(groups))
-            if self._everything <= tolerance:
-                return Int8(self._images, (), self._everything)
-            order = self._ordered()
-            low, high, found = 0, len(order), 0.0  # keeping `high` groups is enough, keeping `low` is not
-            while high - low > 1:
-                middle = (low + high) // 2
-                loss = self._simulated.loss(set(order[middle:]))
-                low, high, found = (low, middle, loss) if loss <= tolerance else (middle, high, found)
-        if high == len(order):
-            raise ExportError(
-                f"no layer can be int8 within a divergence of {tolerance:.2g}; all of them together diverge by "
-                f"{self._everything:.2g}: give a larger int8_tolerance (--int8-tolerance)"
-            )
-        return Int8(self._images, tuple(name for group in order[:high] for name in groups[group]), found)
+            spared, lost = self._spared(list(groups), tolerance / 2, inputs=False)
+            if len(spared) == len(groups):
+                everything = self._simulated.loss(set(groups), set())
+                raise ExportError(
+                    f"no layer can be int8 within a divergence of {tolerance:.2g}; rounding all weights alone makes "
+                    f"one of {everything:.2g}: give a larger int8_tolerance (--int8-tolerance)"
+                )
+            rounded = [group for group in groups if group not in spared]
+            kept, lost = self._spared(rounded, tolerance, inputs=True)
+        weights_only, floats = (tuple(name for group in some for name in groups[group]) for some in (kept, spared))
+        return Int8(self._images, weights_only, floats, lost)
 
-    def _ordered(self) -> list[str]:
-        """Groups by what quantizing one alone costs per weight, the dearest first."""
-        if not self._order:
+    def _spared(self, groups: list[str], tolerance: float, inputs: bool) -> tuple[list[str], float]:
+        """The fewest of these groups whose weights (or inputs) are not rounded, and what rounding the rest loses."""
+
+        def loss(rounded: Collection[str]) -> float:
+            return self._simulated.loss(set(groups) if inputs else set(rounded), set(rounded) if inputs else set())
+
+        found = loss(groups)
+        if found <= tolerance:
+            return [], found
+        order = [group for group in self._ordered(inputs) if group in groups]
+        # Sparing `high` of them is enough, sparing `low` is not.
+        low, high, found = 0, len(order), loss(()) if inputs else 0.0
+        while high - low > 1:
+            middle = (low + high) // 2
+            lost = loss(order[middle:])
+            low, high, found = (low, middle, lost) if lost <= tolerance else (middle, high, found)
+        return order[:high], found
+
+    def _ordered(self, inputs: bool) -> list[str]:
+        """Groups by what rounding one alone costs per weight, the dearest first."""
+        if inputs not in self._orders:
             losses: dict[str, float] = {}
             for group in self._simulated.groups:
-                losses[group] = self._simulated.loss({group}) / self._simulated.weights(group)
+                loss = self._simulated.loss({group}, {group} if inputs else set())
+                losses[group] = loss / self._simulated.weights(group)
                 if self._progress:
                     self._progress("int8: loss of every layer", len(losses), len(self._simulated.groups))
-            self._order = sorted(losses, key=losses.__getitem__, reverse=True)
-        return self._order
+            self._orders[inputs] = sorted(losses, key=losses.__getitem__, reverse=True)
+        return self._orders[inputs]
 
 
 def groups_of(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)) -> dict[str, list[str]]:
@@ -121,7 +138,7 @@ class _Simulation:
         self.images = images
         self.groups = groups_of(model, (nn.Linear,)) if by_token else groups_of(model)
         self.outputs = Outputs(model)
-        self.active: set[str] = set()
+        self.inputs: set[str] = set()  # groups whose inputs are rounded
         self.ranges: dict[str, tuple[float, float]] = {}
         self.original: dict[str, Tensor] = {}
         self.wanted: list[tuple[Tensor, ...]] = []
@@ -157,7 +174,7 @@ class _Simulation:
                 low, high = self.ranges.get(name, (0.0, 0.0))
                 self.ranges[name] = min(low, float(args[0].min())), max(high, float(args[0].max()))
                 return None
-            if group not in self.active:
+            if group not in self.inputs:
                 return None
             return (_by_token(args[0]) if self.by_token else _by_tensor(args[0], *self.ranges[name]), *args[1:])
 
@@ -168,13 +185,13 @@ class _Simulation:
         self.observing = observe
         return self.outputs.run(batch)
 
-    def loss(self, active: set[str]) -> float:
-        """The divergence when these groups are quantized."""
-        self.active = active
+    def loss(self, weights: set[str], inputs: set[str]) -> float:
+        """The divergence when the weights, and the inputs, of these groups are rounded."""
+        self.inputs = inputs
         for group, names in self.groups.items():
             for name in names:
                 weight = self.original[name]
-                self._layer(name).weight.data = _by_channel(weight) if group in active else weight
+                self._layer(name).weight.data = _by_channel(weight) if group in weights else weight
         total = count = 0.0
         for batch, wanted in zip(self.images.split(_BATCH), self.wanted, strict=True):
             if count >= _MEASURED:

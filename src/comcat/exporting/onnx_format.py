@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
+
+import numpy as np
 
 from .file_format import FileFormat, Run
 from .int8_choice import Int8, image_batches
@@ -57,9 +60,15 @@ class OnnxFormat(FileFormat):
 
 def _quantize(path: Path, layers: Mapping[str, str], int8: Int8, batch: int | None) -> None:
     """Replace a float file by its int8 form, with scales for inputs (by tensor) and for weights (by channel)."""
+    import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
-    name = next(iter(_input_names(path)))
+    graph = onnx.load(str(path), load_external_data=False).graph
+    name = graph.input[0].name
+    weights = {value.name for value in graph.initializer}
+    floats = {node for node, layer in layers.items() if layer in int8.floats + int8.weights_only}
+    # The quantizer's own "MatMulConstBOnly" is for its dynamic form; scores and values would be int8 without this.
+    floats |= {node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] not in weights}
 
     class Reader(CalibrationDataReader):
         batches = iter([{name: images.numpy()} for images in image_batches(int8.images, batch or 1)])
@@ -76,16 +85,40 @@ def _quantize(path: Path, layers: Mapping[str, str], int8: Int8, batch: int | No
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         op_types_to_quantize=["Conv", "MatMul", "Gemm"],
-        nodes_to_exclude=[node for node, layer in layers.items() if layer in int8.floats],
-        extra_options={"MatMulConstBOnly": True},
+        nodes_to_exclude=sorted(floats),
     )
+    _round_weights(made, {node for node, layer in layers.items() if layer in int8.weights_only})
     made.replace(path)
 
 
-def _input_names(path: Path) -> list[str]:
+def _round_weights(path: Path, nodes: Collection[str]) -> None:
+    """Store the weights of these nodes in int8, by output channel; a session multiplies them out when it begins."""
     import onnx
+    from onnx import helper, numpy_helper
 
-    return [value.name for value in onnx.load(str(path), load_external_data=False).graph.input]
+    model = onnx.load(str(path))
+    graph = model.graph
+    weights = {value.name: value for value in graph.initializer}
+    users = Counter(name for node in graph.node for name in node.input)
+    made = []
+    for node in graph.node:
+        weight = weights.get(node.input[1]) if node.name in nodes else None
+        if weight is None or users[weight.name] > 1:
+            continue
+        values = numpy_helper.to_array(weight)
+        transposed = any(a.name == "transB" and a.i for a in node.attribute)
+        channel = 0 if node.op_type == "Conv" or transposed else values.ndim - 1
+        rest = tuple(axis for axis in range(values.ndim) if axis != channel)
+        scale = np.maximum(np.abs(values).max(rest, keepdims=True), 1e-12).astype(np.float32) / 127
+        name = weight.name
+        stored = numpy_helper.from_array(np.rint(values / scale).astype(np.int8), f"{name}_int8")
+        graph.initializer.remove(weight)
+        graph.initializer.extend([stored, numpy_helper.from_array(scale, f"{name}_scale")])
+        made.append(helper.make_node("Cast", [stored.name], [f"{name}_wide"], to=onnx.TensorProto.FLOAT))
+        made.append(helper.make_node("Mul", [f"{name}_wide", f"{name}_scale"], [name]))
+    for node in reversed(made):
+        graph.node.insert(0, node)
+    onnx.save(model, str(path))
 
 
 def _layers(model: Any) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -69,22 +69,53 @@ def _quantized(model: Any, traced: Traced, int8: Int8) -> Any:
 
     openvino_core()  # before those that NNCF makes, see there
     layers = {node.name: layer_of(node) for node in traced.program.graph.nodes}
-    floats = []
+    floats, rounded = [], []
     for op in model.get_ops():
+        name = op.get_friendly_name()
+        if op.get_type_name() == "ScaledDotProductAttention":
+            floats.append(name)
         if op.get_type_name() in ("MatMul", "Convolution"):
-            name = op.get_friendly_name()
             layer = layers.get(name.partition("/")[0].replace("convolution", "conv2d"))
-            if layer in int8.floats:
+            if layer in int8.floats + int8.weights_only or _weights(op) is None:  # products of activations
                 floats.append(name)
+            if layer in int8.weights_only:
+                rounded.append(name)
     first = next(iter(traced.inputs.values()))[0]
     batches = image_batches(int8.images, first if isinstance(first, int) else 1)
-    return nncf.quantize(
+    made = nncf.quantize(
         model,
         nncf.Dataset([batch.numpy() for batch in batches]),
         subset_size=len(batches),
         model_type=nncf.ModelType.TRANSFORMER,
         ignored_scope=nncf.IgnoredScope(names=floats) if floats else None,
     )
+    _round_weights(made, set(rounded))
+    return made
+
+
+def _round_weights(model: Any, names: Collection[str]) -> None:
+    """Store the weights of these products and convolutions in int8, by output channel."""
+    import openvino
+    from openvino import opset13
+
+    for op in model.get_ops():
+        if op.get_friendly_name() not in names:
+            continue
+        values = _weights(op)
+        if values is None:
+            continue
+        channel = values.ndim - 1 if op.get_type_name() == "MatMul" and not op.get_attributes()["transpose_b"] else 0
+        rest = tuple(axis for axis in range(values.ndim) if axis != channel)
+        scale = np.maximum(np.abs(values).max(rest, keepdims=True), 1e-12).astype(np.float32) / 127
+        stored = openvino.op.Constant(np.rint(values / scale).astype(np.int8))
+        wide = opset13.multiply(opset13.convert(stored, "f32"), openvino.op.Constant(scale))
+        op.input(1).replace_source_output(wide.output(0))
+
+
+def _weights(op: Any) -> Any:
+    """What a product or a convolution multiplies its input by, or None where that is no constant."""
+    node = op.input_value(1).get_node()
+    return np.array(node.data, copy=True) if node.get_type_name() == "Constant" else None
 
 
 def _openvino() -> Any:

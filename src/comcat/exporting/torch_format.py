@@ -34,15 +34,14 @@ class TorchFormat(FileFormat):
 
     def quantized(self, flat: FlatModel, int8: Int8) -> FlatModel:
         """Linear layers with int8 weights, whose inputs are quantized token by token as they come."""
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
         made = copy.deepcopy(flat)
-        floats = set(int8.floats)
+        weights_only, others = set(int8.weights_only), set(int8.weights_only + int8.floats)
 
-        def wanted(module: nn.Module, name: str) -> bool:
-            return isinstance(module, nn.Linear) and name not in floats
-
-        quantize_(made.model, Int8DynamicActivationInt8WeightConfig(), wanted)
+        linear = {name for name, module in made.model.named_modules() if isinstance(module, nn.Linear)}
+        quantize_(made.model, Int8WeightOnlyConfig(), lambda _, name: name in linear & weights_only)
+        quantize_(made.model, Int8DynamicActivationInt8WeightConfig(), lambda _, name: name in linear - others)
         return made.requires_grad_(False)
 
     def write(
