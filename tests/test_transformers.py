@@ -62,7 +62,7 @@ def test_a_directory_of_save_pretrained(name: str, tmp_path: Path) -> None:
     assert not opened.training
     same_tensors(model, opened)
     assert default_input_size(opened) == default_input_size(model)
-    assert describe(opened).args["config"] == describe(model).args["config"]
+    assert describe(opened).args == describe(model).args
 
 
 def test_settings_of_a_run_come_back(tmp_path: Path) -> None:
@@ -287,6 +287,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (lambda a: a.update(name="EvilModel"), "has no architecture 'EvilModel'"),
         (lambda a: a.update(name="PreTrainedModel"), "has no architecture"),
         (lambda a: a["args"].update(extra=1), "is damaged: a model of transformers has"),
+        (lambda a: a["args"].update(pooling=False), "ViTForImageClassification has no pooler that could be left out"),
+        (lambda a: a["args"].update(pooling="no"), "has no pooler that could be left out"),
         (lambda a: a["args"].update(attention={"": "somebody/kernel"}), "an attention that is neither"),
         (lambda a: a["args"]["config"].update(attn_implementation="somebody/kernel"), "chosen where a model runs"),
         (lambda a: a["args"]["config"].update(auto_map={"AutoModel": "x.Y"}), "asks to run code"),

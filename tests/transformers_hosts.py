@@ -29,6 +29,7 @@ DETR = {
 HOSTS: dict[str, Callable[[], nn.Module]] = {
     "vit": lambda: tf.ViTForImageClassification(tf.ViTConfig(**TOWER, num_labels=11)),
     "vit features": lambda: tf.ViTModel(tf.ViTConfig(**TOWER)),
+    "vit without pooler": lambda: tf.ViTModel(tf.ViTConfig(**TOWER), add_pooling_layer=False),
     "dinov2": lambda: tf.Dinov2ForImageClassification(tf.Dinov2Config(**{**TOWER, "mlp_ratio": 2}, num_labels=11)),
     "dinov3": lambda: tf.DINOv3ViTModel(tf.DINOv3ViTConfig(**{**TOWER, "hidden_size": 24})),
     "clip image tower": lambda: tf.CLIPVisionModelWithProjection(tf.CLIPVisionConfig(**TOWER, projection_dim=13)),

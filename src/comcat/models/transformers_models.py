@@ -28,7 +28,11 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
 
 class TransformersModels(Library):
-    """``name`` is a class, ``args`` its ``config`` as a dictionary and the ``attention`` of its parts: eager, sdpa."""
+    """``name`` is a class, ``args`` its ``config`` as a dictionary and the ``attention`` of its parts: eager, sdpa.
+
+    ``pooling`` is False where its last layer, a pooler, was left out, as of DINO's weights; it is no setting of a
+    configuration.
+    """
 
     name: ClassVar = "transformers"
     advice: ClassVar = "its configuration must be the one that it was built from"
@@ -45,7 +49,9 @@ class TransformersModels(Library):
         if getattr(transformers, type(model).__name__, None) is not type(model):
             return None  # a part of a model, or a class that somebody derived
         config: Any = model.config
-        args = {"config": configs.plain(config), "attention": configs.attention(config)}
+        args: dict[str, Any] = {"config": configs.plain(config), "attention": configs.attention(config)}
+        if _may_pool(type(model)) and getattr(model, "pooler", None) is None:
+            args["pooling"] = False
         return Source(type(model).__name__, args, library=self.name)
 
     def following(self, source: Source, model: nn.Module, dense: bool) -> Source:
@@ -56,12 +62,14 @@ class TransformersModels(Library):
     def check(self, source: Source) -> None:
         what = f"the configuration of '{source.name}'"
         data, chosen = source.args.get("config"), source.args.get("attention", {})
-        unknown = set(source.args) - {"config", "attention"}
+        unknown = set(source.args) - {"config", "attention", "pooling"}
         if not isinstance(data, dict) or not isinstance(chosen, dict) or unknown:
             raise CheckpointError(f"{what} is damaged: a model of transformers has 'config' and 'attention'")
         if not all(value in configs.ATTENTION for value in chosen.values()):
             raise CheckpointError(f"{what} asks for an attention that is neither of {', '.join(configs.ATTENTION)}")
         cls = configs.model_class(source.name, CheckpointError)
+        if source.args.get("pooling", True) is not True and not (source.args["pooling"] is False and _may_pool(cls)):
+            raise CheckpointError(f"{what} is damaged: {source.name} has no pooler that could be left out")
         configs.check(data, what, CheckpointError)
         configs.configured(cls, data, what, CheckpointError)
 
@@ -70,7 +78,7 @@ class TransformersModels(Library):
         with torch.device("cpu"):  # a configuration computes with numbers
             config = configs.configured(cls, source.args["config"], f"the configuration of '{source.name}'")
         configs.set_attention(config, source.args.get("attention", {}))
-        model: nn.Module = cls(config)
+        model: nn.Module = cls(config, **_pooling(source))
         return model
 
     def filled(self, source: Source, tensors: dict[str, Tensor], place: Path) -> nn.Module:
@@ -78,7 +86,7 @@ class TransformersModels(Library):
         self.check(source)
         cls = configs.model_class(source.name)
         config = configs.configured(cls, source.args["config"], f"the configuration of '{source.name}'")
-        model: nn.Module = _filled(cls, config, tensors, place, False)
+        model: nn.Module = _filled(cls, config, tensors, place, False, _pooling(source))
         return model
 
     # -- a model at hand -----------------------------------------------------------------------------------------
@@ -135,12 +143,19 @@ class TransformersModels(Library):
             tensors = read_checkpoint(wanted.checkpoint)
         elif wanted.pretrained:
             tensors = _read_weights(folder)
+        if tensors and _may_pool(cls) and not any("pooler." in name for name in tensors):
+            source.args["pooling"] = False
         try:
             shapes = source.build(meta=True)
         except CheckpointError as error:
             raise ModelError(str(error)) from error
         check_proportion(cls.__name__, f"the configuration in '{folder}'", shapes, size_of((tensors or {}).values()))
-        model = cls(config) if tensors is None else _filled(cls, config, tensors, folder, "num_labels" in args)
+        pooling = _pooling(source)
+        model = (
+            cls(config, **pooling)
+            if tensors is None
+            else _filled(cls, config, tensors, folder, "num_labels" in args, pooling)
+        )
         images = data_config(folder, config)
         if "input_size" in images and any("image_size" in key for key in args):
             del images["input_size"]
@@ -188,6 +203,16 @@ def _architecture(data: dict[str, Any], asked: Any, what: str, classify: bool) -
             f"{what} is that of {cls.__name__}, which takes no images (pixel_values); comcat works on vision models"
         )
     return cls, data
+
+
+def _may_pool(cls: Any) -> bool:
+    """Whether a class can be built with and without a pooler."""
+    return "add_pooling_layer" in inspect.signature(cls.__init__).parameters
+
+
+def _pooling(source: Source) -> dict[str, bool]:
+    """What its class is called with, beside the configuration."""
+    return {} if source.args.get("pooling", True) else {"add_pooling_layer": False}
 
 
 def _names(value: Any) -> list[str]:
@@ -260,7 +285,14 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _filled(cls: Any, config: Any, tensors: dict[str, Tensor], folder: Path, new_classifier: bool) -> Any:
+def _filled(
+    cls: Any,
+    config: Any,
+    tensors: dict[str, Tensor],
+    folder: Path,
+    new_classifier: bool,
+    pooling: Mapping[str, bool],
+) -> Any:
     """The model with these weights, in whatever version's names they are.
 
     Raises:
@@ -275,6 +307,7 @@ def _filled(cls: Any, config: Any, tensors: dict[str, Tensor], folder: Path, new
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                **pooling,
             )
     except ComcatError:
         raise
