@@ -93,13 +93,15 @@ class Undo:
 class Compression:
     """Carried by a compressed model as ``model.comcat``: how it came about, so that it can be saved.
 
-    ``undo`` holds the replaced layers where :func:`compress_` kept them; see :func:`restore_`.
+    ``undo`` holds the replaced layers where :func:`compress_` kept them; see :func:`restore_`. ``example`` is the call
+    that the model was looked at with, where it was given one.
     """
 
     plan: Plan
     report: Report | None = None
     source: Source | None = None
     undo: Undo | None = field(default=None, repr=False, compare=False)
+    example: Any = field(default=None, repr=False, compare=False)
 
 
 def compress_(
@@ -173,7 +175,7 @@ def _compress(
         notes = _compared(layers, before, after, plan, size)
         report = Report(layers, inventory.dense, before.params, after.params, before.macs, after.macs, size, notes)
         kept = Undo(places, earlier) if keep_original else None
-        model.comcat = Compression(whole, report, source, kept)  # type: ignore[assignment]
+        model.comcat = Compression(whole, report, source, kept, ready.example)  # type: ignore[assignment]
     except BaseException:
         undo(places)
         raise

@@ -94,6 +94,8 @@ class Prepared:
             pixels = given_example(self.example, self.model).pixels
             if pixels.dim() == 4:
                 return pixels.shape[1:]
+            if pixels.dim() == 3 and type(self.model).__module__.startswith("diffusers."):
+                return (pixels.shape[2], 1, pixels.shape[1])  # a row of tokens
         return default_input_size(self.model)
 
     def profile(self, size: tuple[int, ...]) -> Profile:

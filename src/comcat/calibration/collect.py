@@ -9,7 +9,7 @@ Optionally second moments of the output gradients (true Fisher: labels sampled f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import CalibrationError
 from ..evaluation.outputs import Draw, Forward, Outputs
 from ..layers.recording import Recorder, recording
-from ..models.batches import Batch, batch_of, calling
+from ..models.batches import NOISY, Batch, batch_of, calling
 from ..models.modes import exclusive, frozen
 from ..models.running import exact, explained
 from ..prepared import Prepared, prepared
@@ -111,7 +111,8 @@ def _calibrate(
             for recorder in recorders:
                 recorder.images, recorder.counting = len(batch), done == 0
             batch = batch.to(parameter.device, parameter.dtype)
-            with explained(batch.pixels, CalibrationError), _reached(model, batch, fisher) as leaves:
+            linears = [one for layer in ready.inventory.layers for one in layer.linears.values()]
+            with explained(batch.pixels, CalibrationError), _reached(model, batch, fisher, linears) as leaves:
                 found = outputs.run(batch)
                 if fisher:  # the gradients reach the hooks, nothing is stored
                     torch.autograd.grad(draw.loss(found), leaves, allow_unused=True)
@@ -136,15 +137,24 @@ def _calibrate(
 
 
 @contextmanager
-def _reached(model: nn.Module, batch: Batch, wanted: bool) -> Iterator[list[Tensor]]:
-    """Tensors that every layer's output depends on, for gradients: the pixels, and a zero added to embedded tokens."""
+def _reached(model: nn.Module, batch: Batch, wanted: bool, linears: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Tensors that every layer's output depends on, for gradients: the pixels, and a zero added to embedded tokens.
+
+    Of what a denoiser is given besides (text, the time), to what its linear layers are given.
+    """
     if not wanted:
         yield []
         return
     leaves = [batch.pixels.requires_grad_()]
     handles = []
-    if not all(tensor.is_floating_point() for tensor in batch.tensors.values()):
-        zero = torch.zeros((), device=batch.pixels.device, dtype=batch.pixels.dtype, requires_grad=True)
+    zero = torch.zeros((), device=batch.pixels.device, dtype=batch.pixels.dtype, requires_grad=True)
+    if not set(NOISY).isdisjoint(batch.tensors):
+        leaves.append(zero)
+        handles = [
+            one.register_forward_pre_hook(lambda module, args: (args[0] + zero.to(args[0].dtype), *args[1:]))
+            for one in linears
+        ]
+    elif not all(tensor.is_floating_point() for tensor in batch.tensors.values()):
         leaves.append(zero)
         handles = [
             one.register_forward_hook(lambda module, args, out: out + zero.to(out.dtype))

@@ -20,18 +20,20 @@ from ..evaluation.outputs import KINDS
 from ..layers.base import Inventory
 from ..layers.cost import Shape
 from ..models.batches import Batch
+from ..models.call_files import packed, unpacked
 from ..models.running import wide
 from ..storage.atomic import atomic_file, tensor_bytes
 from ..storage.reader import digest, parse_json, read_tensors, shown, validated
 from ..wording import by
 from .fingerprint import BUCKETS, Distance, Fingerprint, distance, fingerprint
 
-#: 2 where images are not all that the model is called with; 1 else, which earlier versions read.
-FORMAT = 2
+#: 2 where images are not all that the model is called with, 3 where more than tensors of single images is; 1 else. Each
+#: is what the earliest version that reads it knows.
+FORMAT = 3
 _SEPARATOR = "::"
 _WEIGHTS = "comcat.weights"
 _HELD_OUT = "comcat.held_out"
-_INPUTS, _HELD_OUT_INPUTS = "comcat.inputs", "comcat.held_out_inputs"
+_INPUTS, _HELD_OUT_INPUTS, _FIXED = "comcat.inputs", "comcat.held_out_inputs", "comcat.fixed"
 #: Distances of weights (:mod:`comcat.calibration.fingerprint`) up to which they count as the same, and as a near
 #: relative.
 SAME, NEAR = 1e-5, 0.1
@@ -44,6 +46,7 @@ class _Metadata(TypedDict):
     fisher: bool
     probes: dict[str, dict[str, float]]
     outputs: NotRequired[str | None]
+    fixed: NotRequired[dict[str, Any]]
 
 
 def _digest(meta: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -182,8 +185,11 @@ class Calibration:
             tensors[_HELD_OUT] = self.held_out
         for key, batch in ((_INPUTS, self.inputs), (_HELD_OUT_INPUTS, self.held_out_inputs)):
             tensors |= {f"{key}{_SEPARATOR}{name}": t for name, t in (batch.tensors if batch else {}).items()}
-        meta = {
-            "format": 1 if self.inputs is None and self.held_out_inputs is None else FORMAT,
+        called = self.inputs or self.held_out_inputs
+        fixed, shared = packed(called.fixed if called else {})
+        tensors |= {f"{_FIXED}{_SEPARATOR}{name}": t for name, t in shared.items()}
+        meta: dict[str, Any] = {
+            "format": 1 if called is None else FORMAT if fixed else 2,
             "shapes": self.shapes,
             "num_images": self.num_images,
             "input_size": self.input_size,
@@ -191,6 +197,8 @@ class Calibration:
             "probes": self.probes,
             "outputs": self.outputs,
         }
+        if fixed:
+            meta["fixed"] = fixed
         meta["sha256"] = _digest(meta, tensors)
         with atomic_file(path) as file:
             file.write(tensor_bytes(tensors, {"comcat_calibration": json.dumps(meta)}))
@@ -225,7 +233,8 @@ class Calibration:
         for key, tensor in tensors.items():
             layer, _, part = key.partition(_SEPARATOR)
             moments.setdefault(layer, {})[part] = tensor
-        inputs, held_out_inputs = (_read(moments.pop(key, None), name) for key in (_INPUTS, _HELD_OUT_INPUTS))
+        fixed = unpacked(known.pop("fixed", {}), moments.pop(_FIXED, {}), name, CalibrationError)
+        inputs, held_out_inputs = (_read(moments.pop(key, None), fixed, name) for key in (_INPUTS, _HELD_OUT_INPUTS))
         if not all(t.is_floating_point() for part in (*moments.values(), {"": images}) for t in part.values()):
             raise CalibrationError(f"{name} is damaged: it holds statistics that are whole numbers")
         weights = moments.pop(_WEIGHTS, None)
@@ -245,10 +254,10 @@ class Calibration:
         return Calibration(**{**self.__dict__, "moments": moments})
 
 
-def _read(tensors: dict[str, Tensor] | None, name: str) -> Batch | None:
+def _read(tensors: dict[str, Tensor] | None, fixed: dict[str, Any], name: str) -> Batch | None:
     """Inputs of a file."""
     if tensors is None:
         return None
-    if not any(t.is_floating_point() for t in tensors.values()) or (batch := Batch(tensors)).rows is None:
+    if not any(t.is_floating_point() for t in tensors.values()) or (batch := Batch(tensors, fixed)).rows is None:
         raise CalibrationError(f"{name} is damaged: its inputs are not those of single images")
     return batch

@@ -13,6 +13,7 @@ from ..rank_search.search_config import SEARCH, SearchConfig
 from . import options as opt
 from .config_options import configured, reads_images
 from .console import Screen, command
+from .denoiser_options import Denoising, denoises, read_texts
 from .inputs import Reading, ReadingOf, check_input_file, parse_count, parse_device, parse_model_args
 from .judging import Judging
 from .prompting import parse_prompting
@@ -25,6 +26,7 @@ HOW = "How"
 
 
 @command
+@denoises
 @reads_images
 @configured(SearchConfig, before={"": "search_config"})
 def compress(
@@ -173,6 +175,7 @@ def compress(
     resume: Annotated[
         bool, opt.Option("--resume", help="Continue the search that was interrupted.", rich_help_panel=SEARCH)
     ] = False,
+    denoising: Denoising = Denoising(),  # noqa: B008 - a frozen value
     checkpoint: opt.Checkpoint = None,
     model_arg: opt.ModelArgs = None,
     split: Annotated[
@@ -205,9 +208,12 @@ def compress(
     Calibrates on images of DATA (labels are not used), chooses ranks, and evaluates before and after.
 
     [dim]comcat compress deit_small_patch16_224 --data imagenet/ --keep 0.5 --out deit-half[/dim]
+
+    [dim]comcat compress BASE --component unet --prompts prompts.txt --keep 0.7 --out unet-small[/dim]
     """
     budget = _budget(plan_file, keep, keep_macs, max_params, max_macs, keep_latency, max_latency, of)
-    learned = (*learning.values(), search_config, search_split, resume or None)
+    of_images = denoising.component is None
+    learned = (*learning.values(), search_config, search_split, (resume and of_images) or None)
     if method != "search" and any(value is not None for value in learned):
         raise typer.BadParameter("the --search options and --resume belong to it", param_hint="--method search")
     if (latency_file or latency_batch) and keep_latency is None and max_latency is None:
@@ -217,7 +223,14 @@ def compress(
     if (precision or threads) and runtime is None:
         raise typer.BadParameter("belong to --runtime", param_hint="--precision and --threads")
     args = parse_model_args(model_arg)
-    if data is None and not data_free and not (calibration_file and calibration_file.is_file()):
+    if of_images and (given := denoising.given()):
+        raise typer.BadParameter(f"{given[0]} belongs to it", param_hint="--component")
+    if not of_images and (data or checkpoint or args or stock or method == "search" or keep_latency or max_latency):
+        raise typer.BadParameter(
+            "goes without --data, --checkpoint, --model-arg, --stock, --method search and a latency budget",
+            param_hint="--component",
+        )
+    if of_images and data is None and not data_free and not (calibration_file and calibration_file.is_file()):
         raise typer.BadParameter("give --data DATA to calibrate on, or --data-free", param_hint="--data")
     if data_free and (calibration_file or fisher or calibration_images or method in ("auto", "probe", "search")):
         raise typer.BadParameter(
@@ -226,13 +239,14 @@ def compress(
         )
     if stock and method == "search":
         raise typer.BadParameter("learned ranks differ from layer to layer", param_hint="--stock")
-    prompting = parse_prompting(prompts, templates, text, metric)
+    prompting = parse_prompting(prompts if of_images else None, templates, text, metric)
     screen = Screen(json_output)
     with screen, contextlib.ExitStack() as stack:
         from ..planning.plan import Plan
         from ..storage.atomic import check_free, claimed_output
         from ..storage.owned import MODEL, STOCK
         from ..training.process import process_index
+        from .compress_component import ComponentJob
         from .compress_job import CompressJob
         from .compress_settings import CompressSettings
         from .timings import LatencyWanted
@@ -280,15 +294,18 @@ def compress(
                 cpu=parse_device(device).type == "cpu",
             )
             settings = replace(settings, search=search)
-        reading = None
-        if data is not None:
-            reading = reading_of(data)
-        given = Plan.load(plan_file) if plan_file else None
-        job = CompressJob(screen, settings, reading, budget, given)
-        job.load(checkpoint, args, parse_device(device))
-        job.open_data()
-        job.run()
-    job.show()
+        planned = Plan.load(plan_file) if plan_file else None
+        if of_images:
+            job = CompressJob(screen, settings, None if data is None else reading_of(data), budget, planned)
+            job.load(checkpoint, args, parse_device(device))
+            job.open_data()
+            job.run()
+            show = job.show
+        else:
+            part = ComponentJob(screen, settings, denoising, read_texts(prompts), budget, planned, resume)
+            part.run(parse_device(device))
+            show = part.show
+    show()
 
 
 def _budget(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ class CompressOutcome:
         made_with: what it takes to do it again.
         latency: what :func:`comcat.cli.timings.describe` says, where timings were used.
         place: what it was evaluated on; skipped: images that could not be read, and why.
+        more: what else the document says.
     """
 
     settings: CompressSettings
@@ -38,6 +39,7 @@ class CompressOutcome:
     latency: dict[str, Any] | None
     place: str | None
     skipped: dict[str, str]
+    more: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The outcome for machines: the ``--json`` document and ``report.json``."""
@@ -55,6 +57,7 @@ class CompressOutcome:
             "dense": self.dense.to_dict(),
             "compressed": self.small.to_dict(),
             "report": self.report.to_dict(),
+            **self.more,
         }
 
     def write(self, stage: Path, screen: Screen) -> None:

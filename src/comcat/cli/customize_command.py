@@ -22,6 +22,14 @@ Base = Annotated[
 Variant = Annotated[
     str | None, opt.Option(metavar="NAME", help="Variant of BASE's weights, e.g. fp16.", rich_help_panel=opt.MODEL)
 ]
+Denoiser = Annotated[
+    Path | None,
+    opt.Option(
+        metavar="DIR",
+        help="A compressed unet or transformer, from comcat compress --component, in place of BASE's.",
+        rich_help_panel=opt.MODEL,
+    ),
+]
 Device = Annotated[
     str, opt.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.", rich_help_panel=opt.RUN)
 ]
@@ -82,6 +90,7 @@ def customize(
         bool, opt.Option("--keep-checkpoints", help="Keep checkpoints after success too.", rich_help_panel=SAVING)
     ] = False,
     variant: Variant = None,
+    denoiser: Denoiser = None,
     device: Annotated[
         str, opt.Option(metavar="auto|cpu", help="auto takes the GPUs there are.", rich_help_panel=opt.RUN)
     ] = "auto",
@@ -121,6 +130,7 @@ def customize(
             allow_upscale=allow_upscale,
             skip_bad_images=skip_bad_images,
             variant=variant,
+            denoiser=denoiser,
             cpu=device == "cpu",
             overwrite=overwrite,
             keep_run=keep_run,
@@ -147,6 +157,7 @@ def _run(
     folder: Path,
     storage: str,
     variant: str | None,
+    denoiser: Path | None,
     cpu: bool,
     overwrite: bool,
     keep_run: bool,
@@ -163,7 +174,7 @@ def _run(
     check_output_file(out, overwrite)
     if settings.precision == "fp16" and (cpu or parse_device("auto").type == "cpu"):
         raise TrainingError("precision fp16 needs a GPU; use bf16 or no")
-    pipe = open_pipeline(base, settings.precision, "cpu", variant, screen.note)
+    pipe = open_pipeline(base, settings.precision, "cpu", variant, screen.note, denoiser)
     try:
         handle = train(
             pipe,

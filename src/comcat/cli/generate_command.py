@@ -14,7 +14,7 @@ import typer
 from ..wording import slug
 from . import options as opt
 from .console import Screen, command
-from .customize_command import Base, Device, Variant
+from .customize_command import Base, Denoiser, Device, Variant
 from .inputs import parse_device
 
 IMAGES = "Images"
@@ -59,6 +59,7 @@ def generate(
         opt.Option(metavar="no|bf16|fp16", help="fp16 on a GPU, no elsewhere, unless given.", rich_help_panel=opt.RUN),
     ] = None,
     variant: Variant = None,
+    denoiser: Denoiser = None,
     device: Device = "auto",
     overwrite: Annotated[
         bool, opt.Option("--overwrite", help="Replace images of the same names.", rich_help_panel=opt.RUN)
@@ -92,7 +93,7 @@ def generate(
         names = [f"{i:03d}-{slug(text)}" for i, text in enumerate(texts)]
         paths = [[out / f"{name}-seed{seed}.png" for seed in numbers] for name in names]
         check_outputs(out, [p for row in paths for p in row] + [out / "grid.png", out / "images.json"], overwrite)
-        pipe = open_pipeline(base, precision, place, variant, screen.note)
+        pipe = open_pipeline(base, precision, place, variant, screen.note, denoiser)
         handles = load_all(pipe, files)
         check_prompts(pipe, texts, without_token=without_token)
         rows = draw(
@@ -113,6 +114,7 @@ def generate(
         save_png(grid(rows), out / "grid.png", overwrite)
         document = {
             "base": base,
+            "denoiser": None if denoiser is None else str(denoiser),
             "adapters": [
                 {
                     "file": str(given.path),

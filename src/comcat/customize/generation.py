@@ -84,9 +84,12 @@ def generate(
 
 @torch.no_grad()
 def draw(
-    pipe: Any, jobs: Sequence[tuple[str, int]], drawing: Drawing, batch_size: int = 4
+    pipe: Any, jobs: Sequence[tuple[str, int]], drawing: Drawing, batch_size: int = 4, output_type: str = "pil"
 ) -> Iterator[list[Image.Image]]:
     """The images of pairs of a prompt and a seed, batch by batch.
+
+    Args:
+        output_type: as the pipeline takes it; with ``latent`` they are tensors that nothing has decoded.
 
     Raises:
         DataError: as :func:`generate`.
@@ -107,7 +110,7 @@ def draw(
                 found = pipe(
                     prompt=[prompt for prompt, _ in batch],
                     generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
-                    output_type="pil",
+                    output_type=output_type,
                     **options,
                 )
             except ValueError as error:  # its own checks, e.g. of the size

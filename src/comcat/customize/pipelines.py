@@ -27,6 +27,7 @@ def open_pipeline(
     device: torch.device | str = "cpu",
     variant: str | None = None,
     note: Callable[[str], None] | None = None,
+    denoiser: str | Path | None = None,
 ) -> Any:
     """A diffusers pipeline in evaluation mode, weights in the dtype of ``precision``.
 
@@ -35,9 +36,11 @@ def open_pipeline(
     Args:
         variant: of the weights, e.g. fp16. Where a directory holds one variant only, that is taken, and ``note`` (or a
             warning) says so.
+        denoiser: directory of a compressed one, from ``comcat compress --component``, in place of the pipeline's own.
 
     Raises:
-        ModelError: there is no such pipeline, or it has no safetensors weights.
+        ModelError: there is no such pipeline, it has no safetensors weights, or the denoiser is not of it.
+        CheckpointError: the directory of the denoiser is damaged.
     """
     try:
         import diffusers
@@ -73,6 +76,10 @@ def open_pipeline(
             f"the pipeline '{base}' cannot be opened: {cause.rstrip('.')}. Give a whole one with safetensors weights "
             f"({_advice(variant, found)}pickled ones are never read)"
         ) from error
+    if denoiser is not None:
+        from ..denoisers.pipeline_parts import put
+
+        put(pipe, denoiser)
     pipe.to(device)
     return pipe
 

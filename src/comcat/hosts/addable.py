@@ -85,7 +85,7 @@ class AddableAttention:
             )
             for stream in self.streams
         }
-        return AddedLayer(streams, rank, strength)
+        return AddedLayer(streams, rank, strength, self.heads.width)
 
 
 @dataclass(frozen=True)

@@ -242,9 +242,10 @@ def _stand_in(trial: Trial, layer: AttentionLayer, form: _Form) -> _Form | None:
     weights, dense = _truncated(layer, choice, _channels(layer)[:, : choice.get("channels", 0)])
     reference = trial.run(with_weights(layer, dense))
     ways = [("", False)]
-    if "qk" in choice and "channels" not in choice and kept.widths:
-        told = ("widths", "totals") if kept.totals else ("widths",)
-        ways = [*((narrow, implicit) for narrow in told for implicit in (False, True)), *ways]
+    if "qk" in choice and "channels" not in choice:
+        told = [narrow for narrow, there in (("widths", kept.widths), ("totals", kept.totals)) if there]
+        scaled = (True, False) if kept.scales else (False, True)
+        ways = [*((narrow, implicit) for narrow in told for implicit in scaled), *ways]
     for kept.narrow, kept.implicit in ways:
         (small,) = layer.empty(choice).values()
         kept.fill(small, *weights)

@@ -15,6 +15,7 @@ from torch import nn
 from ..layers.attention import AttentionLayer
 from ..layers.base import size
 from ..layers.heads import ROLES, Heads, Input, Stream
+from ..nn.carries import Carries
 from ..nn.copies import copy_with
 from .changed import changed, hooked, patched_forward
 from .folding import folds, parts
@@ -58,15 +59,11 @@ _GROUPS = ["num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_heads"]
 #: Attributes that hold the width of one head, and of all.
 _WIDTHS = ["head_dim", "attention_head_size", "dim_head", "head_size", "d_head", "key_dim", "val_dim", "dim_per_head"]
 _TOTALS = [
-    "all_head_size",
-    "inner_dim",
-    "attn_dim",
-    "embed_dim",
-    "hidden_size",
-    "inner_size",
-    "d_model",
+    "all_head_size", "inner_dim", "inner_kv_dim", "attn_dim", "embed_dim", "hidden_size", "inner_size", "d_model",
     "val_attn_dim",
-]
+]  # fmt: skip
+#: That hold the scale of the scores, for those hosts that do not derive it from the width of what they are given.
+_SCALES = ["scale"]
 _BIASES = {"query": "q_bias", "key": "k_bias", "value": "v_bias"}
 
 
@@ -81,7 +78,7 @@ def attention_of(name: str, module: nn.Module) -> AttentionLayer | str | None:
     stream, holder = _stream(seen)
     if stream is None or holder is None:
         return None
-    reason = patched_forward(module)
+    reason = patched_forward(module) or _carries(module)
     linears: dict[str, Any] = {str(path): seen.get_submodule(str(path)) for path in _paths(stream)}
     reason = reason or next((why for path in linears if (why := _changed(called.get_submodule(path), path))), None)
     if reason:
@@ -98,8 +95,8 @@ def attention_of(name: str, module: nn.Module) -> AttentionLayer | str | None:
 
 def layer_of(name: str, module: nn.Module, heads: Heads, stream: Stream, running: nn.Module) -> AttentionLayer:
     """The layer that runs through its own forward."""
-    widths, totals = _attributes(running, heads, stream)
-    kept = KeptForward(running, heads, stream, widths, totals)
+    widths, totals, scales = _attributes(running, heads, stream)
+    kept = KeptForward(running, heads, stream, widths, totals, scales)
     return AttentionLayer(name, module, heads, stream, kept, running=running)
 
 
@@ -133,6 +130,14 @@ def _changed(module: nn.Module, path: str) -> str | None:
     if "forward" in vars(norm) or (what := hooked(norm)):
         return f"the batch normalization of its {path} was changed" if "forward" in vars(norm) else f"it has a {what}"
     return changed(linear, path)
+
+
+def _carries(module: nn.Module) -> str | None:
+    if isinstance(module, Carries):
+        return (
+            f"it carries the products of {', '.join(module.extras)}, which would be lost; remove these adapters first"
+        )
+    return None
 
 
 def _paths(stream: Stream) -> list[str | None]:
@@ -199,7 +204,9 @@ def _linear(module: nn.Module, path: str) -> bool:
 def _number(names: list[str], *places: Any) -> int | None:
     for place in places:
         for name in names:
-            value = getattr(place, name, None)
+            # Models of diffusers answer for their configuration, with a warning.
+            own = not isinstance(place, nn.Module) or name in vars(place) or hasattr(type(place), name)
+            value = getattr(place, name, None) if own else None
             if type(value) is int and value > 0:
                 return value
     return None
@@ -239,12 +246,13 @@ def _heads(module: nn.Module, holder: nn.Module, stream: Stream, linears: dict[s
 
 
 def _attributes(module: nn.Module, heads: Heads, stream: Stream) -> list[tuple[tuple[str, str], ...]]:
-    """Where the host looks for the width of a head, and of all heads."""
+    """Where the host looks for the width of a head, that of all heads, and the scale that follows from it."""
     if heads.width != heads.value_width:
-        return [(), ()]
+        return [(), (), ()]
     holder = stream.value.rpartition(".")[0]
     found = []
-    for names, value in ((_WIDTHS, heads.width), (_TOTALS, heads.width * heads.num)):
+    wanted = ((_WIDTHS, heads.width), (_TOTALS, heads.width * heads.num), (_SCALES, heads.width**-0.5))
+    for names, value in wanted:
         places = dict.fromkeys(("", holder))
         found.append(
             tuple(

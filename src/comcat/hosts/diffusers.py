@@ -19,6 +19,7 @@ from ..errors import ModelError
 from ..layers.heads import Heads, Stream
 from ..nn.added import AddedLayer
 from ..nn.carries import Carries, carry, drop
+from ..nn.projections import dense_width
 from .addable import AddableAttention, Kind, Refusal
 from .added_processors import AddedProcessor, ClassicProcessor, FluxProcessor, family_of_processor
 
@@ -109,7 +110,8 @@ def _described(name: str, attn: Any) -> AddableAttention | Refusal:
         used = attn.to_add_out is not None
         streams = [SAMPLE, CONTEXT if used else dataclasses.replace(CONTEXT, output=None)]
         kind = "joint"
-    described = Heads.of(heads, attn.to_q.out_features // heads, value_width=attn.to_v.out_features // heads)
+    # Those of the dense layer, also where it has been compressed: what is added does not depend on its factors.
+    described = Heads.of(heads, dense_width(attn.to_q, heads), value_width=dense_width(attn.to_v, heads))
     return AddableAttention(name, attn, kind, described, tuple(streams), attn.norm_q is not None)
 
 

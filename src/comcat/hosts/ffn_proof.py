@@ -46,6 +46,8 @@ def prove_ffn(found: Layer, trial: Trial) -> Finding:
     why = None
     if not trial.holds(copy_with(base, small), reference):
         why = f"hidden units depend on each other: a norm or another operation acts over them ({trial.said()})"
+        if not _behind(trial, layer):
+            return Finding("its linear layers do not follow on each other: there are no hidden units between them")
         if layer.feature_axis == 1 and not (_CALLED_FFN.search(type(base).__name__) or _by_pixel(trial)):
             return Finding(CONVOLUTIONS)
     return Finding(conclude=lambda one: FFNLayer(one.name, one.module, found.paths, why))
@@ -64,6 +66,20 @@ def _beside(trial: Trial, layer: FFNLayer) -> bool:
         for hook in hooks:
             hook.remove()
     return len(seen) == 2 and seen[0].shape == seen[1].shape and bool((seen[0] == seen[1]).all())
+
+
+def _behind(trial: Trial, layer: FFNLayer) -> bool:
+    """Whether what the last linear layer is given depends on those in front of it."""
+    seen: list[Tensor] = []
+    other = {layer.paths[role]: _linear_like(one, one.weight * 2, one.bias) for role, one in layer.firsts.items()}
+    last = layer.linears["fc2"]
+    handle = last.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
+    try:
+        for module in (trial.base, copy_with(trial.base, other)):
+            trial.run(module)
+    finally:
+        handle.remove()
+    return len(seen) == 2 and not torch.equal(*seen)
 
 
 def _by_pixel(trial: Trial) -> bool:

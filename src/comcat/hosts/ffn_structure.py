@@ -5,7 +5,7 @@ What is found here is a guess; :mod:`comcat.hosts.proof` holds it against what t
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,8 @@ from ..layers.base import is_pointwise, size
 from ..layers.ffn import FFNLayer
 from .changed import changed
 
-#: How deep inside a module its own linear layers may lie: ``intermediate.dense``.
+#: How deep inside a module its own linear layers may lie: ``intermediate.dense``. Lists on the way do not count, since
+#: they are never called: ``net.0.proj`` lies as deep.
 _DEPTH = 2
 #: Around an FFN in a block with more linear layers: the one in front of the hidden units, and the one behind them.
 _PAIRS = (("intermediate.dense", "output.dense"), ("fc1", "fc2"), ("linear1", "linear2"), ("lin1", "lin2"))
@@ -28,10 +29,11 @@ def ffn_of(name: str, module: nn.Module, taken: Collection[int]) -> FFNLayer | s
     """
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return None  # a list is never called
+    inside = dict(module.named_modules())
     linears = {
         path: one
-        for path, one in module.named_modules()
-        if path and path.count(".") < _DEPTH and _is_linear(one) and id(one) not in taken
+        for path, one in inside.items()
+        if path and _is_linear(one) and id(one) not in taken and _depth(path, inside) <= _DEPTH
     }
     found = _split(linears)
     for pair in _PAIRS if found is None else ():
@@ -50,6 +52,13 @@ def ffn_of(name: str, module: nn.Module, taken: Collection[int]) -> FFNLayer | s
     else:
         paths = {"fc1": firsts[0], **paths}
     return FFNLayer(name, module, paths)
+
+
+def _depth(path: str, inside: Mapping[str, nn.Module]) -> int:
+    """How many modules are called on the way to one of them, itself counted."""
+    parts = path.split(".")
+    way = (".".join(parts[: n + 1]) for n in range(len(parts)))
+    return sum(not isinstance(inside[name], nn.ModuleList) for name in way)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -29,9 +29,11 @@ class KeptForward:
 
     Attributes:
         running: the module, or its form with linear layers that are called.
-        widths: attributes (path of the submodule, name) that hold the width of a head; totals: that of all heads.
-        narrow: which of them are set: none, the widths, or both (``""``, ``"widths"``, ``"totals"``).
-        implicit: the host derives the softmax scale from the width, so that it is put into the queries.
+        widths: attributes (path of the submodule, name) that hold the width of a head; totals: that of all heads;
+            scales: that of the scores, which follows from it.
+        narrow: which of the widths are set: none, those of a head, or both (``""``, ``"widths"``, ``"totals"``).
+        implicit: the softmax scale is that of the narrower width, and what it lacks is in the queries: the host derives
+            it from the width, or is told. Those of diffusers do either, by their processor.
     """
 
     running: nn.Module
@@ -39,6 +41,7 @@ class KeptForward:
     stream: Stream
     widths: tuple[tuple[str, str], ...] = ()
     totals: tuple[tuple[str, str], ...] = ()
+    scales: tuple[tuple[str, str], ...] = ()
     narrow: str = ""
     implicit: bool = False
 
@@ -95,6 +98,7 @@ class KeptForward:
             one.by_head,
             linear.bias is not None,
             not set(placed).isdisjoint(one.roles),
+            full=[self.heads.wide(role) for role in one.roles],
             **like(linear),
         )
 
@@ -104,6 +108,8 @@ class KeptForward:
             setattr(made.get_submodule(path), name, width)
         for path, name in self.totals if self.narrow == "totals" else ():
             setattr(made.get_submodule(path), name, width * self.heads.num)
+        for path, name in self.scales if self.implicit else ():
+            setattr(made.get_submodule(path), name, width**-0.5)
 
     def fill(self, small: nn.Module, weights: HeadWeights, places: Places) -> None:
         """Write per-head weights into a stand-in."""

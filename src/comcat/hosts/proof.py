@@ -116,7 +116,7 @@ def _find(layer: Layer, call: Call, images: int) -> Finding:
     if not tensors or not _of_images(tensors[0], images):
         return Finding("what it is given does not depend on the images")
     try:
-        base = copy.deepcopy(layer.module).to("cpu", torch.float64)
+        base = nn.Module.to(copy.deepcopy(layer.module), "cpu", torch.float64)  # models of diffusers have remarks on it
         base.eval()
         base.requires_grad_(False)
     except Exception as error:

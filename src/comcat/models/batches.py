@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,16 @@ _PATCHES = "patches"
 _EMBEDDED = ("image_embeds", "text_embeds")
 #: The one input of models that are called with images alone.
 ALONE = "0"
+#: What denoisers of diffusers call the picture that they are given.
+NOISY = ("sample", "hidden_states")
+#: Behind the name of an argument that is a list with one tensor for every image.
+LISTED = "[]"
+
+
+class Each(NamedTuple):
+    """An argument that is a list with one entry for every image, alike for all."""
+
+    value: Any
 
 
 @dataclass(frozen=True)
@@ -31,10 +41,14 @@ class Batch:
     """The inputs of one call.
 
     Attributes:
-        tensors: by name; numbers are places among the positional arguments.
+        tensors: by name; numbers are places among the positional arguments, ``options.size`` is the entry ``size`` of
+            the argument ``options``, and ``x[]`` an argument that is a list of tensors, one for every image.
+        fixed: arguments, by name as above, that are the same whatever images there are: plain data, tensors, or
+            :class:`Each`.
     """
 
     tensors: Mapping[str, Tensor]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_images(cls, images: Tensor) -> Batch:
@@ -44,7 +58,8 @@ class Batch:
     @classmethod
     def joined(cls, parts: Sequence[Batch]) -> Batch:
         """One batch of several with the same inputs."""
-        return cls({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+        first = parts[0]
+        return cls({name: torch.cat([part.tensors[name] for part in parts]) for name in first.tensors}, first.fixed)
 
     @cached_property
     def count(self) -> int:
@@ -56,12 +71,12 @@ class Batch:
 
     @property
     def alone(self) -> bool:
-        return set(self.tensors) == {ALONE} and self.tensors[ALONE].dim() == 4
+        return set(self.tensors) == {ALONE} and self.tensors[ALONE].dim() == 4 and not self.fixed
 
     @cached_property
     def pixels(self) -> Tensor:
-        """The largest floating-point tensor."""
-        return max((t for t in self.tensors.values() if t.is_floating_point()), key=Tensor.numel)
+        """The picture, by its name or as the largest floating-point tensor."""
+        return pixels_of(self.tensors)
 
     @cached_property
     def rows(self) -> dict[str, list[int]] | None:
@@ -86,7 +101,7 @@ class Batch:
             else:
                 parts = tensor.split(self.rows[name])
                 found[name] = torch.cat([parts[place] for place in chosen])
-        return Batch(found)
+        return Batch(found, self.fixed)
 
     def __getitem__(self, part: slice) -> Batch:
         return self.kept(range(self.count)[part])
@@ -103,21 +118,35 @@ class Batch:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """On a device; what is of floating point in ``dtype``."""
-        return Batch({
-            name: tensor.to(device, dtype if tensor.is_floating_point() else None)
-            for name, tensor in self.tensors.items()
-        })  # fmt: skip
+
+        def move(value: Any) -> Any:
+            return moved(value, device, dtype)
+
+        return Batch(move(dict(self.tensors)), move(dict(self.fixed)))
 
     @property
-    def signature(self) -> dict[str, tuple[int, ...]]:
-        """Of every input the shape of a row: equal where batches can be joined."""
-        return {name: tuple(tensor.shape[1:]) for name, tensor in self.tensors.items()}
+    def signature(self) -> dict[str, Any]:
+        """Of every input the shape of a row, and what is fixed: equal where batches can be joined."""
+        fixed = {f"{name}=": comparable(value) for name, value in self.fixed.items()}
+        return {name: tuple(tensor.shape[1:]) for name, tensor in self.tensors.items()} | fixed
 
     @property
-    def call(self) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs), which is also an example of :func:`comcat.prepare`."""
         places = sorted((name for name in self.tensors if name.isdigit()), key=int)
-        named = {name: tensor for name, tensor in self.tensors.items() if not name.isdigit()}
+        named: dict[str, Any] = {}
+        for name, value in {**self.tensors, **self.fixed}.items():
+            if name.isdigit():
+                continue
+            if isinstance(value, Each):
+                value = [value.value] * self.count
+            elif name.endswith(LISTED):
+                name, value = name.removesuffix(LISTED), list(value)
+            *outer, leaf = name.split(".")
+            inside = named
+            for key in outer:
+                inside = inside.setdefault(key, {})
+            inside[leaf] = value
         return tuple(self.tensors[place] for place in places), named
 
     def run(self, model: nn.Module, forward: Callable[[nn.Module, Any], Any] | None = None) -> Any:
@@ -189,6 +218,38 @@ def count_of(tensors: Mapping[str, Any]) -> int:
         return len(decisive)
     found = [t for t in tensors.values() if isinstance(t, Tensor) and t.is_floating_point() and t.dim()]
     return len(max(found, key=Tensor.numel)) if found else 0
+
+
+def pixels_of(tensors: Mapping[str, Any]) -> Tensor:
+    """The picture among the inputs of a call."""
+    found = {name: t for name, t in tensors.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    named = next((found[name] for name in NOISY if name in found), None)
+    return max(found.values(), key=Tensor.numel) if named is None else named
+
+
+def moved(value: Any, device: torch.device | str, dtype: torch.dtype | None) -> Any:
+    """Arguments on a device, nested as they may be; what is of floating point in ``dtype``.
+
+    One number for every image, such as the time of a denoiser, keeps its own: 999 is none of bfloat16's.
+    """
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() and value.dim() > 1 else None)
+    if isinstance(value, Mapping):
+        return {key: moved(one, device, dtype) for key, one in value.items()}
+    if isinstance(value, Each):
+        return Each(moved(value.value, device, dtype))
+    if type(value) in (list, tuple):
+        return type(value)(moved(one, device, dtype) for one in value)
+    return value
+
+
+def comparable(value: Any) -> Any:
+    """Plain data that is the same for the same argument."""
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), str(value.dtype), value.flatten().tolist())
+    if isinstance(value, Mapping):
+        return {key: comparable(one) for key, one in value.items()}
+    return [comparable(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _parameters(model: nn.Module) -> dict[str, inspect.Parameter]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .batches import count_of
+from .batches import count_of, moved, pixels_of
 from .running import LABELS
 from .transformers_inputs import TransformersInputs
 
@@ -38,11 +38,12 @@ class Example:
 
     @property
     def pixels(self) -> Tensor:
-        """The largest floating-point tensor, which is what errors speak of."""
-        found = [t for t in [*self.args, *self.kwargs.values()] if isinstance(t, Tensor) and t.is_floating_point()]
-        if not found:
+        """The picture, which is what errors speak of."""
+        given = {str(i): one for i, one in enumerate(self.args)} | dict(self.kwargs)
+        flat = given | {name: value[0][None] for name, value in given.items() if _is_list(value)}
+        if not any(isinstance(t, Tensor) and t.is_floating_point() for t in flat.values()):
             raise ModelError("an example call needs a floating-point tensor of images among its inputs")
-        return max(found, key=Tensor.numel)
+        return pixels_of(flat)
 
 
 def given_example(example: Any, model: nn.Module) -> Example:
@@ -74,17 +75,18 @@ def given_example(example: Any, model: nn.Module) -> Example:
             f"an example is a dictionary of the model's inputs, or (args, kwargs), not {type(example).__name__}"
         )
     parameter = next(model.parameters())
-    made = Example(tuple(_at(a, parameter) for a in args), {key: _at(a, parameter) for key, a in kwargs.items()})
+    made = Example(moved(args, parameter.device, parameter.dtype), moved(kwargs, parameter.device, parameter.dtype))
     pixels = made.pixels
     if not pixels.dim() or not len(pixels):
         raise ModelError("an example call needs at least one image")
-    return Example(made.args, made.kwargs, count_of({str(i): one for i, one in enumerate(args)} | kwargs))
+    given = {str(i): one for i, one in enumerate(args)} | kwargs
+    listed = next((len(value) for value in given.values() if _is_list(value)), None)
+    return Example(made.args, made.kwargs, listed or count_of(given))
 
 
-def _at(value: Any, parameter: Tensor) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(parameter.device, parameter.dtype if value.is_floating_point() else value.dtype)
+def _is_list(value: Any) -> bool:
+    """Whether it is a list with one tensor for every image."""
+    return type(value) is list and bool(value) and all(isinstance(one, Tensor) for one in value)
 
 
 def example_for(model: Any, size: Sequence[int], images: int = 1, seed: int | None = None) -> Example:

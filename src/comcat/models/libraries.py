@@ -19,9 +19,10 @@ _LIBRARIES = {
     "transformers": ("transformers_models", "transformers"),
     "torchvision": ("torchvision_models", "torchvision"),
     "open_clip": ("open_clip_models", "open_clip"),
+    "diffusers": ("diffusers_models", "diffusers"),
 }
 #: The extra of comcat that installs a package which is not always there.
-_EXTRAS = {"transformers": "transformers", "open_clip": "openclip"}
+_EXTRAS = {"transformers": "transformers", "open_clip": "openclip", "diffusers": "customize"}
 NAMES = tuple(_LIBRARIES)
 
 
@@ -70,6 +71,6 @@ def library_of(model: nn.Module) -> Library | None:
 def prefixed(typed: str) -> tuple[Library, str] | None:
     """Library and name of a typed ``library/name``; None where it begins with no library's name."""
     name, slash, rest = typed.partition("/")
-    if not slash or name not in _LIBRARIES or name == "timm":  # timm/... is an organization of the Hub
+    if not slash or name not in _LIBRARIES or name in ("timm", "diffusers"):  # which are organizations of the Hub
         return None
     return library(name, ModelError), rest

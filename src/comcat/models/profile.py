@@ -52,11 +52,16 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
 
     What was recorded with a model of another library than timm; else the size of its patch embedding, else
     ``config.image_size`` or a like name (transformers) or ``image_size`` (torchvision, open_clip), else that of
-    ``pretrained_cfg`` (timm), each of the outermost module that has one; (3, 224, 224) where none does.
+    ``pretrained_cfg`` (timm), each of the outermost module that has one; (3, 224, 224) where none does. Of a denoiser
+    of diffusers the latents of its ``config.sample_size``, of one pixel where it says no size.
     """
     made: Any = getattr(getattr(model, "comcat", None), "source", None) or getattr(model, "comcat_source", None)
     if made is not None and made.library != "timm" and len(size := _sizes(made.config.get("input_size"))) == 3:
         return (size[0], size[1], size[2])
+    if type(model).__module__.startswith("diffusers."):
+        config: Any = getattr(model, "config", None) or {}
+        size = _sizes(config.get("sample_size")) or (1,)
+        return (next(iter(_sizes(config.get("in_channels"))), 1), size[0], size[-1])
     modules = list(model.modules())
     embeds: list[Any] = [
         one for one in (getattr(module, "patch_embed", None) for module in modules) if isinstance(one, nn.Module)

@@ -113,14 +113,20 @@ class AddedProduct(nn.Module):
 class AddedLayer(nn.Module):
     """What one adapter adds to one attention layer: a product per stream of tokens ("sample", "context").
 
+    Args:
+        head_dim: head width d of the dense layer, where its heads may have been made narrower; None: as they are.
+
     Attributes:
         mask: where in the picture it acts; None: everywhere.
     """
 
     mask: Mask | None
 
-    def __init__(self, streams: Mapping[str, AddedProduct], rank: int, strength: Strength) -> None:
+    def __init__(
+        self, streams: Mapping[str, AddedProduct], rank: int, strength: Strength, head_dim: int | None = None
+    ) -> None:
         super().__init__()
+        self.head_dim = head_dim
         self.streams = nn.ModuleDict(dict(streams))
         self.rank = rank
         self.strength = strength
@@ -183,6 +189,9 @@ def widen(
     for layer in layers:
         layer.follow(q.device)
         parts = [layer.project(name, *x) for name, x in inputs.items()]
+        if layer.head_dim is not None and layer.head_dim != q.shape[-1]:
+            factor = (q.shape[-1] / layer.head_dim) ** 0.5  # the host's scale is that of its narrower heads
+            parts = [(queries * factor, keys, values) for queries, keys, values in parts]
         for column, pieces in zip(columns, zip(*parts, strict=True), strict=True):
             column.append((pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)).to(column[0].dtype))
     width = q.shape[-1] + sum(layer.rank for layer in layers)

@@ -47,6 +47,7 @@ class HeadProjection(_AroundNarrow):
         by_head: the output holds all roles of head 0, then all of head 1, and so on; else one role after the other.
         placed: the components go to places of their own instead of to the front of their head: ``places`` (a buffer)
             holds, for every output, the row that it shows, or the number of rows for zero.
+        full: widths in the dense layer, where the host has been told narrower ones; as ``wide`` by default.
     """
 
     def __init__(
@@ -61,9 +62,11 @@ class HeadProjection(_AroundNarrow):
         pointwise: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        full: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.narrow, self.wide = tuple(heads), tuple(narrow), tuple(wide)
+        self.full = tuple(full or wide)
         self.by_head = by_head
         rows = sum(h * r for h, r in zip(self.heads, self.narrow, strict=True))
         self.linear = plain_linear(in_features, rows, bias, pointwise, device, dtype)
@@ -123,6 +126,11 @@ class HeadProjection(_AroundNarrow):
         assert self.places is not None
         shown = self._by_role(self.places, self.wide)
         return [rows.argsort(-1)[:, :r] for rows, r in zip(shown, self.narrow, strict=True)]  # zeros are the last row
+
+
+def dense_width(linear: Any, heads: int) -> int:
+    """The width that a head of queries, keys or values has in the dense layer, of the linear layer of that one role."""
+    return linear.full[0] if isinstance(linear, HeadProjection) else int(linear.out_features) // heads
 
 
 class HeadOutput(_AroundNarrow):

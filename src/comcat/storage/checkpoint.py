@@ -46,11 +46,12 @@ def save(
 
     The files are written beside ``path`` and renamed in one step, after the model has been rebuilt from them: with
     bitwise the same tensors, the same modules and attributes (dropout rates and the like), and the same output on a
-    random image, to rounding (:data:`comcat.storage.rebuilt.ROUNDING`).
+    random image, or on the example that the model was compressed with, to rounding
+    (:data:`comcat.storage.rebuilt.ROUNDING`).
 
     Args:
         model: a model from :func:`comcat.compress` or :func:`load`, trained further or not; or a dense model of timm,
-            transformers, torchvision or open_clip.
+            transformers, torchvision or open_clip, or a denoiser of diffusers.
         path: directory to make; one that holds something is refused unless ``overwrite``.
         model_args: the arguments of the architecture (of ``timm.create_model``, of torchvision's builder, open_clip's
             ``model_cfg``), needed only where they cannot be read off.
@@ -111,7 +112,7 @@ def save(
             again = load(directory)
         except CheckpointError as error:
             raise CheckpointError(f"the model cannot be rebuilt from its architecture ({error}); {advice}") from error
-        check_same(model, again, advice)
+        check_same(model, again, advice, None if made is None else made.example)
 
 
 def _shared(detail: str) -> str:

@@ -163,6 +163,7 @@ def _base_identity(pipe: Any) -> str:
     sha = hashlib.sha256(architecture_digest(attentions).encode())
     ordered = list(attentions.values())
     for attention in (ordered[0], ordered[-1]):
-        weight = attention.linear(attention.streams[0].query).weight
+        query = attention.linear(attention.streams[0].query)
+        weight = getattr(query, "linear", query).weight  # of a compressed one, the narrow layer inside
         sha.update(weight.detach().float().cpu().numpy().tobytes())
     return sha.hexdigest()[:16]
