@@ -70,6 +70,7 @@ def declared() -> dict[str, set[str]]:
                     "onnx",
                     "openvino",
                     "int8",
+                    "ui",
                 ],
                 "",
                 *OTHERS,

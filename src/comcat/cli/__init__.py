@@ -23,6 +23,7 @@ from .judge_command import judge
 from .push_command import push
 from .report_command import report
 from .run_command import run
+from .ui_command import ui
 
 
 class _Remembering(TyperGroup):
@@ -54,6 +55,7 @@ app.command()(customize)
 app.command()(generate)
 app.command()(judge)
 app.add_typer(adapter, name="adapter")
+app.command()(ui)
 demos = typer.Typer(invoke_without_command=True)
 demos.callback()(demo)
 demos.command("customize")(demo_customize)

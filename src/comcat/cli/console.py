@@ -39,6 +39,13 @@ Command = TypeVar("Command", bound=Callable[..., None])
 #: What speaks of torchao where that is installed, when transformers or diffusers are imported: nobody asked for it.
 _CHATTER = ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 _given: list[str] = []
+#: Who else is told what a command tells its user: progress, notes, warnings and the result, as plain data.
+listeners: list[Callable[[dict[str, Any]], None]] = []
+
+
+def _tell(event: dict[str, Any]) -> None:
+    for listener in listeners:
+        listener(event)
 
 
 def remember_command(arguments: Iterable[str]) -> None:
@@ -96,6 +103,7 @@ class Screen:
 
     def progress(self, stage: str, done: int, total: int | None) -> None:
         """The progress protocol of the library: ``done`` of ``total`` steps of a stage."""
+        _tell({"stage": stage, "done": done, "total": total})
         if stage not in self._stages:
             self._stages[stage] = (self._bars.add_task(stage, total=total), time.perf_counter())
         task, start = self._stages[stage]
@@ -114,10 +122,12 @@ class Screen:
 
     def note(self, text: str) -> None:
         """A remark on stderr that is no error, such as a default that was taken."""
+        _tell({"note": text})
         if not self.json_output:
             self.err.print(f"note: {one_line(text)}", style="dim", soft_wrap=True)
 
     def warn(self, text: str) -> None:
+        _tell({"note": f"warning: {text}"})
         self.err.print(Text.assemble(("warning:", "yellow"), f" {one_line(text)}"), soft_wrap=True)
 
     def say(self, *parts: str | tuple[object, str]) -> None:
@@ -131,6 +141,7 @@ class Screen:
 
     def result(self, document: dict[str, Any]) -> None:
         """The JSON document, when it was asked for."""
+        _tell({"result": document})
         if self.json_output:
             sys.stdout.write(json.dumps(document, indent=2, default=str) + "\n")
 

@@ -110,6 +110,17 @@ def find_photos(
     return photos
 
 
+def why_no_photo(path: Path) -> str:
+    """Why a file cannot be a photo, in words; empty where it can."""
+    if path.suffix.lower() not in EXTENSIONS:
+        return f"{path.name!r} is no photo that can be read: such end in {', '.join(EXTENSIONS)}"
+    try:
+        decode(path)
+    except DataError as e:
+        return str(e).removesuffix(_REPAIR).rstrip(". ")
+    return ""
+
+
 def buckets(resolution: int, multiple: int, *, max_ratio: float = 2.0) -> list[Bucket]:
     """The shapes that photos of any aspect ratio are brought to, from the tallest to the widest.
 
