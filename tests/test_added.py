@@ -99,7 +99,7 @@ def classic(attn: Any, layers: Sequence[AddedLayer], x: Tensor, context: Tensor 
         context = attn.norm_cross(context)
     c = x if context is None else context
     q, k, v = (heads_of(f, t, attn.heads) for f, t in ((attn.to_q, x), (attn.to_k, c), (attn.to_v, c)))
-    fused = isinstance(attn.processor.base, ap.AttnProcessor2_0)
+    fused = isinstance(attn.processor, ap.AttnProcessor2_0)
     if attn.norm_q is not None and fused:
         q, k = attn.norm_q(q), attn.norm_k(k)
     # AttnProcessor2_0 knows no other scale.
@@ -162,7 +162,7 @@ def test_scale_and_norms_are_those_of_the_base_processor(args: dict[str, Any], p
     x = noise(2, 5, 14)
     with torch.no_grad():
         torch.testing.assert_close(attn(x), classic(attn, layers, x, None, None), atol=1e-10, rtol=0)
-        own = attn.processor.base(attn, x)
+        own = attn.processor(attn, x)
         for layer in layers:
             layer.strength.scale = 1e-30  # on, and without any effect
         torch.testing.assert_close(attn(x), own, atol=1e-10, rtol=0)

@@ -1,6 +1,5 @@
 """FLUX's attention under the names of other models."""
 
-import importlib
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from comcat import customize
-from comcat.errors import ModelError
 from diffusion import fill, randomize
 
 H, d, D, D_context, N, M = 3, 10, 17, 13, 7, 5
@@ -58,10 +56,3 @@ def test_the_host_s_arithmetic_with_products_beside_it(file: str, name: str, blo
     assert (run() - base).abs().amax(-1).min() > 1e-3  # of every token
     adapter.remove()
     assert torch.equal(run(), base)
-
-
-def test_a_single_block_of_flux_2_is_refused_by_name() -> None:
-    source: Any = importlib.import_module("diffusers.models.transformers.transformer_flux2")
-    model = nn.ModuleDict({"attn": source.Flux2ParallelSelfAttention(query_dim=D, heads=H, dim_head=d)})
-    with pytest.raises(ModelError, match="Flux2ParallelSelfAttention with Flux2ParallelSelfAttnProcessor"):
-        customize.add_adapter(model)

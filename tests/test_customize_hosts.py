@@ -117,13 +117,16 @@ def test_fused_projections_are_refused_by_name(name: str) -> None:
     assert m.state_dict().keys() == keys
 
 
-def test_fused_projections_before_are_refused_too() -> None:
-    m = model("sd1", torch.float32)
+@pytest.mark.parametrize("name", ["sd1", "sd3", "flux"])
+def test_an_adapter_on_projections_that_were_fused_before(name: str) -> None:
+    m, x, _, _ = on(name)
+    expected = output(m, x)
+    m = model(name, torch.float32)
     m.fuse_qkv_projections()
-    with pytest.raises(ModelError, match="Attention with FusedAttnProcessor2_0"):
-        customize.add_adapter(m)
+    adapter = fill(customize.add_adapter(m))
+    torch.testing.assert_close(output(m, x), expected, atol=1e-5, rtol=1e-5)
+    adapter.remove()
     m.unfuse_qkv_projections()
-    customize.add_adapter(m).remove()
 
 
 def ip_adapter(m: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ..errors import ModelError
 from ..layers.heads import Heads, HeadWeights, Stream
 from ..nn.added import AddedLayer, AddedProduct, Strength
 from .placement import place, precision
@@ -24,6 +25,9 @@ class AddableAttention:
         streams: of tokens that meet in one softmax: every stream's queries see every stream's keys.
         normalized: queries and keys are normalized or rotated before their product, so that the added product cannot
             be folded into their weights.
+        unfolded: why no weights of one matrix for each of query, key, value and output can be told, by which the
+            product would be written as a LoRA; empty where they can.
+        meeting: where in the host's forward the products go, as its file of :mod:`comcat.hosts` has it.
     """
 
     name: str
@@ -32,6 +36,8 @@ class AddableAttention:
     heads: Heads
     streams: tuple[Stream, ...]
     normalized: bool = False
+    unfolded: str = ""
+    meeting: Any = None
 
     def linear(self, name: str) -> Any:
         """A projection by its name; the base layer's dimensions also where PEFT has wrapped it."""
@@ -47,7 +53,13 @@ class AddableAttention:
         if not stream.inner:
             return None
         path = f"{self.name.rpartition('.')[0]}.proj_out"
-        return path, model.get_submodule(path)
+        try:
+            return path, model.get_submodule(path)
+        except AttributeError as error:
+            raise ModelError(
+                f"layer '{self.name}' leaves its output projection to its block, which has none that is called "
+                "'proj_out'; what products do to its weights cannot be told"
+            ) from error
 
     def weights(self, stream: Stream, model: nn.Module) -> HeadWeights:
         """The base's weights of one stream, per head; ``model``: the component that the layer is in."""
@@ -90,7 +102,13 @@ class AddableAttention:
 
 @dataclass(frozen=True)
 class Refusal:
-    """An attention layer that products cannot be added to, and what it is."""
+    """An attention layer that products cannot be added to.
+
+    Attributes:
+        what: what it is, and why not.
+        inherent: the model is made like that; False where somebody has put another processor into it.
+    """
 
     kind: Kind
     what: str
+    inherent: bool = False

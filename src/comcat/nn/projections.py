@@ -128,11 +128,6 @@ class HeadProjection(_AroundNarrow):
         return [rows.argsort(-1)[:, :r] for rows, r in zip(shown, self.narrow, strict=True)]  # zeros are the last row
 
 
-def dense_width(linear: Any, heads: int) -> int:
-    """The width that a head of queries, keys or values has in the dense layer, of the linear layer of that one role."""
-    return linear.full[0] if isinstance(linear, HeadProjection) else int(linear.out_features) // heads
-
-
 class HeadOutput(_AroundNarrow):
     """The output projection behind heads of which only the first ``narrow`` components hold anything.
 

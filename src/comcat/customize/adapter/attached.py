@@ -200,7 +200,8 @@ def add_adapter(
         pipe: a diffusers text-to-image pipeline, or its UNet or transformer alone.
         rank: of every head's products, or pattern -> rank, the first that matches (``{"attn2": 4, "self": 1}``).
         targets: which attention layers: a kind (``self``, ``cross``, ``joint``), a part of their names (``attn2``,
-            ``mid_block``), a glob over whole names, or a list of these; None: all.
+            ``mid_block``), a glob over whole names, or a list of these; None: all that can take products, which leaves
+            out e.g. the linear attention of SANA.
         name: letters, digits, ``_`` and ``-``.
         text_encoder_rank: rank in the CLIP text encoders; 0 leaves them alone.
         token: a new word such as ``V*`` whose embedding is learned too.

@@ -54,13 +54,16 @@ def choose(
             return None
         return next((rank for p, rank in table.items() if p == "*" or matches(p, name, kind)), None)
 
-    bad = {name: why for name, why in refused.items() if rank_of(name, why.kind) is not None}
+    # Without targets, what takes products is meant; what somebody has put in the place of such a layer is told.
+    named = patterns is not None or isinstance(ranks, Mapping)
+    meant = {name: why for name, why in refused.items() if named or not why.inherent or not attentions}
+    bad = {name: why for name, why in meant.items() if rank_of(name, why.kind) is not None}
     if bad:
         listed = "; ".join(f"'{name}' is {why.what}" for name, why in list(bad.items())[:3])
-        raise ModelError(
-            f"{len(bad)} attention layers of the {component} cannot take products: {listed}. Choose others with "
-            "targets, or set the model's own attention processor again"
-        )
+        way = ". Choose others with targets, or set the model's own attention processor again"
+        if all(why.inherent for why in bad.values()):
+            way = "; leave targets out for all that can" if attentions else ", and others it has not"
+        raise ModelError(f"{len(bad)} attention layers of the {component} cannot take products: {listed}{way}")
     wanted_ranks = {name: rank_of(name, attention.kind) for name, attention in attentions.items()}
     chosen = {name: rank for name, rank in wanted_ranks.items() if rank is not None}
     if not chosen:

@@ -23,7 +23,7 @@ def denoiser_output(family: Family, prompt: str, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     model = family.model
     size = family.resolution // int(family.pipe.vae_scale_factor)
-    channels = family.vae.config.latent_channels
+    channels = family.latent_channels
     device, dtype = model.device, next(model.parameters()).dtype
     latents = torch.randn(1, channels, size, size, generator=generator).to(device)
     sample, timesteps = _noisy(family.pipe.scheduler, latents, generator)

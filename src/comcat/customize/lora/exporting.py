@@ -99,6 +99,11 @@ def as_lora(
     attentions = {component: find_addable(component, models[component])[0] for component in handle.ranks}
     for done, ((component, name), layer) in enumerate(handle.layers.items(), 1):
         attention = attentions[component][name]
+        if attention.unfolded:
+            raise ModelError(
+                f"layer '{name}' of the {component} cannot be written as a LoRA: {attention.unfolded}. Leave the "
+                "adapter in its own format"
+            )
         for part in PRODUCTS:
             form = form_of(attention, models[component], part)
             left, right = added_to(attention, models[component], layer, part)

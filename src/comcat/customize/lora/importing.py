@@ -70,6 +70,8 @@ def import_lora(
         }
         used: set[str] = set()
         for attention in find_addable(component, model)[0].values():
+            if attention.unfolded:  # what changes its weights is told with the rest that has no place
+                continue
             used |= _import_layer(handle, component, attention, model, found, rank, errors, left_out)
         left_out += [f"{component}.{key}" for key in found if key not in used]
     if left_out and not partial:

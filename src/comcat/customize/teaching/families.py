@@ -7,6 +7,8 @@
 | sd3 | SD3, SD3.5 | two CLIPs and T5, pooled | flow |
 | flux | FLUX.1 | T5, pooled CLIP | flow |
 | pixart | PixArt-alpha, -sigma | T5 with mask | epsilon, learned variance left alone |
+
+Chroma, Qwen-Image, FLUX.2, Z-Image, Lumina 2 and SANA are in :mod:`comcat.customize.teaching.flow_families`.
 """
 
 from __future__ import annotations
@@ -62,6 +64,11 @@ class Family:
         return None if found is None else int(found)
 
     @property
+    def latent_channels(self) -> int:
+        """Channels C of the latents that it is trained on."""
+        return int(self.vae.config.latent_channels)
+
+    @property
     def multiple(self) -> int:
         """Height and width in pixels must be multiples of this."""
         levels = len(getattr(self.model.config, "block_out_channels", (0,)))
@@ -77,6 +84,16 @@ class Family:
         """Everything the denoiser needs of each caption, first dimension (batch)."""
         embeds, _ = self.pipe.encode_prompt(list(captions), self.model.device, 1, False)
         return {"embeds": embeds}
+
+    def joined(self, rows: Sequence[Text]) -> Text:
+        """The texts of one batch from those of its captions; shorter ones are filled up with zeros, masks too."""
+        longest = {key: max(row[key].shape[1] for row in rows) for key, t in rows[0].items() if t.ndim > 1}
+
+        def padded(key: str, t: Tensor) -> Tensor:
+            missing = longest[key] - t.shape[1] if key in longest else 0
+            return nn.functional.pad(t, (0, 0) * (t.ndim - 2) + (0, missing)) if missing else t
+
+        return {key: torch.cat([padded(key, row[key]) for row in rows]) for key in rows[0]}
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, h, w) in [-1, 1] to mean and standard deviation of their latents, scaled as the model expects them.
@@ -115,8 +132,8 @@ class Family:
 class StableDiffusionXL(Family):
     """SDXL."""
 
-    names = ("StableDiffusionXL",)
-    needs = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    names: ClassVar[tuple[str, ...]] = ("StableDiffusionXL",)
+    needs: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
     def encode_text(self, captions: Sequence[str]) -> Text:
         embeds, _, pooled, _ = self.pipe.encode_prompt(
@@ -160,8 +177,8 @@ class StableDiffusion3(Family):
 class Flux(Family):
     """FLUX.1: latents in patches of 2 x 2, guidance as an input where it was distilled."""
 
-    names = ("Flux",)
-    needs = StableDiffusionXL.needs
+    names: ClassVar[tuple[str, ...]] = ("Flux",)
+    needs: ClassVar[tuple[str, ...]] = StableDiffusionXL.needs
 
     @property
     def channels(self) -> int | None:
@@ -180,19 +197,29 @@ class Flux(Family):
         embeds, pooled, _ = self.pipe.encode_prompt(list(captions), None, device=self.model.device)
         return {"embeds": embeds, "pooled": pooled}
 
+    def guidance(self, noisy: Tensor) -> Tensor | None:
+        """As for a model that was never distilled: the guidance that leaves its output alone."""
+        guided = self.model.config.get("guidance_embeds")
+        return torch.ones(len(noisy), device=noisy.device) if guided else None
+
+    def places(self, noisy: Tensor, text: Text) -> dict[str, Tensor]:
+        """Where the tokens of text and image are."""
+        batch, _, height, width = noisy.shape
+        ids = self.pipe._prepare_latent_image_ids(batch, height // 2, width // 2, noisy.device, noisy.dtype)
+        return {"img_ids": ids, "txt_ids": noisy.new_zeros(text["embeds"].shape[1], 3)}
+
+    def inputs(self, noisy: Tensor, text: Text) -> dict[str, Any]:
+        """What the denoiser takes beside latents, time and text."""
+        own = {"guidance": self.guidance(noisy), "pooled_projections": text["pooled"]}
+        return {**own, **self.places(noisy, text)}
+
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Text, time_ids: Tensor) -> Tensor:
         batch, channels, height, width = noisy.shape
-        ids = self.pipe._prepare_latent_image_ids(batch, height // 2, width // 2, noisy.device, noisy.dtype)
-        guided = self.model.config.guidance_embeds
         packed = self.model(
             hidden_states=self.pipe._pack_latents(noisy, batch, channels, height, width),
             timestep=timesteps / 1000,
-            # As for a model that was never distilled: the guidance that leaves its output alone.
-            guidance=torch.ones(batch, device=noisy.device) if guided else None,
-            pooled_projections=text["pooled"],
             encoder_hidden_states=text["embeds"],
-            txt_ids=torch.zeros(text["embeds"].shape[1], 3, device=noisy.device, dtype=noisy.dtype),
-            img_ids=ids,
+            **self.inputs(noisy, text),
             return_dict=False,
         )[0]
         patches = packed.view(batch, height // 2, width // 2, channels, 2, 2)
@@ -254,11 +281,19 @@ def family_of(pipe: Any) -> Family:
     Raises:
         ModelError: it is of a kind that is not known, or a bare model without its text encoder and VAE.
     """
+    from .flow_families import FLOW_FAMILIES
+
     if isinstance(pipe, nn.Module):
         raise ModelError("training needs the whole pipeline with its text encoder and VAE, not the model alone")
     name = type(pipe).__name__.partition("Pipeline")[0]
-    for family in FAMILIES:
+    families = (*FAMILIES, *FLOW_FAMILIES)
+    for family in families:
         if name in family.names:
             return family(pipe)
-    known = ", ".join(f"{n}Pipeline" for family in FAMILIES for n in family.names)
+    if hasattr(pipe, "video_processor"):
+        raise ModelError(
+            f"{type(pipe).__name__} draws videos, and only pictures can be taught here. Adapters go onto its "
+            "transformer (add_adapter), are saved and loaded; train them in a loop of your own"
+        )
+    known = ", ".join(f"{n}Pipeline" for family in families for n in family.names)
     raise ModelError(f"{type(pipe).__name__} cannot be trained; known are {known}. Its adapters can still be used")

@@ -171,8 +171,8 @@ class AdapterTrainer:
     def _encode(self, captions: list[str]) -> Text:
         if self.trains_text:
             return self.family.encode_text(captions)
-        rows = [self._text[caption] for caption in captions]
-        return {key: torch.cat([row[key] for row in rows]).to(self.accelerator.device) for key in rows[0]}
+        text = self.family.joined([self._text[caption] for caption in captions])
+        return {key: t.to(self.accelerator.device) for key, t in text.items()}
 
     def _share_gradients(self) -> None:
         """Mean over the processes: adapters are so small that this needs no wrapper around the model."""
