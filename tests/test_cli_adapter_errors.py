@@ -148,7 +148,7 @@ def test_outputs_of_generate(place, tmp_path):
 
 
 CONVERT = {
-    "no base": ("dog", ["--to", "kohya"], 2, "the conversion needs the base model's weights"),
+    "no base": ("dog", ["--to", "kohya"], 2, "this needs the base model's weights"),
     "format": ("dog", ["--to", "onnx"], 2, "'onnx' is not diffusers, kohya or comcat"),
     "storage": ("dog", ["--to", "comcat", "--storage", "int4"], 2, "'int4' is not one of float32, float16"),
     "no rank": ("lora", ["--to", "comcat", "--base", "BASE"], 2, "say which rank the adapter's products are to have"),
@@ -174,3 +174,21 @@ def test_outputs_of_convert(place, tmp_path):
     arguments = ["adapter", "convert", place / "dog.safetensors", out, "--to", "kohya", "--base", place / "base"]
     refused(Result(arguments), "out.embedding.safetensors' exists already; choose another name or give --overwrite")
     nothing_in(tmp_path, "out.embedding.safetensors")
+
+
+SHRINK = {
+    "no base": (["--max-bytes", "1M"], 2, "this needs the base model's weights"),
+    "no size": (["--max-bytes", "much"], 2, "'much' is no size such as 1M, 500k or 2MiB"),
+    "half a unit": (["--max-bytes", "5iB"], 2, "'5iB' is no size"),
+    "too small": (["--max-bytes", "1k", "--base", "BASE"], 1, r"1,000 bytes are too few .* takes [\d,]+"),
+    "storage": (["--max-bytes", "1M", "--storage", "int3"], 2, "'int3' is not one of float32, float16, .*nf4"),
+}
+
+
+@pytest.mark.parametrize("case", SHRINK)
+def test_shrink(place, tmp_path, case):
+    options, code, message = SHRINK[case]
+    options = [place / "base" if option == "BASE" else option for option in options]
+    result = Result(["adapter", "shrink", place / "dog.safetensors", tmp_path / "out.safetensors", *options])
+    refused(result, message, code=code)
+    nothing_in(tmp_path)

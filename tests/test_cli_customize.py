@@ -387,3 +387,37 @@ def test_parsing(tmp_path):
         parse_seeds("0-9223372036854775806")
     assert slug("A photo of <V*>, äh!") == "a-photo-of-v-h"
     assert slug("***") == "prompt"
+
+
+def test_a_budget_of_bytes(place, dog, tmp_path):
+    """Training under one, and an adapter that is there; the sizes are those of the files."""
+    out = tmp_path / "small.safetensors"
+    more = ["--max-bytes", "14kB", "--storage", "nf4", "--json"]
+    result = customize(place, place / "photos", out, "--prompt", PROMPT, *QUICK, "--rank", 3, *more)
+    assert result.code == 0, result.err
+    document = json.loads(result.out)
+    assert document["bytes"] == out.stat().st_size <= 14_000
+    assert document["training"]["max_bytes"] == 14_000
+
+    shrunk = tmp_path / "shrunk.safetensors"
+    options = ["--max-bytes", "12KiB", "--storage", "nf4", "--base", place / "base", "--images", 1]
+    result = Result(["adapter", "shrink", dog[0], shrunk, *options, "--json"])
+    assert result.code == 0, result.err
+    document = json.loads(result.out)
+    assert document["bytes"] == shrunk.stat().st_size <= 12 * 1024
+    assert 0 < document["components"] < document["of"]
+    assert document["output_error"] > 0
+    assert "stored as nf4" in Result(["adapter", "info", shrunk]).out
+
+
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
+def test_another_storage_says_what_it_changes(place, dog, tmp_path, storage):
+    out = tmp_path / "x.safetensors"
+    options = ["--to", "comcat", "--storage", storage]
+    document = json.loads(Result(["adapter", "convert", dog[0], out, *options, "--json"]).out)
+    assert document["output_error"] is None
+    limit = {"int8": 0.02, "nf4": 0.2}[storage]
+    assert 0 < document["products_error"] < limit
+    result = Result(["adapter", "convert", dog[0], out, *options, "--overwrite", "--base", place / "base"])
+    assert result.code == 0, result.err
+    assert "of what the adapter changes" in result.out

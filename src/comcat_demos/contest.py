@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from comcat.customize.adapter.attached import Adapter, adapters, add_adapter, attach, new_adapter, remove_adapter
 from comcat.customize.adapter.tokens import new_token
-from comcat.customize.files.adapter_file import encode, write_adapter
+from comcat.customize.files.adapter_file import write_adapter
+from comcat.customize.files.encoding import encode
 from comcat.customize.pictures import save_png
 from comcat.customize.teaching.customize_config import CustomizeConfig
 from comcat.customize.teaching.examples import Photos

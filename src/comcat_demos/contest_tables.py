@@ -33,7 +33,7 @@ def storages_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The same adapter in every storage."""
     table = Table(title="The adapter of rank 2, stored and loaded again", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("storage")
-    for column in ("on disk", "largest error", "V* right", "others right"):
+    for column in ("on disk", "products off by", "V* right", "others right"):
         table.add_column(column, justify="right")
     for row in rows:
         scores = [f"{row[key]:.1f} %" for key in ("concept", "retention")]

@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
+from ..report import format as fmt
 from ..report.text import one_line
 from . import options as opt
 from .console import Screen, command
 from .customize_command import Device, Variant, adapter_name
-from .inputs import check_output_file, parse_device
+from .inputs import check_output_file, parse_bytes, parse_device
 
 app = typer.Typer(help="Look into adapter files and convert them.", no_args_is_help=True)
 
@@ -82,7 +83,7 @@ def convert(
     lora_rank: LoraRank = None,
     scale: Annotated[float | None, opt.Option(help="Strength at which to convert; the file's own.")] = None,
     storage: Annotated[
-        str, opt.Option(metavar="TYPE", help="float32, float16, bfloat16 or int8 (to comcat).")
+        str, opt.Option(metavar="TYPE", help="float32, float16, bfloat16, int8 or nf4 (to comcat).")
     ] = "float16",
     prompt: Prompts = None,
     data_free: DataFree = False,
@@ -120,7 +121,9 @@ def convert(
                 )
             check_output_file(embedding_path(out), overwrite)
         if to == "comcat":
-            document = _to_comcat(screen, file, out, base, rank, storage, scale, lora_alpha, partial, variant, device)
+            document = _to_comcat(
+                screen, file, out, base, rank, storage, scale, prompt, lora_alpha, partial, variant, device
+            )
         else:
             wanted = _AsLora(file, base, lora_rank, scale, prompt, data_free, variant, device)
             document = _to_lora(screen, wanted, out, to)
@@ -135,6 +138,7 @@ def _to_comcat(
     rank: int | None,
     storage: Any,
     scale: float | None,
+    prompt: list[str] | None,
     lora_alpha: float | None,
     partial: bool,
     variant: str | None,
@@ -150,9 +154,15 @@ def _to_comcat(
                 "for LoRAs",
                 param_hint="FILE",
             )
-        restore_adapter(file, out, storage, scale)
-        screen.done((out, "bold"), f": the same adapter, stored as {storage}")
-        return {"storage": storage}
+        off = restore_adapter(file, out, storage, scale)
+        said, output = f"; its products are {fmt.error(off)} off", None
+        if base is not None:
+            from ..customize.lora.denoiser_probe import difference
+
+            output = difference(_open(screen, base, variant, device), file, out, prompt[0] if prompt else None)
+            said += f", the denoiser's output {fmt.error(output)} of what the adapter changes"
+        screen.done((out, "bold"), f": the same adapter, stored as {storage}{said}")
+        return {"storage": storage, "products_error": off, "output_error": output}
     from ..customize.lora.importing import import_lora
     from ..report.adapter_tables import conversion as table
 
@@ -182,6 +192,62 @@ def _to_lora(screen: Screen, wanted: _AsLora, out: Path, layout: Any) -> dict[st
     if handle.token is not None:
         screen.say("the token's vectors: ", (embedding_path(out), "bold"))
     return {**result.to_dict(), "output_error": output}
+
+
+@app.command()
+@command
+def shrink(
+    file: File,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write (.safetensors).")],
+    max_bytes: Annotated[str, opt.Option(metavar="SIZE", help="Largest file, e.g. 1M or 500KiB.")],
+    base: BaseOption = None,
+    storage: Annotated[str, opt.Option(metavar="TYPE", help="float32, float16, bfloat16, int8 or nf4.")] = "float16",
+    prompt: Prompts = None,
+    images: Annotated[int, opt.Option(min=1, help="To draw for each prompt.")] = 4,
+    variant: Variant = None,
+    device: Device = "auto",
+    overwrite: Annotated[bool, opt.Option("--overwrite", help="Replace OUT.")] = False,
+    json_output: opt.Json = False,
+) -> None:
+    """Keep the components of an adapter that change most what BASE draws, as many as fit into SIZE.
+
+    [dim]comcat adapter shrink dog.safetensors small.safetensors --max-bytes 500k --storage nf4 --base BASE[/dim]
+    """
+    screen = Screen(json_output)
+    with screen:
+        from ..customize.files.adapter_file import load_adapter, read_adapter, write_adapter
+        from ..customize.files.header import STORAGES
+        from ..customize.lora.denoiser_probe import difference
+        from ..customize.shrinking.shrink import shrink_adapter
+
+        if storage not in STORAGES:
+            raise typer.BadParameter(f"{storage!r} is not one of {', '.join(STORAGES)}", param_hint="--storage")
+        if os.path.exists(out) and os.path.exists(file) and os.path.samefile(file, out):
+            raise typer.BadParameter("is FILE itself, of which shrinking loses something", param_hint="OUT")
+        check_output_file(out, overwrite)
+        limit = parse_bytes(max_bytes, "--max-bytes")
+        assert limit is not None
+        read_adapter(file)
+        pipe = _open(screen, base, variant, device)
+        handle = load_adapter(pipe, file)
+        found = shrink_adapter(
+            pipe,
+            limit,
+            name=handle.name,
+            storage=storage,
+            prompts=prompt or (),
+            images=images,
+            progress=screen.progress,
+        )
+        write_adapter(handle, out, storage)
+        handle.remove()
+        output = difference(pipe, file, out, prompt[0] if prompt else None)
+    screen.done(
+        (out, "bold"),
+        f": {fmt.size(out.stat().st_size)}, {found.components} of {found.of} components as {storage}; the denoiser's "
+        f"output is {fmt.error(output)} off of what the adapter changes",
+    )
+    screen.result({"out": str(out), **found.to_dict(), "storage": storage, "output_error": output})
 
 
 @app.command("merge-report")
@@ -244,5 +310,5 @@ def _open(screen: Screen, base: str | None, variant: str | None, device: str) ->
     from ..customize.pipelines import open_pipeline
 
     if base is None:
-        raise typer.BadParameter("the conversion needs the base model's weights", param_hint="--base")
+        raise typer.BadParameter("this needs the base model's weights", param_hint="--base")
     return open_pipeline(base, "no", parse_device(device), variant, screen.note)

@@ -14,7 +14,7 @@ from ..training.settings import check_fields, read_yaml
 from . import options as opt
 from .config_options import configured
 from .console import Screen, command, main_process_speaks
-from .inputs import check_input_file, check_output_file, parse_device
+from .inputs import check_input_file, check_output_file, parse_bytes, parse_device
 
 Base = Annotated[
     str, typer.Argument(metavar="BASE", help="A pipeline of diffusers: its directory, or its name on the Hub.")
@@ -66,8 +66,17 @@ def customize(
         Path | None, opt.Option(metavar="FILE", help="YAML file with settings; options given here go first.")
     ] = None,
     storage: Annotated[
-        str, _o(PRODUCTS, "float32, float16, bfloat16 or int8 in the file. [dim]\\[default: float16][/dim]", "TYPE")
+        str,
+        _o(PRODUCTS, "float32, float16, bfloat16, int8 or nf4 [dim]\\[default: float16][/dim]", "TYPE"),
     ] = "float16",
+    max_bytes: Annotated[
+        str | None,
+        _o(
+            PRODUCTS,
+            "Largest file, e.g. 1M or 500KiB: the components worth least go halfway; begin with a --rank.",
+            "SIZE",
+        ),
+    ] = None,
     allow_upscale: Annotated[
         bool, opt.Option("--allow-upscale", help="Enlarge photos below the resolution.", rich_help_panel=PHOTOS)
     ] = False,
@@ -124,6 +133,7 @@ def customize(
             folder=run_dir or out.with_suffix(".run"),
             resume=resume,
             storage=storage,
+            max_bytes=parse_bytes(max_bytes, "--max-bytes"),
             class_prompt=class_prompt,
             class_images=class_images,
             validation_prompts=validation_prompt or (),
@@ -181,6 +191,8 @@ def _run(
             config=settings,
             name=adapter_name(out),
             out=folder,
+            storage=storage,
+            base=base,
             cpu=cpu,
             progress=screen.progress,
             note=screen.note,
@@ -193,7 +205,6 @@ def _run(
         kept = f"the checkpoint of step {found[0][0]} is kept, continue with --resume" if found else "no checkpoint yet"
         interrupt.args = (kept,)
         raise
-    handle.info["base"] = base
     if process_index() == 0:
         write_adapter(handle, out, storage, overwrite)
         if not keep_run:

@@ -35,6 +35,18 @@ def parse_count(text: str | None, option: str) -> int | None:
     return round(float(match[1]) * _UNITS[match[2].lower()])
 
 
+def parse_bytes(text: str | None, option: str) -> int | None:
+    """``1M`` -> 1000000, ``1MiB`` -> 1048576, with k, M, G and KiB, MiB, GiB; a B at the end changes nothing."""
+    if text is None:
+        return None
+    number = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+    match = re.fullmatch(number + r"\s*([kmg]?)(i?)b?", text.strip().replace(",", ""), re.IGNORECASE)
+    if not match or (match[3] and not match[2]):
+        raise typer.BadParameter(f"{text!r} is no size such as 1M, 500k or 2MiB", param_hint=option)
+    power = ("", "k", "m", "g").index(match[2].lower())
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
 def parse_model_args(items: list[str] | None) -> dict[str, Any]:
     """``["img_size=32", "act_layer=gelu"]`` -> ``{"img_size": 32, "act_layer": "gelu"}``."""
     args: dict[str, Any] = {}

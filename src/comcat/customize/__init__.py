@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .lora.exporting import Conversion, export_lora
     from .lora.importing import import_lora
     from .pipelines import open_pipeline
+    from .shrinking.shrink import Shrunk, shrink_adapter
     from .teaching.customize_config import CustomizeConfig
     from .teaching.teach import train
 
@@ -27,6 +28,7 @@ __all__ = [
     "Conversion",
     "CustomizeConfig",
     "Judgement",
+    "Shrunk",
     "adapters",
     "add_adapter",
     "export_lora",
@@ -40,6 +42,7 @@ __all__ = [
     "remove_adapter",
     "save_adapter",
     "set_adapters",
+    "shrink_adapter",
     "train",
 ]
 
@@ -65,6 +68,8 @@ _lazy.package(
         "remove_adapter": "adapter.attached",
         "save_adapter": "files.adapter_file",
         "set_adapters": "adapter.attached",
+        "Shrunk": "shrinking.shrink",
+        "shrink_adapter": "shrinking.shrink",
         "train": "teaching.teach",
     },
 )

@@ -4,7 +4,7 @@
     token.text_encoder                                                                  (n, D)
 
 The metadata entry ``comcat`` says what the tensors are for: base model, fingerprint of its attention layers, ranks,
-strength, token, prompt, training. Stored as float32, float16, bfloat16, or int8 with one scale per rank component.
+strength, token, prompt, training. How numbers are stored: :mod:`comcat.customize.files.encoding`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,9 @@ from ..adapter import attached as adapters_
 from ..adapter.attached import Adapter
 from ..adapter.components import DENOISERS, architecture_digest, components, denoiser, find_addable, text_encoders
 from ..adapter.tokens import Token, check_new
-from .contents import check_checksum, not_finite, pack
+from .contents import check_checksum
+from .encoding import decode, file_content
 from .header import KEY, STORAGES, Entry, Header, Part, Storage
-
-_SCALE = ".scale"
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def save_adapter(pipe: Any, path: str | Path, *, name: str | None = None, storage: Storage = "float32") -> Path:
@@ -40,7 +38,7 @@ def save_adapter(pipe: Any, path: str | Path, *, name: str | None = None, storag
 
     Args:
         name: which one; may be left out where there is only one.
-        storage: int8 takes a quarter of float32, with one scale per rank component.
+        storage: int8 takes a quarter of float32, nf4 an eighth; docs/customize.md says what that changes.
 
     Raises:
         ModelError: there is no such adapter. CheckpointError: the file cannot be written.
@@ -71,8 +69,7 @@ def write_adapter(handle: Adapter, path: Path, storage: Storage = "float32", ove
         )
     if storage not in STORAGES:
         raise CheckpointError(f"storage is {storage!r}; choose one of {', '.join(STORAGES)}")
-    stored = encode(handle.state_dict(), storage)
-    content = pack(header(handle, storage), stored)
+    content = file_content(header(handle, storage), handle.state_dict())
     with atomic_file(path, overwrite) as file:
         file.write(content)
     return path
@@ -110,30 +107,6 @@ def _biases(layer: AddedLayer) -> list[str]:
     return [key.removesuffix(".bias") for key, _ in layer.streams.named_parameters() if key.endswith(".bias")]
 
 
-def encode(tensors: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]:
-    """Tensors as they are stored. int8: symmetric, one scale per rank component, biases and tokens in float32."""
-    if storage != "int8":
-        return {name: t.to("cpu", getattr(torch, storage)) for name, t in tensors.items()}
-    stored = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.to("cpu", torch.float32)
-        if name.endswith(".weight"):
-            scale = tensor.abs().amax(0 if name.endswith("output.weight") else 1, keepdim=True) / 127
-            stored[name + _SCALE] = scale
-            tensor = (tensor / scale.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8)
-        stored[name] = tensor
-    return stored
-
-
-def decode(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that :func:`encode` was given, in the precision in which they were stored."""
-    return {
-        name: tensor.float() * stored[name + _SCALE] if name + _SCALE in stored else tensor
-        for name, tensor in stored.items()
-        if not name.endswith(_SCALE)
-    }
-
-
 def read_adapter(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
     """Metadata and tensors of a file; no network, no pickle.
 
@@ -151,33 +124,7 @@ def read_adapter(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
         )
     found = Header.from_json(metadata[KEY], path)
     check_checksum(metadata, tensors, path)
-    _check_stored(tensors, path)
-    bad = not_finite(tensors)
-    if bad:
-        raise CheckpointError(f"'{path}' holds NaN or infinite values in {some(bad)}; use an intact file")
-    return found, decode(tensors)
-
-
-def _check_stored(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise CheckpointError where :func:`decode` would meet what :func:`encode` never makes."""
-    scales = {name: _scale_shape(name, t) for name, t in tensors.items() if t.dtype == torch.int8}
-    lonely = [name for name in scales if name + _SCALE not in tensors]
-    if lonely:
-        raise CheckpointError(f"{len(lonely)} int8 tensors in '{path}' lack their scales ({some(lonely)})")
-    wrong = [
-        name
-        for name, t in tensors.items()
-        if name not in scales
-        and (t.dtype not in _FLOATS or (name.endswith(_SCALE) and t.shape != scales.get(name.removesuffix(_SCALE))))
-    ]
-    if wrong:
-        raise CheckpointError(f"'{path}' has tensors of a kind that comcat does not write ({some(wrong)})")
-
-
-def _scale_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
-    """One scale per rank component: a row of A_q, A_k, A_v and a column of A_o."""
-    axis = 0 if name.endswith("output.weight") else 1
-    return tuple(1 if i == axis else n for i, n in enumerate(tensor.shape))
+    return found, decode(found, tensors, path)
 
 
 def load_adapter(

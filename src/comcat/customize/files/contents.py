@@ -22,19 +22,20 @@ _KINDS = ("query", "key", "value", "output")
 
 
 def pack(header: Header, stored: Mapping[str, Tensor]) -> bytes:
-    """The file: tensors as they are stored, the header, and the checksum of both.
+    """The file: tensors as they are stored, the header, and the checksum of both; errors of :func:`check_finite`."""
+    check_finite(header, stored)
+    text = header.to_json()
+    return tensor_bytes(stored, {KEY: text, CHECKSUM: checksum(text, stored)})
 
-    Raises:
-        CheckpointError: a number is not finite, perhaps because the storage does not reach so far.
-    """
-    bad = not_finite(stored)
+
+def check_finite(header: Header, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError where a number is not finite, perhaps because the storage does not reach so far."""
+    bad = not_finite(tensors)
     if bad:
         raise CheckpointError(
             f"adapter {header.name!r} has NaN or infinite values in {some(bad)}, or values too large for "
             f"{header.storage}; nothing was written"
         )
-    text = header.to_json()
-    return tensor_bytes(stored, {KEY: text, CHECKSUM: checksum(text, stored)})
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, get_args
 
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
@@ -14,11 +14,13 @@ from ..._version import __version__
 from ...errors import CheckpointError
 from ...storage.reader import parse_json, validated
 from ..adapter.attached import NAME
+from .numbers import Storage
+from .packing import Packing
 
-FORMAT = 1
+#: The newest: layers are packed. Format 1, a tensor for every factor, is written wherever it holds the adapter.
+FORMAT = 2
 KEY = "comcat"
-Storage = Literal["float32", "float16", "bfloat16", "int8"]
-STORAGES: tuple[Storage, ...] = ("float32", "float16", "bfloat16", "int8")
+STORAGES: tuple[Storage, ...] = get_args(Storage)
 _CONFIG = ConfigDict(extra="forbid")
 
 
@@ -36,11 +38,13 @@ class Entry:
     Attributes:
         signature: of the layer that it was made for: its name, kind, heads and widths.
         biases: constants that it has, e.g. "sample.query".
+        packing: what its bytes are, in format 2.
     """
 
     rank: int
     signature: str
     biases: list[str] = field(default_factory=list)
+    packing: Packing | None = None
     __pydantic_config__ = _CONFIG
 
 
@@ -70,12 +74,19 @@ class Header:
     token: TokenEntry | None = None
     prompt: str | None = None
     training: dict[str, Any] | None = None
-    format: int = FORMAT
+    format: int = 1
     comcat: str = __version__
     __pydantic_config__ = _CONFIG
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        data = asdict(self)
+        for part in data["components"].values():
+            for entry in part["layers"].values():
+                if entry["packing"] is None:  # which the first versions do not know
+                    del entry["packing"]
+                elif entry["packing"]["kept"] is None:
+                    del entry["packing"]["kept"]
+        return json.dumps(data, sort_keys=True, separators=None if self.format == 1 else (",", ":"))
 
     @classmethod
     def from_json(cls, text: str, path: Path) -> Header:
@@ -93,4 +104,7 @@ class Header:
         if data.get("storage", STORAGES[0]) not in STORAGES:
             raise CheckpointError(f"'{path}' is stored as {data['storage']!r}, which is not known; upgrade comcat")
         header: Header = validated(cls, data, what)
+        entries = [entry for part in header.components.values() for entry in part.layers.values()]
+        if any((entry.packing is None) != (version == 1) for entry in entries):
+            raise CheckpointError(f"{what} is damaged: layers are packed in format 2, and in no other")
         return header

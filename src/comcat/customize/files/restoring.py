@@ -8,8 +8,9 @@ from pathlib import Path
 from ...storage.atomic import atomic_file
 from ...storage.reader import read_tensors
 from ..adapter.attached import check_scale
-from .adapter_file import encode, read_adapter
-from .contents import check_contents, pack
+from .adapter_file import read_adapter
+from .contents import check_contents
+from .encoding import file_content, products_error
 from .header import KEY, Storage
 
 
@@ -18,11 +19,16 @@ def is_adapter(path: str | Path) -> bool:
     return KEY in read_tensors(path)[0]
 
 
-def restore_adapter(path: str | Path, out: str | Path, storage: Storage, scale: float | None = None) -> None:
-    """Write the same adapter with other numbers: float32, float16, bfloat16 or int8, perhaps at another strength."""
+def restore_adapter(path: str | Path, out: str | Path, storage: Storage, scale: float | None = None) -> float:
+    """Write the same adapter with other numbers: float32, float16, bfloat16, int8 or nf4, perhaps at another strength.
+
+    Returns:
+        How far the products are from what they were (:func:`comcat.customize.files.encoding.products_error`).
+    """
     header, tensors = read_adapter(path)
     check_contents(header, tensors, Path(path))
-    header = replace(header, storage=storage, scale=header.scale if scale is None else check_scale(scale))
-    content = pack(header, encode(tensors, storage))
+    other = replace(header, storage=storage, scale=header.scale if scale is None else check_scale(scale))
+    content = file_content(other, tensors)
     with atomic_file(out) as file:
         file.write(content)
+    return products_error(header, tensors, read_adapter(out)[1])

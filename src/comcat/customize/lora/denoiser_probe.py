@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ...errors import ModelError
 from ..adapter.attached import Adapter
 from ..adapter.components import denoiser, text_encoders
+from ..files.adapter_file import load_adapter
 from ..teaching.families import Family, family_of
 from ..teaching.objective import Objective
 from .algebra import LoraWeights
@@ -84,3 +86,24 @@ def output_error(handle: Adapter, factors: Mapping[str, Mapping[str, LoraWeights
         handle.enabled = enabled
     effect = (wanted - plain).norm()
     return float((got - wanted).norm() / effect) if effect > 0 else 0.0
+
+
+def difference(pipe: Any, before: Path, after: Path, prompt: str | None = None) -> float:
+    """``|out(after) - out(before)| / |out(before) - out(base)|`` of two adapter files, as :func:`output_error`.
+
+    Args:
+        prompt: what to draw; by default the one that the first was taught with.
+    """
+    family = family_of(pipe)
+    found = []
+    for path in (before, after):
+        handle = load_adapter(pipe, path, name="comcat-probe")
+        try:
+            text = str(handle.info["prompt"] or "") if prompt is None else prompt
+            found.append(denoiser_output(family, text))
+            handle.enabled = False
+            plain = denoiser_output(family, text)
+        finally:
+            handle.remove()
+    effect = (found[0] - plain).norm()
+    return float((found[1] - found[0]).norm() / effect) if effect > 0 else 0.0

@@ -20,6 +20,7 @@ from ...training.state import Saved
 from ..adapter.attached import Adapter
 from ..generation import generate
 from ..pictures import as_png, grid
+from .byte_budget import WHEN, ByteBudget
 from .customize_config import CustomizeConfig
 from .examples import Photos
 from .families import Family
@@ -38,7 +39,7 @@ class Teaching(Task):
     """An adapter that learns a concept.
 
     Args:
-        prompts: of the samples; folder: of the run, or None.
+        prompts: of the samples; folder: of the run, or None; budget: of the adapter's file.
     """
 
     def __init__(
@@ -53,9 +54,12 @@ class Teaching(Task):
         photos: Sequence[Photo],
         priors: Sequence[Photo],
         progress: Progress | None,
+        budget: ByteBudget | None = None,
     ) -> None:
         self.accelerator, self.family, self.config = accelerator, family, config
-        self.prompts, self.folder = prompts, folder
+        self.prompts, self.folder, self.handle = prompts, folder, handle
+        self.budget, self.progress = budget, progress
+        self._counts = {"photos": len(photos), "class_images": len(priors)}
         self.total = self.per_epoch = config.steps
         _, shapes = shapes_for(family, config)
         sources: list[Photos] = []
@@ -92,6 +96,9 @@ class Teaching(Task):
     def steps(self, done: int) -> Iterator[None]:
         try:
             for index in range(done, self.total):
+                if self.budget is not None and index == max(1, round(WHEN * self.total)):
+                    self.handle.info["training"] = self.summary()
+                    self.budget.apply(self.handle, self.trainer, self.progress)
                 self.trainer.losses.append(self.trainer.step(index))
                 yield
         finally:
@@ -146,7 +153,7 @@ class Teaching(Task):
         manifest.write(manifest.free(f"{SAMPLES}/step-{step:06d}.png"), as_png(sheet))
         log.image("samples", sheet, step)
 
-    def summary(self, photos: int, priors: int) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """What the file says of its training. No times: the same run gives the same file."""
         config, losses = self.config, self.trainer.losses
         tail = losses[-max(1, len(losses) // 10) :]
@@ -156,9 +163,9 @@ class Teaching(Task):
             "lr": config.lr,
             "seed": config.seed,
             "resolution": shapes_for(self.family, config)[0],
-            "photos": photos,
-            "class_images": priors,
-            "final_loss": round(sum(tail) / len(tail), 6),
+            **self._counts,
+            "final_loss": round(sum(tail) / max(1, len(tail)), 6),
+            **({} if self.budget is None else self.budget.summary(self.handle)),
             "comcat": __version__,
             "torch": torch.__version__,
         }

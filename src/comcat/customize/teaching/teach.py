@@ -20,7 +20,10 @@ from ...training.fresh_or_resumed import alone, open_run
 from ...training.process import accelerated, on_main
 from ..adapter.attached import Adapter, add_adapter, remove_adapter
 from ..adapter.components import architecture_digest, denoiser, find_addable
+from ..files.numbers import Storage
 from ..generation import check_words
+from ..shrinking.cutting import trim
+from .byte_budget import ByteBudget
 from .concept_task import Teaching
 from .customize_config import CustomizeConfig
 from .families import family_of
@@ -44,6 +47,9 @@ def train(
     validation_prompts: Sequence[str] = (),
     out: str | Path | None = None,
     resume: bool = False,
+    max_bytes: int | None = None,
+    storage: Storage = "float16",
+    base: str | None = None,
     allow_upscale: bool = False,
     skip_bad_images: bool = False,
     cpu: bool = False,
@@ -59,11 +65,15 @@ def train(
         class_prompt: e.g. "a photo of a dog": prior preservation, with ``class_images`` or images that are generated.
         out: directory of the run: checkpoints, metrics.jsonl, TensorBoard, sample grids, generated class images.
         resume: continue the run in ``out``, bit by bit.
+        max_bytes: of the adapter's file as ``storage``: in the middle of the run components of low worth are dropped,
+            head by head; ``config.rank`` is what the run begins with. Afterwards save it with the same storage.
+        base: what the file will call the base model; the pipeline's own name by default.
         note: told of remarks, e.g. a damaged checkpoint that is passed over.
 
     Raises:
         DataError: photos or captions that cannot be used. ModelError: a pipeline that cannot be trained.
         TrainingError: another run is in ``out``; the loss is not finite; no memory is left.
+        CheckpointError: not even one component fits into ``max_bytes``; the bytes of the smallest file follow.
     """
     config, note = config or CustomizeConfig(), note or (lambda _: None)
     family = family_of(pipe)
@@ -100,8 +110,10 @@ def train(
             on_main(accelerator, lambda: check_saved(saved))
         stack.enter_context(placed_pipeline(pipe, accelerator.device))
         stack.enter_context(frozen_pipeline(pipe))
-        base = _base_identity(pipe)
-        fixed: dict[str, Any] = {"photos": identity(photos), "base": base, "processes": accelerator.num_processes}
+        weights = _base_identity(pipe)
+        fixed: dict[str, Any] = {"photos": identity(photos), "base": weights, "processes": accelerator.num_processes}
+        budget = None if max_bytes is None else ByteBudget(max_bytes, storage)
+        fixed["budget"] = None if budget is None else budget.to_dict()
         if saved is not None:  # the class images are not known yet
             checks.check_same(saved.plain, config, {**saved.plain["run"], **fixed})
         handle = add_adapter(
@@ -119,6 +131,9 @@ def train(
         )
         try:
             check_words(pipe, [photo.caption for photo in photos])
+            handle.info = {"base": base, "prompt": prompt}
+            if budget is not None and not budget.check(handle, config.steps, note):
+                budget = None
             with explained_memory():
                 priors = on_main(
                     accelerator,
@@ -128,7 +143,7 @@ def train(
                         class_prompt if config.prior_weight else None,
                         given if config.prior_weight else None,
                         folder / CLASS_IMAGES if folder is not None else None,
-                        base,
+                        weights,
                         keep=saved is not None,
                         allow_upscale=allow_upscale,
                         note=note,
@@ -140,10 +155,12 @@ def train(
                     checks.check_same(saved.plain, config, fixed)
                 prompts = validation_prompts or (prompt,)
                 task = Teaching(
-                    accelerator, family, objective, handle, config, prompts, folder, photos, priors, progress
+                    accelerator, family, objective, handle, config, prompts, folder, photos, priors, progress, budget
                 )
                 Run(task, fixed, folder, saved, progress, note).go()
-            handle.info = {"prompt": prompt, "training": task.summary(len(photos), len(priors))}
+            handle.info["training"] = task.summary()
+            if budget is not None:
+                trim(handle)
         except BaseException:
             remove_adapter(pipe, name)
             raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,12 @@ from ..adapter.attached import Adapter
 from .customize_config import CustomizeConfig
 from .examples import PhotoExample, Photos
 from .families import Family, Text
-from .objective import Objective, loss
+from .objective import Noisy, Objective, loss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_NOISE = 17  # keeps these random numbers apart from those of other uses of the seed
+_NOISE, _PROBES = 17, 19  # keep these random numbers apart from those of other uses of the seed
 
 
 class AdapterTrainer:
@@ -128,7 +128,27 @@ class AdapterTrainer:
         return fall((index - config.warmup_steps) / max(1, config.steps - config.warmup_steps), form)
 
     def _loss(self, number: int) -> Tensor:
-        seed = np.random.SeedSequence((_NOISE, self.config.seed, number)).generate_state(2)
+        result = torch.zeros((), device=self.accelerator.device)
+        for out, noisy, weight in self._predictions(number, _NOISE):
+            result = result + weight * loss(out, noisy)
+        return result
+
+    def probes(self, count: int) -> Iterator[Tensor]:
+        """Outputs of the denoiser with noise of their own, one vector for a batch of all kinds of photos.
+
+        Each number is multiplied so that squared changes of the vector are changes of the predictions as the loss
+        weighs them.
+        """
+        for index in range(count):
+            parts = []
+            for out, noisy, weight in self._predictions(index % len(self.sources[0][1]), _PROBES):
+                share = (weight * noisy.weight / out.numel()).sqrt().view(-1, *[1] * (out.dim() - 1))
+                parts.append((out.float() * share).flatten())
+            yield torch.cat(parts)
+
+    def _predictions(self, number: int, stream: int) -> Iterator[tuple[Tensor, Noisy, float]]:
+        """(the denoiser's output, its noise and target, the loss's weight) for a batch of every kind of photos."""
+        seed = np.random.SeedSequence((stream, self.config.seed, number)).generate_state(2)
         generator = torch.Generator().manual_seed(int(seed[0]) << 32 | int(seed[1]))
         parts = [self._part(photos, plan[number], generator) for photos, plan, _ in self.sources]
         weights = [weight for _, _, weight in self.sources]
@@ -141,7 +161,6 @@ class AdapterTrainer:
             if merged
             else [[pair] for pair in zip(parts, weights, strict=True)]
         )
-        result = torch.zeros((), device=device)
         for group in groups:
             latents = torch.cat([part[0] for part, _ in group]).to(device)
             captions = [caption for part, _ in group for caption in part[1]]
@@ -155,9 +174,8 @@ class AdapterTrainer:
             for (part, _, _), weight in group:
                 rows = slice(start, start + len(part))
                 own = noisy._replace(target=noisy.target[rows], weight=noisy.weight[rows])
-                result = result + weight * loss(out[rows], own)
+                yield out[rows], own, weight
                 start += len(part)
-        return result
 
     def _part(
         self, photos: Photos, batch: Sequence[PhotoExample], generator: torch.Generator
