@@ -35,7 +35,7 @@ def test_judging_and_again(base: Path, place: Path, tmp_path: Path, sockets_bloc
     assert shown.code == 0, shown.err
     text = " ".join(shown.out.split())
     for part in ("kept DINO", "one:0.5", "3 photos, each to all others", "not measured: CLIP-T, which needs --clip",
-                 "1 prompts of a digit, 2 of the rest, 2 seeds each", "of the base's", "grid.png"):  # fmt: skip
+                 "class 'digit'; prompts: 1 with the subject, 2 without; 2 seeds each", "base's", "grid"):  # fmt: skip
         assert part in text
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*seed*.png")}
     assert len(before) == 3 * 3 * 2

@@ -166,10 +166,11 @@ def judge(
 
 def show(screen: Screen, found: Any) -> None:
     """The tables, and what spoils a comparison."""
-    from ..report.judge_table import costs_table, scores_table
+    from ..report.judge_table import costs_table, scores_tables
 
-    title = f"{len(found.prompts)} prompts of a {found.class_word}, {len(found.retention_prompts)} of the rest, "
-    screen.out.print(scores_table(found, f"{title}{len(found.seeds)} seeds each"))
+    counts = f"{len(found.prompts)} with the subject, {len(found.retention_prompts)} without"
+    screen.say(f"class {found.class_word!r}; prompts: {counts}; {len(found.seeds)} seeds each")
+    screen.out.print(scores_tables(found))
     screen.out.print(costs_table(found.rows))
     for row in found.rows:
         if row.cost.flagged:

@@ -44,7 +44,7 @@ def run_subjects(
     from ..customize.judging.subject_benchmark import RESULT, SubjectRecipe, find_subjects, run_benchmark
     from ..customize.pipelines import open_pipeline
     from ..errors import TrainingError
-    from ..report.judge_table import benchmark_table
+    from ..report.judge_table import benchmark_tables
     from ..training.process import process_count
     from .making import told
 
@@ -71,6 +71,6 @@ def run_subjects(
             progress=screen.progress,
             note=screen.note,
         )
-    screen.out.print(benchmark_table(found))
+    screen.out.print(benchmark_tables(found))
     screen.done((out / RESULT, "bold"))
     screen.result({"out": str(out), **found.to_dict()})

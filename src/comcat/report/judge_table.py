@@ -1,9 +1,9 @@
-"""What ``comcat judge`` found, as tables: scores with their intervals, and costs."""
+"""What ``comcat judge`` found, as tables: scores with their intervals, costs, and means over subjects."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Group
 from rich.text import Text
@@ -16,48 +16,51 @@ if TYPE_CHECKING:
     from ..customize.judging.metrics import Estimate
     from ..customize.judging.subject_benchmark import BenchmarkResult
 
-NOTE = "mean and half of its 95 % interval (bootstrap over prompts, and seeds within); bold: none is measurably better"
+#: Scores that stand in one table.
+_GROUPS = {
+    "The subject": ("dino", "clip_i", "clip_t", "diversity"),
+    "The rest": ("kept_dino", "kept_clip_i", "lost_clip_t"),
+}
+_NOTES = {
+    "The subject": "mean and half of its 95 % interval (bootstrap over prompts, and seeds within)",
+    "The rest": "prompts without the subject",
+}
+_SUBJECTS = "mean over subjects and half of its 95 % interval (bootstrap over subjects)"
 
 
-def scores_table(found: Judgement, title: str) -> Group:
-    """One row for the photos, the base and every adapter; a column for every score that was measured."""
-    from ..customize.judging.judgement import KINDS
+class _Line(NamedTuple):
+    """A row: its name, cells by score, and the style of each cell."""
 
-    measured = [name for name in KINDS if any(name in row.scores for row in found.rows)]
-    table = new_table()
-    table.add_column("")
-    for name in measured:
-        table.add_column(KINDS[name].label, justify="right")
+    name: str
+    cells: Mapping[str, str]
+    bold: Sequence[str] = ()
+    style: str = ""
+
+
+def scores_tables(found: Judgement) -> Group:
+    """One row for the photos, the base and every adapter; what was measured of the subject, and of the rest."""
+    lines = [
+        _Line(row.name, {name: shown(estimate) for name, estimate in row.scores.items()}, row.best)
+        for row in found.rows
+    ]
     if found.ceiling:
-        ceilings = [f"{found.ceiling[name]:.3f}" if name in found.ceiling else "" for name in measured]
-        table.add_row(Text(f"{found.photos} photos, each to all others", style="dim"), *ceilings)
-    for row in found.rows:
-        table.add_row(row.name, *(_score(row, name) for name in measured))
-    return titled(title, table, "; ".join(_notes(found, measured)))
-
-
-def _score(row: JudgedRow, name: str) -> Text:
-    estimate = row.scores.get(name)
-    style = "bold" if name in row.best else ""
-    return Text("" if estimate is None else shown(estimate), style=style)
+        ceiling = {name: f"{value:.3f}" for name, value in found.ceiling.items()}
+        lines.insert(0, _Line(f"{found.photos} photos, each to all others", ceiling, style="dim"))
+    notes = {title: [note] for title, note in _NOTES.items()}
+    if len(found.rows) > 2:
+        notes["The subject"].append("bold: no adapter is measurably better")
+    if found.other_seeds:
+        values = ", ".join(f"{key.upper()} {value:.3f}" for key, value in found.other_seeds.items())
+        notes["The rest"].append(f"the base's own pictures of a prompt at other seeds: {values}")
+    if found.missing:
+        notes["The rest"].append(_unmeasured(found.missing))
+    return Group(*_tables(lines, notes))
 
 
 def shown(estimate: Estimate) -> str:
     """``0.712 ± 0.013``."""
     margin = "" if estimate.margin is None else f" ± {estimate.margin:.3f}"
     return f"{estimate.mean:.3f}{margin}"
-
-
-def _notes(found: Judgement, measured: Sequence[str]) -> list[str]:
-    from ..customize.judging.judgement import KINDS
-
-    notes = [NOTE]
-    notes += [f"{KINDS[name].label}: {KINDS[name].meaning}" for name in measured]
-    if found.other_seeds:
-        values = ", ".join(f"{key.upper()} {value:.3f}" for key, value in found.other_seeds.items())
-        notes.append(f"the base's own pictures at other seeds, to read 'kept' against: {values}")
-    notes += [f"not measured: {label}, which {why}" for label, why in found.missing.items()]
-    return notes
 
 
 def costs_table(rows: Sequence[JudgedRow]) -> Group:
@@ -77,37 +80,53 @@ def costs_table(rows: Sequence[JudgedRow]) -> Group:
             "" if row.cost.peak_bytes is None else fmt.size(row.cost.peak_bytes),
         )
     devices = ", ".join(sorted({row.cost.device for row in rows if row.cost.device}))
-    on_gpu = devices.startswith("cuda")
-    memory = "allocated by PyTorch on the GPU" if on_gpu else "resident, of the whole process"
+    memory = "allocated by PyTorch on the GPU" if devices.startswith("cuda") else "resident, of the whole process"
     return titled("Cost", table, f"pictures drawn on {devices or 'nothing yet'}; memory: {memory}, while drawing")
 
 
-def benchmark_table(found: BenchmarkResult) -> Group:
-    """One row for every subject's adapter, and the means of adapters and of the base."""
+def benchmark_tables(found: BenchmarkResult) -> Group:
+    """One row for every subject's adapter, then the means of the adapters and of the base."""
     from ..customize.judging.judgement import KINDS
 
-    means = [found.mean(row) for row in (1, 0)]
-    measured = [name for name in KINDS if any(name in mean for mean in means)]
+    judgements = list(found.judgements.values())
+    measured = [name for name in KINDS if name in judgements[0].rows[1].scores]
     table = new_table()
-    for heading in ("subject", "class", *(KINDS[name].label for name in measured)):
-        table.add_column(heading, justify="left" if heading in ("subject", "class") else "right")
+    table.add_column("subject", overflow="fold")
+    for name in measured:
+        table.add_column(KINDS[name].label.replace(" ", "\n"), justify="right", no_wrap=True)
     for name, judgement in found.judgements.items():
         scores = judgement.rows[1].scores
-        cells = [f"{scores[key].mean:.3f}" if key in scores else "" for key in measured]
-        table.add_row(name, judgement.class_word, *cells)
-    table.add_section()
-    for label, mean in zip(("mean", "base"), means, strict=True):
-        cells = [shown(mean[key]) if key in mean else "" for key in measured]
-        table.add_row(label, "", *cells, style="bold" if label == "mean" else "")
-    judgements = list(found.judgements.values())
-    if all(judgement.ceiling for judgement in judgements):
-        ceilings = [
-            f"{sum(j.ceiling[key] for j in judgements) / len(judgements):.3f}" if key in judgements[0].ceiling else ""
-            for key in measured
-        ]
-        table.add_row("photos", "", *ceilings, style="dim")
+        table.add_row(name, *(f"{scores[key].mean:.3f}" for key in measured))
+    means = (("base", found.mean(0)), ("adapters", found.mean(1)))
+    lines = [_Line(label, {name: shown(estimate) for name, estimate in mean.items()}) for label, mean in means]
+    ceiling = found.ceiling()
+    if ceiling:
+        lines.insert(0, _Line("photos", {name: f"{value:.3f}" for name, value in ceiling.items()}, style="dim"))
     count = len(judgements)
     title = f"{count} subjects" if count == found.subjects else f"{count} of {found.subjects} subjects"
-    notes = ["means over subjects and half of their 95 % interval (bootstrap over subjects)"]
-    notes += [f"not measured: {label}, which {why}" for label, why in judgements[0].missing.items()]
-    return titled(title, table, "; ".join(notes))
+    notes = {"The subject": [_SUBJECTS], "The rest": [_NOTES["The rest"]]}
+    if judgements[0].missing:
+        notes["The rest"].append(_unmeasured(judgements[0].missing))
+    return Group(titled(title, table), *_tables(lines, notes))
+
+
+def _tables(lines: Sequence[_Line], notes: Mapping[str, Sequence[str]]) -> list[Group]:
+    from ..customize.judging.judgement import KINDS
+
+    tables = []
+    for title, names in _GROUPS.items():
+        measured = [name for name in names if any(name in line.cells for line in lines)]
+        table = new_table()
+        table.add_column("", overflow="fold")
+        for name in measured:
+            table.add_column(KINDS[name].label, justify="right", no_wrap=True)
+        for line in (line for line in lines if any(name in line.cells for name in measured)):
+            cells = [Text(line.cells.get(name, ""), style="bold" if name in line.bold else "") for name in measured]
+            table.add_row(line.name, *cells, style=line.style)
+        meanings = [f"{KINDS[name].label}: {KINDS[name].meaning}" for name in measured]
+        tables.append(titled(title, table, "; ".join([*notes[title], *meanings])))
+    return tables
+
+
+def _unmeasured(missing: Mapping[str, str]) -> str:
+    return "; ".join(f"not measured: {label}, which {why}" for label, why in missing.items())

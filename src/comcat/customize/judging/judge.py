@@ -214,9 +214,9 @@ def _judged(
 def _leaders(values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[str]]:
     """Contestant -> scores in which it is best, or cannot be told from the best; nothing for a single one."""
     found: dict[str, list[str]] = {name: [] for name in values}
-    for key in KINDS if len(values) > 1 else ():
+    for key in (key for key, kind in KINDS.items() if kind.better and len(values) > 1):
         there = {name: KINDS[key].better * own[key] for name, own in values.items() if key in own}
-        if there:
+        if there and next(iter(there.values())).numel() > 1:
             best = max(there.values(), key=lambda x: float(x.mean()))
             for name, own in there.items():
                 if own is best or metrics.as_good(own, best):

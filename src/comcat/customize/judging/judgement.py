@@ -16,7 +16,7 @@ class ScoreKind(NamedTuple):
     """
     Attributes:
         needs: the encoders that it takes, of which one is enough where ``either``.
-        better: 1 where more is better, -1 where less is.
+        better: 1 where more is better, -1 where less is, 0 where neither is: what has learned nothing is diverse.
     """
 
     label: str
@@ -27,13 +27,13 @@ class ScoreKind(NamedTuple):
 
 
 KINDS: dict[str, ScoreKind] = {
-    "dino": ScoreKind("DINO", (DINO,), "concept: cosine to the photos"),
-    "clip_i": ScoreKind("CLIP-I", (CLIP,), "concept: cosine to the photos"),
-    "clip_t": ScoreKind("CLIP-T", (CLIP,), "prompt: cosine of picture and prompt, the class in place of the word"),
-    "kept_dino": ScoreKind("kept DINO", (DINO,), "the rest: cosine to the base's picture of the same prompt and seed"),
+    "dino": ScoreKind("DINO", (DINO,), "cosine to the photos"),
+    "clip_i": ScoreKind("CLIP-I", (CLIP,), "cosine to the photos"),
+    "clip_t": ScoreKind("CLIP-T", (CLIP,), "cosine of picture and prompt, the class in place of the word"),
+    "kept_dino": ScoreKind("kept DINO", (DINO,), "cosine to the base's picture of the same prompt and seed"),
     "kept_clip_i": ScoreKind("kept CLIP-I", (CLIP,), "the same"),
-    "lost_clip_t": ScoreKind("lost CLIP-T", (CLIP,), "the rest: CLIP-T of the base less that of the adapter", -1),
-    "diversity": ScoreKind("diversity", (DINO, CLIP), "1 - cosine among pictures of a prompt", either=True),
+    "lost_clip_t": ScoreKind("lost CLIP-T", (CLIP,), "CLIP-T of the base less that of the adapter", -1),
+    "diversity": ScoreKind("diversity", (DINO, CLIP), "1 - cosine among pictures of a prompt", 0, True),
 }
 
 
@@ -44,7 +44,7 @@ class JudgedRow:
     Attributes:
         scores: by the names of :data:`KINDS`, and ``clip_t_rest``, the CLIP-T of the prompts without the subject.
         per_prompt: means over the seeds, in the order of the prompts.
-        best: scores in which no adapter is better, or none that could be told from this one.
+        best: scores in which no other adapter is measurably better; none where there is one adapter, or one value.
         bytes: of its file; train_seconds: where the file says; cost: of drawing its pictures.
         speed: seconds of a picture over those of the base.
     """

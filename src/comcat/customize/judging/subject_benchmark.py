@@ -130,6 +130,12 @@ class BenchmarkResult:
         names = [name for name in (*KINDS, "clip_t_rest") if all(name in table for table in tables)]
         return {name: estimate(torch.tensor([[table[name].mean] for table in tables])) for name in names}
 
+    def ceiling(self) -> dict[str, float]:
+        """Mean over the subjects of what their photos reach."""
+        tables = [judgement.ceiling for judgement in self.judgements.values()]
+        names = [name for name in tables[0] if all(name in table for table in tables)]
+        return {name: sum(table[name] for table in tables) / len(tables) for name in names}
+
     def to_dict(self) -> dict[str, Any]:
         first = next(iter(self.judgements.values()))
         return {
@@ -142,6 +148,7 @@ class BenchmarkResult:
                 name: {key: found.to_dict() for key, found in self.mean(row).items()}
                 for row, name in enumerate((BASE, ADAPTER))
             },
+            "ceiling": self.ceiling(),
             "train_seconds": self.seconds,
             "by_subject": {name: judgement.to_dict() for name, judgement in self.judgements.items()},
         }
