@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from method_tables import method_tables
 from tables import number, pivot, records, spread, table
 
 Results = Mapping[str, Any]
@@ -202,6 +203,14 @@ SECTIONS = {
     ),
     "customize_demo": Section(
         _OWN, "customize_demo.py", "A digit that the base never saw", "A tiny Stable Diffusion, five images.", _demo
+    ),
+    "customize_methods": Section(
+        _OWN,
+        "customize_methods.py",
+        "Methods on scenes of digits",
+        "A tiny Stable Diffusion draws digits in four colors, on four sides, single and in pairs; each of two that it "
+        "never saw is taught from five white, single images and asked for in all 32 ways.",
+        method_tables,
     ),
     "customize_step_*": Section(
         _OWN, "customize_step.py", "One training step at the shapes of Stable Diffusion 1.4", "Random weights.", _step

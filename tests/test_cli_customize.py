@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from comcat.cli.generate_command import parse_adapter, parse_seeds, slug
 from comcat.customize import load_adapter
 from comcat.customize.teaching.trainer import AdapterTrainer
-from comcat_demos import contest, contest_demo, digits
-from comcat_demos.digits_score import score
+from comcat_demos import contest_demo, digits, scene_contest
+from comcat_demos.scenes_judge import score_scenes
 from conftest import heed_interrupts
 from test_cli import Result
 from test_customize_train import write_photos
@@ -275,20 +275,28 @@ def test_demos_still_have_their_options(tmp_path):
 
 @pytest.mark.slow
 def test_demo(tmp_path, monkeypatch):
-    methods = [contest.METHODS[i] for i in (0, 2, 4, 7)]
-    few = {"count_concept": 5, "count_other": 1}
+    methods = [scene_contest.METHODS[i] for i in (0, 2, 4, 7)]
+    few = {"rounds": 1, "other_scenes": 4}
     monkeypatch.setattr(contest_demo, "METHODS", methods)
-    monkeypatch.setattr(contest, "score", lambda *args, **kwargs: score(*args, **{**kwargs, **few}))
-    options = ["--base-steps", 2, "--steps", 2, "--cache", tmp_path / "cache", "--json"]
+    monkeypatch.setattr(scene_contest, "score_scenes", lambda *args, **kwargs: score_scenes(*args, **{**kwargs, **few}))
+    options = ["--base-steps", 2, "--steps", 2, "--digit", 3, "--cache", tmp_path / "cache", "--json"]
     result = Result(["demo", "customize", "--out", tmp_path / "out", *options])
     assert result.code == 0, result.err
     document = json.loads(result.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert [m["name"] for m in document["methods"]] == [m.name for m in methods]
-    files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"base", "photos", "class-images", "concept.safetensors", "concept-int8.safetensors"} < files
-    assert {"report.json", "report.png"} < files
+    assert [(m["digit"], m["name"]) for m in document["methods"]] == [(3, m.name) for m in methods]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"base", "three", "report.json", "report.png"}
+    files = {path.name for path in (tmp_path / "out" / "three").iterdir()}
+    assert {"photos", "class-images", "concept.safetensors", "concept-int8.safetensors"} < files
     result = Result(["demo", "customize", "--out", tmp_path / "out", *options])
     assert "already holds something" in result.err
+
+
+def test_a_demo_without_a_digit_for_the_base_is_refused(tmp_path):
+    every = [part for digit in range(10) for part in ("--digit", digit)]
+    result = Result(["demo", "customize", "--out", tmp_path / "out", *every])
+    assert result.code == 1
+    assert "leave out fewer than all ten" in result.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("step", "kept"), [(1, "no checkpoint yet"), (4, "the checkpoint of step 4 is kept, .*--res")])

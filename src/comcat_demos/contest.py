@@ -14,8 +14,9 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,26 +39,17 @@ from comcat.storage.atomic import tensor_bytes
 from comcat.training.process import accelerated
 
 from . import digits
-from .digits_score import Classifier, Scores, generate, score
+from .contest_methods import PEFT, Method, put_on
+from .digits_score import Classifier, generate, score
 
-MethodKind = Literal["base", "comcat", "lora", "full"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 PROMPT = "a photo of V*"
 TOKEN = "V*"
 _NAME = "concept"  # of the adapter; products or the token alone
-_LORA = "lora"
-_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
-
-@dataclass(frozen=True)
-class Method:
-    """One way to teach a concept; LoRA and comcat at half the rate that was best, and close to failing, in a sweep."""
-
-    name: str
-    kind: MethodKind
-    rank: int = 0
-    lr: float = 0.0
-
-
+#: LoRA and comcat run at half the rate that was best, and close to failing, in a sweep.
 METHODS = (
     Method("base", "base"),
     Method("comcat, rank 1", "comcat", 1, 1e-2),
@@ -71,13 +63,33 @@ METHODS = (
 )
 
 
+class Drawn(Protocol):
+    """What a pipeline drew, judged.
+
+    Attributes:
+        concept, retention: percent of images of the concept, and of the other prompts, that are right; the former NaN
+            without a concept. details: more of the same, for JSON.
+        images: the concept's (under None) and each digit's, (n, 3, 16, 16) in [0, 1].
+    """
+
+    @property
+    def concept(self) -> float: ...
+    @property
+    def retention(self) -> float: ...
+    @property
+    def details(self) -> dict[str, Any]: ...
+    @property
+    def images(self) -> dict[int | None, Tensor]: ...
+
+
 @dataclass(frozen=True)
 class MethodOutcome:
     """What a method reached.
 
     Attributes:
         concept, retention: percent of images of V*, and of the other prompts, that show the right digit.
-        seconds: of the training loop; bytes: of what has to be stored (float16); parameters: trained ones.
+        seconds: of the training loop; cpu_seconds: the same without those that other processes took.
+        bytes: of what has to be stored (float16); parameters: trained ones.
         peak: resident memory in bytes that training added at most; noisy, since it is that of the process.
     """
 
@@ -85,18 +97,19 @@ class MethodOutcome:
     concept: float
     retention: float
     seconds: float
+    cpu_seconds: float
     bytes: int
     parameters: int
     peak: int
-    scores: Scores
+    scores: Drawn
 
     def to_dict(self) -> dict[str, Any]:
-        kept = ("concept", "retention", "seconds", "bytes", "parameters", "peak")
+        kept = ("concept", "retention", "seconds", "cpu_seconds", "bytes", "parameters", "peak")
         values = {name: getattr(self, name) for name in kept}
         return {
             **asdict(self.method),
             **{name: None if value != value else value for name, value in values.items()},  # JSON has no NaN
-            "per_digit": self.scores.per_digit,
+            **self.scores.details,
         }
 
 
@@ -104,12 +117,11 @@ class Contest:
     """One base, one digit that it does not know, and what the methods make of five photos of it.
 
     Args:
-        pipe: of :mod:`comcat_demos.digits`; folder: for photos and class images.
+        pipe: of :mod:`comcat_demos.digits`; folder: for photos and class images; digit: that it does not know.
     """
 
-    def __init__(self, pipe: Any, folder: Path, left_out: int, seed: int = 0, steps: int = 200) -> None:
-        self.pipe, self.folder, self.left_out, self.seed = pipe, folder, left_out, seed
-        self.classifier = Classifier()
+    def __init__(self, pipe: Any, folder: Path, digit: int, seed: int = 0, steps: int = 200) -> None:
+        self.pipe, self.folder, self.digit, self.seed = pipe, folder, digit, seed
         self.config = CustomizeConfig(
             steps=steps,
             batch_size=5,
@@ -122,11 +134,26 @@ class Contest:
             seed=seed,
         )
 
-    def prepare(self, class_images: int = 8) -> None:
-        """Five photos of the digit, and images that the base draws of the others, with their prompts."""
-        for i, image in enumerate(digits.concept_images(self.left_out, 5, seed=self.seed)):
+    @cached_property
+    def classifier(self) -> Classifier:
+        return Classifier()
+
+    def photos(self) -> list[Image]:
+        return digits.concept_images(self.digit, 5, seed=self.seed)
+
+    def class_prompts(self) -> list[str]:
+        """What the base draws and must not unlearn, one image each."""
+        return [digits.prompt(d) for d in range(10) if d != self.digit for _ in range(8)]
+
+    def score(self, prompt: str | None = PROMPT) -> Drawn:
+        """Measure the pipeline as it is now; without a prompt, of the concept, the others alone."""
+        return score(self.pipe, self.classifier, prompt, self.digit, count_concept=64, count_other=16, seed=self.seed)
+
+    def prepare(self) -> None:
+        """Write the photos, and images that the base draws of what it knows, with their prompts."""
+        for i, image in enumerate(self.photos()):
             save_png(image, self.folder / "photos" / f"{i}.png")
-        prompts = [digits.prompt(d) for d in range(10) if d != self.left_out for _ in range(class_images)]
+        prompts = self.class_prompts()
         folder = self.folder / "class-images"
         drawn = generate(self.pipe, prompts, seed=1000 + self.seed)
         lines = []
@@ -143,24 +170,31 @@ class Contest:
         """
         if method.kind == "base":
             scores = self.score(None)
-            return MethodOutcome(method, float("nan"), scores.retention, 0.0, 0, 0, 0, scores)
+            return MethodOutcome(method, float("nan"), scores.retention, 0.0, 0.0, 0, 0, 0, scores)
         original = self.pipe.unet
-        if method.kind == "full":
+        copied = method.kind in ("full", *PEFT)
+        if copied:
             self.pipe.unet = copy.deepcopy(original)  # the base stays for the others
-        config = replace(self.config, lr=method.lr)
+        token_lr = self.config.token_lr if method.token_lr is None else method.token_lr
+        config = replace(self.config, lr=method.lr or self.config.lr, token_lr=token_lr)
         try:
             with accelerated("no", self.seed, cpu=True) as accelerator, frozen_pipeline(self.pipe):
                 material = self._material(config)
                 with peak_memory() as peak:
                     handle = self._adapter(method, config)
-                    learner: Any = _Learner(handle, self._others(method))
+                    if copied:
+                        put_on(self.pipe.unet, method, self.seed)
+                    # Added products are no parameters of the UNet: what asks for gradients in it is PEFT's, or all.
+                    others = {name: p for name, p in self.pipe.unet.named_parameters() if p.requires_grad}
+                    learner: Any = _Learner(handle, others)
                     objective = Objective(self.pipe.scheduler, config.snr_gamma)
                     trainer = AdapterTrainer(accelerator, family_of(self.pipe), objective, learner, *material, config)
-                    start = time.perf_counter()
+                    start, cpu_start = time.perf_counter(), time.process_time()
                     for step in range(config.steps):
                         trainer.step(step)
                         if progress:
                             progress(method.name, step + 1, config.steps)
+                    cpu_seconds = time.process_time() - cpu_start
                 seconds = time.perf_counter() - start
             scores = self.score()
             tensors = {name: p.detach() for name, p in learner.named_parameters()}
@@ -170,19 +204,13 @@ class Contest:
                 write_adapter(handle, save)
             size = len(tensor_bytes(encode(tensors, "float16")))
             count = sum(t.numel() for t in tensors.values())
-            return MethodOutcome(method, scores.concept, scores.retention, seconds, size, count, peak[0], scores)
+            return MethodOutcome(
+                method, scores.concept, scores.retention, seconds, cpu_seconds, size, count, peak[0], scores
+            )
         finally:
             if _NAME in adapters(self.pipe):
                 remove_adapter(self.pipe, _NAME)
-            if method.kind == "lora":
-                original.delete_adapters(_LORA)
             self.pipe.unet = original
-
-    def score(self, prompt: str | None = PROMPT) -> Scores:
-        """Measure the pipeline as it is now."""
-        return score(
-            self.pipe, self.classifier, prompt, self.left_out, count_concept=64, count_other=16, seed=self.seed
-        )
 
     def _adapter(self, method: Method, config: CustomizeConfig) -> Adapter:
         if method.kind == "comcat":
@@ -194,17 +222,6 @@ class Contest:
         handle.token = new_token(self.pipe, TOKEN, 1, config.token_init, generator)
         attach(handle)
         return handle
-
-    def _others(self, method: Method) -> dict[str, nn.Parameter]:
-        unet = self.pipe.unet
-        if method.kind == "lora":
-            from peft import LoraConfig
-
-            torch.manual_seed(self.seed)
-            unet.add_adapter(LoraConfig(r=method.rank, lora_alpha=method.rank, target_modules=_TARGETS), _LORA)
-        elif method.kind == "full":
-            unet.requires_grad_(True)
-        return {name: p for name, p in unet.named_parameters() if p.requires_grad and "processor" not in name}
 
     def _material(self, config: CustomizeConfig) -> tuple[Photos, Photos]:
         family = family_of(self.pipe)

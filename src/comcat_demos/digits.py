@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from comcat.errors import ComcatError
 from comcat.progress import Progress
+
+from .digits_training import Course, train_parts
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -51,23 +52,25 @@ def prompt(digit: int) -> str:
 
 
 @lru_cache(maxsize=1)
-def _digits() -> tuple[Tensor, Tensor, Tensor]:
-    """All images, (1797, 3, 16, 16) in [0, 1]; their labels, (1797,); and which of them train, (1797,) bool."""
+def _digits() -> tuple[np.ndarray, Tensor, Tensor]:
+    """All scans, (1797, 8, 8) uint8; their labels, (1797,); and which of them train, (1797,) bool."""
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as e:
         raise ComcatError("the digits need another package. Install it: pip install scikit-learn") from e
-    from PIL import Image
-
     data = load_digits()
     train, _ = train_test_split(np.arange(len(data.target)), test_size=0.25, random_state=0, stratify=data.target)
-    scans = [Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8)) for pixels in data.images]
-    large = np.stack([np.asarray(scan.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for scan in scans])
-    images = torch.from_numpy(large).float().div(255).unsqueeze(1).expand(-1, 3, -1, -1)
-    is_train = torch.zeros(len(images), dtype=torch.bool)
+    is_train = torch.zeros(len(data.target), dtype=torch.bool)
     is_train[torch.from_numpy(train)] = True
-    return images, torch.from_numpy(data.target).long(), is_train
+    return (data.images * (255 / 16)).round().astype(np.uint8), torch.from_numpy(data.target).long(), is_train
+
+
+def digit_scans(split: str) -> tuple[Tensor, Tensor]:
+    """The scans of all ten digits as they are: (N, 8, 8) in [0, 1], labels (N,); see :func:`real_images`."""
+    scans, labels, is_train = _digits()
+    chosen = _chosen(split, is_train)
+    return torch.from_numpy(scans).float().div(255)[chosen], labels[chosen]
 
 
 def real_images(split: str) -> tuple[Tensor, Tensor]:
@@ -76,11 +79,24 @@ def real_images(split: str) -> tuple[Tensor, Tensor]:
     Raises:
         ComcatError: scikit-learn is not installed.
     """
+    _, labels, is_train = _digits()
+    chosen = _chosen(split, is_train)
+    return _enlarged()[chosen], labels[chosen]
+
+
+@lru_cache(maxsize=1)
+def _enlarged() -> Tensor:
+    from PIL import Image
+
+    scans = [Image.fromarray(scan) for scan in _digits()[0]]
+    large = np.stack([np.asarray(scan.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for scan in scans])
+    return torch.from_numpy(large).float().div(255).unsqueeze(1).expand(-1, 3, -1, -1)
+
+
+def _chosen(split: str, is_train: Tensor) -> Tensor:
     if split not in ("train", "test"):
         raise ValueError(f"split is 'train' or 'test', not {split!r}")
-    images, labels, is_train = _digits()
-    chosen = is_train if split == "train" else ~is_train
-    return images[chosen], labels[chosen]
+    return is_train if split == "train" else ~is_train
 
 
 def training_images(left_out: int) -> tuple[Tensor, Tensor]:
@@ -103,8 +119,11 @@ def concept_images(left_out: int = LEFT_OUT, count: int = 5, seed: int = 0) -> l
 # Pipeline
 
 
-def build(seed: int = 0) -> StableDiffusionPipeline:
+def build(seed: int = 0, words: Sequence[str] = (), vae_channels: tuple[int, int] = (8, 16)) -> StableDiffusionPipeline:
     """The untrained pipeline, with the same weights for the same seed.
+
+    Args:
+        words: that prompts have beside those of the digits. vae_channels: at 16 x 16 and at 8 x 8.
 
     Raises:
         ComcatError: diffusers or transformers is not installed.
@@ -115,7 +134,7 @@ def build(seed: int = 0) -> StableDiffusionPipeline:
     except ImportError as e:
         raise missing_packages() from e
 
-    tokenizer = _tokenizer()
+    tokenizer = _tokenizer(words)
     text_config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=_TEXT_WIDTH,
@@ -136,7 +155,7 @@ def build(seed: int = 0) -> StableDiffusionPipeline:
         vae = AutoencoderKL(
             sample_size=SIZE,
             latent_channels=4,
-            block_out_channels=(8, 16),
+            block_out_channels=vae_channels,
             down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2,
             norm_num_groups=4,
@@ -172,7 +191,7 @@ def missing_packages() -> ComcatError:
     return ComcatError("the digits need other packages. Install them: pip install diffusers transformers")
 
 
-def _tokenizer() -> CLIPTokenizer:
+def _tokenizer(words: Sequence[str]) -> CLIPTokenizer:
     """CLIP's tokenizer with a vocabulary of the prompts' words; every other word falls apart into its bytes."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
@@ -180,7 +199,8 @@ def _tokenizer() -> CLIPTokenizer:
     end = "</w>"
     alphabet = sorted(ByteLevel.alphabet())
     merges: dict[str, str] = {}  # word -> the two tokens it is made of
-    for word in f"{CLASS_PROMPT} the {' '.join(WORDS)}".split():
+    # Long words first: "to" of "top" would tear "bottom" apart.
+    for word in [*CLASS_PROMPT.split(), "the", *WORDS, *sorted(words, key=len, reverse=True)]:
         letters = [*word[:-1], word[-1] + end]
         for i in range(1, len(letters)):  # th, thr, thre, three</w>
             left, right = "".join(letters[:i]), letters[i]
@@ -204,7 +224,6 @@ def train(
     *,
     vae_steps: int = 400,
     steps: int = 1000,
-    batch_size: int = 32,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> None:
@@ -214,100 +233,18 @@ def train(
         progress: called as ``progress("VAE" or "diffusion", steps done, steps)``.
     """
     images, labels = training_images(left_out)
-    images = images * 2 - 1
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        _train_vae(pipe, images, vae_steps, batch_size, progress)
-        latents = _encode(pipe, images)
-        _train_diffusion(pipe, latents, labels, steps, batch_size, progress)
-
-
-def _train_vae(
-    pipe: StableDiffusionPipeline, images: Tensor, steps: int, batch_size: int, progress: Progress | None
-) -> None:
-    """Squared error and a light pull of the latents towards a standard normal. ``images`` are in [-1, 1]."""
-    vae = pipe.vae.train()
-    optimizer, schedule = _optimizer(list(vae.parameters()), 2e-3, steps)
-    for step, batch in enumerate(_batches(len(images), batch_size, steps)):
-        posterior = vae.encode(images[batch]).latent_dist
-        loss = F.mse_loss(vae.decode(posterior.sample()).sample, images[batch])
-        loss = loss + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
-        _step(loss, optimizer, schedule)
-        if progress:
-            progress("VAE", step + 1, steps)
-    vae.eval()
-
-
-@torch.no_grad()
-def _encode(pipe: StableDiffusionPipeline, images: Tensor) -> Tensor:
-    """The latents, (N, 4, 8, 8), scaled to a standard deviation of one; the VAE remembers the scale."""
-    latents = torch.cat([pipe.vae.encode(batch).latent_dist.mean for batch in images.split(256)])
-    pipe.vae.register_to_config(scaling_factor=1 / latents.std().item())
-    return latents * pipe.vae.config.scaling_factor
-
-
-def _train_diffusion(
-    pipe: StableDiffusionPipeline,
-    latents: Tensor,
-    labels: Tensor,
-    steps: int,
-    batch_size: int,
-    progress: Progress | None,
-) -> None:
-    """Noise prediction (Ho et al. 2020) with caption dropout for guidance (Ho and Salimans 2022).
-
-    The weight of a time, 1 / (alpha + 0.05) with alpha the share of the signal's power, is nearly that of predicting
-    the velocity (Salimans and Ho 2022): in the noisiest images, where the digit is decided, a small error in the
-    noise is a large one in the image. Without it 97 % of right digits become 58 % after the same few steps.
-    """
     captions = [prompt(digit) for digit in range(10)] + [f"a photo of {word}" for word in WORDS] + [CLASS_PROMPT, ""]
     tokens = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
-    alphas = pipe.scheduler.alphas_cumprod
-    weights = 1 / (alphas + 0.05)
-    weights /= weights.mean()
-    unet, text_encoder = pipe.unet.train(), pipe.text_encoder.train()
-    optimizer, schedule = _optimizer([*unet.parameters(), *text_encoder.parameters()], 2e-3, steps)
-    for step, batch in enumerate(_batches(len(latents), batch_size, steps)):
-        n = len(batch)
-        # One time in each of n equal parts of the range: the loss varies less than with independent times.
-        times = ((torch.arange(n) + torch.rand(n)) * (len(alphas) / n)).long()
-        noise = torch.randn(n, *latents.shape[1:])
-        alpha = alphas[times].view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * latents[batch] + (1 - alpha).sqrt() * noise
-        chance = torch.rand(n)
+
+    def text(batch: Tensor) -> Tensor:
+        chance = torch.rand(len(batch))
         caption = labels[batch].clone()
         caption[chance < 0.4] += 10  # the short form
         caption[chance < 0.2] = 20  # the class
         caption[chance < 0.1] = 21  # none
-        text = text_encoder(tokens).last_hidden_state[caption]  # (n, tokens, width)
-        errors = (unet(noisy, times, text).sample - noise).square().mean(dim=(1, 2, 3))
-        _step((errors * weights[times]).mean(), optimizer, schedule)
-        if progress:
-            progress("diffusion", step + 1, steps)
-    unet.eval()
-    text_encoder.eval()
+        embeds: Tensor = pipe.text_encoder(tokens).last_hidden_state
+        return embeds[caption]
 
-
-def _batches(count: int, batch_size: int, steps: int) -> Iterator[Tensor]:
-    """Indices of ``steps`` batches: one random order of all images after the other."""
-    order = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        while len(order) < batch_size:
-            order = torch.cat([order, torch.randperm(count)])
-        yield order[:batch_size]
-        order = order[batch_size:]
-
-
-def _optimizer(parameters: list[Any], rate: float, steps: int) -> tuple[Any, Any]:
-    """AdamW with a one-cycle learning rate, and the schedule."""
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, max(steps, 2), pct_start=0.1, cycle_momentum=False)
-    return optimizer, schedule
-
-
-def _step(loss: Tensor, optimizer: Any, schedule: Any) -> None:
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    schedule.step()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        train_parts(pipe, images, text, Course(vae_steps, steps), progress)

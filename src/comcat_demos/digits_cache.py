@@ -1,10 +1,11 @@
-"""The digits pipeline, trained once and kept: read from a cache whose every byte is checked, or made anew."""
+"""The pipelines of digits, trained once and kept: read from a cache whose every byte is checked, or made anew."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,15 @@ from comcat.storage.atomic import atomic_directory
 from comcat.storage.owned import strangers
 from comcat.storage.reader import read_json
 
-from . import digits
+from . import digits, scenes
 from .layouts import DIGITS_CACHE
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-_RECIPE = 1  # part of the name in the cache: count up whenever the weights would come out differently
+# Parts of the names in the cache: count up whenever the weights would come out differently.
+_RECIPE = 1
+_SCENES_RECIPE = 1
 _MANIFEST = "digits.json"
 
 
@@ -35,16 +38,47 @@ def load_or_train(
     vae_steps: int = 400,
     steps: int = 1000,
 ) -> StableDiffusionPipeline:
-    """The trained pipeline: read from ``cache``, or trained and written there.
+    """The trained pipeline of :mod:`.digits`: read from ``cache``, or trained and written there.
 
     Args:
         cache: the folder of all recipes and seeds; by default ``comcat`` in $XDG_CACHE_HOME or ~/.cache.
-        progress: as :func:`train` calls it.
+        progress: as :func:`digits.train` calls it.
 
     Raises:
         ComcatError: a package is missing, or the cache cannot be written; the latter before the training.
     """
-    folder = _cache_home(cache) / f"digits-{_RECIPE}-without-{left_out}-seed-{seed}-steps-{vae_steps}-{steps}"
+
+    def make() -> StableDiffusionPipeline:
+        pipe = digits.build(seed)
+        digits.train(pipe, left_out, vae_steps=vae_steps, steps=steps, seed=seed, progress=progress)
+        return pipe
+
+    return _kept(cache, f"digits-{_RECIPE}-without-{left_out}-seed-{seed}-steps-{vae_steps}-{steps}", make)
+
+
+def load_or_train_scenes(
+    cache: str | Path | None = None,
+    left_out: Sequence[int] = scenes.LEFT_OUT,
+    seed: int = 0,
+    progress: Progress | None = None,
+    *,
+    vae_steps: int = 450,
+    steps: int = 1400,
+) -> StableDiffusionPipeline:
+    """The same for the pipeline of :mod:`.scenes`."""
+    out = sorted(set(left_out))
+
+    def make() -> StableDiffusionPipeline:
+        pipe = scenes.build_scenes(seed)
+        scenes.train_scenes(pipe, out, vae_steps=vae_steps, steps=steps, seed=seed, progress=progress)
+        return pipe
+
+    names = "-".join(map(str, out))
+    return _kept(cache, f"scenes-{_SCENES_RECIPE}-without-{names}-seed-{seed}-steps-{vae_steps}-{steps}", make)
+
+
+def _kept(cache: str | Path | None, name: str, make: Callable[[], StableDiffusionPipeline]) -> StableDiffusionPipeline:
+    folder = _cache_home(cache) / name
     try:
         from diffusers import StableDiffusionPipeline
     except ImportError as e:
@@ -54,9 +88,7 @@ def load_or_train(
             if folder.is_dir() and not strangers(folder, DIGITS_CACHE):
                 temporary.remove(folder)  # another version's, or damaged
             with atomic_directory(folder) as new:
-                pipe = digits.build(seed)
-                digits.train(pipe, left_out, vae_steps=vae_steps, steps=steps, seed=seed, progress=progress)
-                pipe.save_pretrained(new)
+                make().save_pretrained(new)
                 (new / _MANIFEST).write_text(json.dumps(_checksums(new), indent=1))
         # Read back also what was just trained, so that the first run gives what all others do.
         pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)

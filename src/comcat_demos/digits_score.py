@@ -61,6 +61,10 @@ class Scores:
     #: What was generated: the concept's (under None) and each digit's, (count, 3, 16, 16) in [0, 1].
     images: dict[int | None, Tensor] = field(repr=False)
 
+    @property
+    def details(self) -> dict[str, Any]:
+        return {"per_digit": self.per_digit}
+
 
 def generate(
     pipe: StableDiffusionPipeline,

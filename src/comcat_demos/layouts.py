@@ -15,16 +15,17 @@ VIT_DEMO = DirectoryKind(
     MODEL.field,
     {**MODEL.layout, "dense.safetensors": None, "digits": _DIGITS, "finetuned": MODEL.layout},
 )
+_CONCEPT: DirectoryLayout = {"photos": _PICTURES, "class-images": _PICTURES, "concept*.safetensors": None}
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CONTEST_DEMO = DirectoryKind(
     "a comcat demo",
     "report.json",
     "base_seconds",
     {
         "base": _PIPELINE,
-        "photos": _PICTURES,
-        "class-images": _PICTURES,
+        **dict.fromkeys(_WORDS, _CONCEPT),
+        **_CONCEPT,  # of demos of one digit alone, which an earlier version made
         "images": {"*.png": None, "images.json": None},
-        "concept*.safetensors": None,
         "report.json": None,
         "report.png": None,
     },

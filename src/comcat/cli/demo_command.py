@@ -46,8 +46,11 @@ def demo_customize(
     out: Annotated[Path, opt.Option(metavar="DIR", help="Directory for everything that is made.")] = Path(
         "comcat-demo-customize"
     ),
-    digit: Annotated[int, opt.Option(min=0, max=9, help="The digit that the base never sees and V* is to become.")] = 0,
-    steps: Annotated[int, opt.Option(min=1, metavar="N", help="Updates of every method.")] = 200,
+    digit: Annotated[
+        list[int] | None,
+        opt.Option(min=0, max=9, help="A digit that the base never sees and V* is to become; repeatable; 0 and 4."),
+    ] = None,
+    steps: Annotated[int | None, opt.Option(min=1, metavar="N", help="Updates of every method; 100.")] = None,
     cache: Annotated[
         Path | None, opt.Option(metavar="DIR", help="Where the trained base is kept; ~/.cache/comcat.")
     ] = None,
@@ -58,16 +61,25 @@ def demo_customize(
     overwrite: Annotated[bool, opt.Option("--overwrite", help="Replace an earlier demo.")] = False,
     json_output: opt.Json = False,
 ) -> None:
-    """Build a tiny Stable Diffusion of handwritten digits, leave one out, and teach it as V* from five images.
+    """Build a tiny Stable Diffusion of handwritten digits, and teach it two that it never saw from five images each.
 
-    Compares added products with LoRA at the same size and with full fine-tuning. Needs no network, no GPU and no data.
+    The images show them white and single; they are asked for in every color, side and number. Compares added products
+    with LoRA at the same size and with full fine-tuning. Needs no network, no GPU and no data.
     """
     screen = Screen(json_output)
     start = time.perf_counter()
     with screen:
-        from comcat_demos import contest_demo
+        from comcat_demos import contest_demo, scene_contest, scenes
 
         made = contest_demo.run(
-            screen, out, overwrite, digit=digit, steps=steps, cache=cache, base_steps=base_steps, seed=seed, start=start
+            screen,
+            out,
+            overwrite,
+            taught=digit or scenes.LEFT_OUT,
+            steps=steps or scene_contest.STEPS,
+            cache=cache,
+            base_steps=base_steps,
+            seed=seed,
+            start=start,
         )
     made.show()
