@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -25,6 +26,7 @@ from comcat.customize.files.layer_factors import PARTS, by_layer, set_side, side
 from comcat.customize.files.numbers import decode_rows, encode_rows
 from comcat.customize.files.restoring import restore_adapter
 from comcat.customize.lora.denoiser_probe import difference
+from comcat.customize.teaching import byte_budget
 from comcat.customize.teaching.families import family_of
 from comcat.customize.teaching.objective import Objective
 from comcat_demos import digits, digits_cache
@@ -47,7 +49,7 @@ class Bench:
             self._held_out[kind] = (mean, std, captions)
 
     def learn(self, file: Path, rank: int, **options: Any) -> None:
-        """Train, save as float16, and leave the pipeline as it was."""
+        """Train, save, and leave the pipeline as it was."""
         config = replace(self.contest.config, lr=1e-2, rank=rank)
         folder = self.folder / "class-images"
         handle = customize.train(
@@ -63,7 +65,7 @@ class Bench:
         )
         # Alike for all, so that bytes differ by what is kept, and by nothing else.
         handle.info["training"] = {"steps": config.steps, "max_bytes": options.get("max_bytes", 99_999)}
-        write_adapter(handle, file, "float16")
+        write_adapter(handle, file, options.get("storage", "float16"))
         handle.remove()
 
     def measure(self, file: Path, scores: bool = True) -> dict[str, float]:
@@ -94,19 +96,40 @@ class Bench:
 
 
 def arms(bench: Bench, folder: Path, base_rank: int) -> Iterator[tuple[str, dict[str, float]]]:
-    """Every budget is the bytes of one rank for all; against it, components chosen by worth."""
+    """Every budget is the bytes of one rank for all; against it, components chosen by worth.
+
+    Between them, to tell what the choice does from what a higher rank in the first half of the run does: the same run
+    that keeps the first components of every head.
+    """
     for rank in (1, 2, base_rank):
-        file = folder / f"rank-{rank}.safetensors"
+        file, chosen = folder / f"rank-{rank}.safetensors", folder / "chosen.safetensors"
         bench.learn(file, rank)
         yield f"rank {rank} everywhere", bench.measure(file)
-        if rank < base_rank:
-            budget, chosen = file.stat().st_size, folder / f"chosen-{rank}.safetensors"
+        if rank == base_rank:
+            return
+        budget = file.stat().st_size
+        with mock.patch.object(byte_budget, "choose", _first(rank)):
             bench.learn(chosen, base_rank, max_bytes=budget, storage="float16")
+        yield f"rank {base_rank}, then {rank} everywhere", bench.measure(chosen)
+        bench.learn(chosen, base_rank, max_bytes=budget, storage="float16")
+        assert chosen.stat().st_size <= budget
+        yield f"by worth, bytes of rank {rank}", bench.measure(chosen)
+        if rank == 1:
+            bench.learn(chosen, 2 * base_rank, max_bytes=budget, storage="nf4")
             assert chosen.stat().st_size <= budget
-            yield f"by worth, bytes of rank {rank}", bench.measure(chosen)
+            yield f"by worth in nf4, bytes of rank {rank}", bench.measure(chosen)
 
 
-def storages(bench: Bench, file: Path) -> Iterator[tuple[str, dict[str, float]]]:
+def _first(rank: int) -> Any:
+    """In the place of the choice by worth: the first components of every head."""
+
+    def choose(worths: Any, sizes: Any, max_bytes: int) -> Any:
+        return {key: (torch.arange(w.worth.shape[1]) < rank).expand_as(w.worth).clone() for key, w in worths.items()}
+
+    return choose
+
+
+def storages(bench: Bench, file: Path, scores: bool = True) -> Iterator[tuple[str, dict[str, float]]]:
     """The same adapter in every storage."""
     about, exact = customize.read_adapter(file)
     for storage in ("float16", "int8", "nf4"):
@@ -114,7 +137,7 @@ def storages(bench: Bench, file: Path) -> Iterator[tuple[str, dict[str, float]]]
         row = {"products_error": restore_adapter(file, path, storage)}
         row["products_error_as_trained"] = products_error(about, exact, _rounded(about, exact, storage))
         row["output_error"] = difference(bench.pipe, file, path)
-        yield f"{file.stem}, {storage}", {**bench.measure(path), **row}
+        yield f"{file.stem}, {storage}", {**bench.measure(path, scores), **row}
 
 
 def _rounded(about: Any, exact: dict[str, torch.Tensor], storage: Any) -> dict[str, torch.Tensor]:
@@ -135,7 +158,7 @@ def _rounded(about: Any, exact: dict[str, torch.Tensor], storage: Any) -> dict[s
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rank", type=int, default=4, help="that runs under a budget begin with")
     parser.add_argument("--digit", type=int, default=digits.LEFT_OUT)
     parser.add_argument("--cache", type=Path, help="where the trained base is kept")
@@ -150,10 +173,11 @@ def main() -> None:
             for kind, rows in (
                 ("budgets", arms(bench, folder, args.rank)),
                 ("storages", storages(bench, folder / "rank-2.safetensors")),
+                ("storages", storages(bench, folder / f"rank-{args.rank}.safetensors", scores=False)),
             ):
                 for name, row in rows:
                     runs[kind].setdefault(name, []).append(row)
-                    print(f"seed {seed} {name:<28}", {k: round(v, 5) for k, v in row.items()}, flush=True)
+                    print(f"seed {seed} {name:<34}", {k: round(v, 5) for k, v in row.items()}, flush=True)
         about = {"digit": args.digit, "steps": args.steps, "rank": args.rank, "seeds": args.seeds}
         common.write(args.json, {**about, **runs})
     _show(runs)
@@ -164,7 +188,7 @@ def _show(runs: dict[str, dict[str, list[dict[str, float]]]]) -> None:
         print(f"\n{kind}")
         for name, values in rows.items():
             cells = [f"{key} {common.spread([v[key] for v in values])}" for key in values[0]]
-            print(f"{name:<46} {'  '.join(cells)}")
+            print(f"{name:<34} {'  '.join(cells)}")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def make_adapter(folder: Path) -> None:
 
     diffusion.fill(customize.add_adapter(pipe(), rank=1, token="V*", name="dog", text_encoder_rank=1))
     try:
-        for storage in ("float32", "int8"):
+        for storage in ("float32", "int8", "nf4"):
             customize.save_adapter(pipe(), folder / f"{storage}.safetensors", storage=storage)
     finally:
         clean()

@@ -78,6 +78,7 @@ def test_files_of_the_first_format_are_read(storage):
     ("edit", "message"),
     [
         (lambda d, t: t.pop(f"{LAYER}.sample.query.weight"), r"missing \(.*query"),
+        (lambda d, t: t.pop(f"{LAYER}.sample.output.weight"), r"missing \(.*output"),
         (lambda d, t: t.update({"x": torch.ones(2)}), r"too many \(x\)"),
         (lambda d, t: t.update({f"{LAYER}.sample.query.weight": torch.ones(4)}), "another shape"),
         (lambda d, t: t.update({f"{LAYER}.sample.query.weight": torch.ones(0, 10)}), "another shape"),

@@ -89,7 +89,7 @@ def entry(data: dict[str, Any]) -> dict[str, Any]:
 
 
 METADATA: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "newer": (lambda d: d.update(format=2, comcat="9.9"), r"format 2 \(written by comcat 9.9\).*upgrade"),
+    "newer": (lambda d: d.update(format=3, comcat="9.9"), r"format 3 \(written by comcat 9.9\).*upgrade"),
     "format 0": (lambda d: d.update(format=0), "format 0"),
     "format true": (lambda d: d.update(format=True), "format True"),
     "format text": (lambda d: d.update(format="1"), "format 1"),

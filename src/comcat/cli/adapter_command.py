@@ -65,7 +65,7 @@ def _lines(header: Any, amount: str) -> list[list[str | tuple[object, str]]]:
         shown = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}" if ranks else "no products"
         lines.append(f"  {component:<10} {len(part.layers)} attention layers of {part.model}, {shown}")
     if header.training:
-        known = ("steps", "batch_size", "lr", "photos", "class_images", "final_loss")
+        known = ("steps", "batch_size", "lr", "photos", "class_images", "final_loss", "max_bytes", "components")
         lines.append("  training   " + ", ".join(f"{k} {header.training[k]}" for k in known if k in header.training))
     said: list[list[str | tuple[object, str]]] = [[(header.name, "bold"), f"  {amount}, stored as {header.storage}"]]
     said += [[one_line(line)] for line in lines]

@@ -70,8 +70,10 @@ def check_contents(header: Header, tensors: Mapping[str, Tensor], path: Path) ->
             if not any(name.endswith(".weight") for name in own):
                 missing.append(prefix.rstrip("."))
             streams = {name.partition(".")[0] for name in own}
-            needed = [f"{stream}.{kind}.weight" for stream in streams for kind in _KINDS[:3]]  # output: not everywhere
+            needed = [f"{stream}.{kind}.weight" for stream in streams for kind in _KINDS[:3]]
             missing += [prefix + name for name in needed if name not in own]
+            if streams and not any(name.endswith(".output.weight") for name in own):  # not every stream has one
+                missing.append(f"{prefix}output")
             biases = {f"{name}.bias" for name in entry.biases}
             missing += [prefix + name for name in biases if name not in own]
             wrong += [prefix + name for name, t in own.items() if not _fits(name, t, entry.rank, biases)]

@@ -68,6 +68,7 @@ def _evened(header: Header, tensors: Mapping[str, Tensor]) -> Named:
     new = dict(tensors)
     for component, layer, entry in _layers(header):
         own = {name: t.float() for name, t in by_layer(tensors, component, layer).items()}
+        check_finite(header, own)  # of float64
         for part, kinds in PARTS.items():
             evened = even_shares(*sides(own, part, entry.rank), alive(own, part, entry.rank))
             for kind, matrix in zip(kinds, evened, strict=True):
