@@ -18,6 +18,7 @@ from torch import Tensor
 from ...errors import CheckpointError, ModelError
 from ...hosts.addable import AddableAttention
 from ...linalg.products import norm_of_product
+from ...nn.added import AddedLayer
 from ...progress import Progress
 from ...storage.atomic import atomic_file, tensor_bytes
 from ..adapter.attached import Adapter
@@ -29,6 +30,8 @@ from .forms import PRODUCTS, Form, ProductName, added_to, form_of, has_key_biase
 from .keys import to_diffusers, to_kohya
 
 Layout = Literal["diffusers", "kohya"]
+#: (component, layer) -> what is added there.
+Layers = Mapping[tuple[str, str], AddedLayer]
 LAYOUTS: tuple[Layout, ...] = ("diffusers", "kohya")
 
 
@@ -92,12 +95,32 @@ def as_lora(
         raise ModelError(
             f"{handle.name!r} has a mask, and a LoRA acts everywhere; take it off first: adapter.mask = None"
         )
+    models = components(handle.pipe)
+    attentions = {component: find_addable(component, models[component])[0] for component in handle.ranks}
+    factors, conversion = layers_as_lora(handle.layers, attentions, models, rank=rank, roots=roots, progress=progress)
+    if handle.token is not None:
+        conversion.dropped.append(f"the vectors of the token {handle.token.text!r}, which go into a file of their own")
+    return factors, conversion
+
+
+def layers_as_lora(
+    layers: Layers,
+    attentions: Mapping[str, Mapping[str, AddableAttention]],
+    models: Mapping[str, Any],
+    *,
+    rank: int | None = None,
+    roots: Roots = no_roots,
+    progress: Progress | None = None,
+) -> tuple[dict[str, dict[str, LoraWeights]], Conversion]:
+    """:func:`as_lora` for products wherever they are.
+
+    Args:
+        attentions: component -> layer -> the base's; models: component -> the module that it is in.
+    """
     factors: dict[str, dict[str, LoraWeights]] = {}
     errors: list[LayerError] = []
     dropped: list[str] = []
-    models = components(handle.pipe)
-    attentions = {component: find_addable(component, models[component])[0] for component in handle.ranks}
-    for done, ((component, name), layer) in enumerate(handle.layers.items(), 1):
+    for done, ((component, name), layer) in enumerate(layers.items(), 1):
         attention = attentions[component][name]
         if attention.unfolded:
             raise ModelError(
@@ -122,29 +145,27 @@ def as_lora(
                     lora, _ = truncate_lora(lora.down, lora.up, rank)
                 factors.setdefault(component, {})[path] = lora
         if progress:
-            progress("convert layers", done, len(handle.layers))
+            progress("convert layers", done, len(layers))
     # The closed form knows its error, but not of a smaller rank, nor of biases, which a LoRA cannot move.
     errors = [
-        _measured(e, attentions[e.component][e.layer], models, handle, factors, roots)
-        if e.kept and (rank is not None or _touches_biases(e, attentions[e.component][e.layer], handle))
+        _measured(e, attentions[e.component][e.layer], models, layers, factors, roots)
+        if e.kept and (rank is not None or _touches_biases(e, attentions[e.component][e.layer], layers))
         else e
         for e in errors
     ]
-    if handle.token is not None:
-        dropped.append(f"the vectors of the token {handle.token.text!r}, which go into a file of their own")
     return factors, Conversion(errors, dropped)
 
 
-def _touches_biases(error: LayerError, attention: AddableAttention, handle: Adapter) -> bool:
-    own = [name for name, _ in handle.layers[error.component, error.layer].named_parameters() if name.endswith("bias")]
+def _touches_biases(error: LayerError, attention: AddableAttention, layers: Layers) -> bool:
+    own = [name for name, _ in layers[error.component, error.layer].named_parameters() if name.endswith("bias")]
     return bool(own) or (error.part == "qk" and has_key_biases(attention))
 
 
 def _measured(
-    error: LayerError, attention: AddableAttention, models: Any, handle: Adapter, factors: Any, roots: Roots
+    error: LayerError, attention: AddableAttention, models: Any, layers: Layers, factors: Any, roots: Roots
 ) -> LayerError:
     """The error of a LoRA whose rank was cut: (L + dL)(R + dR)^T against L R^T + A B^T, through small QR cores."""
-    component, layer = error.component, handle.layers[error.component, error.layer]
+    component, layer = error.component, layers[error.component, error.layer]
     biased = error.part == "qk" and has_key_biases(attention)
     form = form_of(attention, models[component], error.part, key_bias=biased)
     A, B = added_to(attention, models[component], layer, error.part, key_bias=biased)
