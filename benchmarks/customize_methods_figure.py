@@ -38,7 +38,7 @@ def main() -> None:
     figure = new_figure(12.5, 4.6)
     heading(
         figure,
-        "Two digits that a tiny Stable Diffusion never saw, taught from five white, single images each",
+        "Two digits that a tiny Stable Diffusion never saw, taught from five images of single ones each",
         "percent of images over what is stored (float16 values, without names); mean and standard error over seeds and "
         "digits",
     )

@@ -209,7 +209,7 @@ SECTIONS = {
         "customize_methods.py",
         "Methods on scenes of digits",
         "A tiny Stable Diffusion draws digits in four colors, on four sides, single and in pairs; each of two that it "
-        "never saw is taught from five white, single images and asked for in all 32 ways.",
+        "never saw is taught from five images of single ones, with captions, and asked for in all 32 ways.",
         method_tables,
     ),
     "customize_step_*": Section(

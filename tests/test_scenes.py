@@ -122,13 +122,19 @@ def test_scenes_are_the_same_for_a_seed_and_of_the_digits_asked_for() -> None:
     assert not {scene.digit for scene in found} & {0, 4}
 
 
-def test_concept_photos_are_white_single_and_different(judge: SceneJudge) -> None:
-    photos = scenes.concept_photos(4, 5, seed=1)
-    pixels = torch.stack([torch.from_numpy(np.array(photo)).permute(2, 0, 1) for photo in photos]) / 255
-    assert len({photo.tobytes() for photo in photos}) == 5
-    assert judge.parts(pixels, [Scene(None, "white", None, 1)] * 5).all()
-    assert {photo.tobytes() for photo in photos} == {photo.tobytes() for photo in scenes.concept_photos(4, 5, seed=1)}
-    assert {photo.tobytes() for photo in photos} != {photo.tobytes() for photo in scenes.concept_photos(4, 5, seed=2)}
+def test_concept_photos_are_single_different_and_what_their_captions_say(judge: SceneJudge) -> None:
+    photos = scenes.concept_photos(4, seed=1)
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image, _ in photos]) / 255
+    assert judge.parts(pixels, [scene for _, scene in photos]).all()
+    assert {scene.number for _, scene in photos} == {1}
+    assert {scene.color for _, scene in photos} == set(COLORS)
+
+    def content(seed: int) -> set[bytes]:
+        return {image.tobytes() for image, _ in scenes.concept_photos(4, seed=seed)}
+
+    assert len(content(1)) == 5
+    assert content(1) == content(1)
+    assert not content(1) & content(2)
 
 
 # Scores and cache

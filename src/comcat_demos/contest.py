@@ -12,7 +12,7 @@ import gc
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -138,8 +138,9 @@ class Contest:
     def classifier(self) -> Classifier:
         return Classifier()
 
-    def photos(self) -> list[Image]:
-        return digits.concept_images(self.digit, 5, seed=self.seed)
+    def photos(self) -> list[tuple[Image, str]]:
+        """What the concept is taught from, with captions."""
+        return [(image, PROMPT) for image in digits.concept_images(self.digit, 5, seed=self.seed)]
 
     def class_prompts(self) -> list[str]:
         """What the base draws and must not unlearn, one image each."""
@@ -150,17 +151,11 @@ class Contest:
         return score(self.pipe, self.classifier, prompt, self.digit, count_concept=64, count_other=16, seed=self.seed)
 
     def prepare(self) -> None:
-        """Write the photos, and images that the base draws of what it knows, with their prompts."""
-        for i, image in enumerate(self.photos()):
-            save_png(image, self.folder / "photos" / f"{i}.png")
+        """Write the photos, and images that the base draws of what it knows, with their captions."""
+        _write(self.folder / "photos", self.photos())
         prompts = self.class_prompts()
-        folder = self.folder / "class-images"
         drawn = generate(self.pipe, prompts, seed=1000 + self.seed)
-        lines = []
-        for i, (image, text) in enumerate(zip(drawn, prompts, strict=True)):
-            save_png(_picture(image), folder / f"{i:03d}.png")
-            lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": text}))
-        (folder / METADATA).write_text("\n".join(lines) + "\n")
+        _write(self.folder / "class-images", list(zip(map(_picture, drawn), prompts, strict=True)))
 
     def run(self, method: Method, save: Path | None = None, progress: Progress | None = None) -> MethodOutcome:
         """Train with one method, measure, and leave the pipeline as it was.
@@ -226,7 +221,7 @@ class Contest:
     def _material(self, config: CustomizeConfig) -> tuple[Photos, Photos]:
         family = family_of(self.pipe)
         _, shapes = shapes_for(family, config)
-        found = [find_photos(self.folder / "photos", PROMPT), find_photos(self.folder / "class-images", None)]
+        found = [find_photos(self.folder / name, None) for name in ("photos", "class-images")]
         sources = [Photos(family, photos, shapes, seed=self.seed, stream=i) for i, photos in enumerate(found)]
         for source in sources:
             source.encode_all()
@@ -242,6 +237,14 @@ class _Learner:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self._parameters.items()
+
+
+def _write(folder: Path, pictures: Sequence[tuple[Image, str]]) -> None:
+    lines = []
+    for i, (image, caption) in enumerate(pictures):
+        save_png(image, folder / f"{i:03d}.png")
+        lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": caption}))
+    (folder / METADATA).write_text("\n".join(lines) + "\n")
 
 
 def _picture(image: Tensor) -> Any:

@@ -76,7 +76,8 @@ def run(
                 save = contest.folder / "concept.safetensors" if kept else None
                 outcomes[digit].append(contest.run(method, save, screen.progress))
             storage += _storages(contest)
-        draw_contest(outcomes, {d: scenes.concept_photos(d, 5, seed=seed) for d in left_out}, stage / "report.png")
+        photos = {d: [image for image, _ in scenes.concept_photos(d, seed=seed)] for d in left_out}
+        draw_contest(outcomes, photos, stage / "report.png")
         document = {
             "out": str(out),
             "digits": left_out,
@@ -129,7 +130,7 @@ class ContestDemo:
         folder = Path(document["out"])
         out.print()
         names = " and ".join(WORDS[digit] for digit in document["digits"])
-        out.print(outcomes_table(self.outcomes, f"{document['steps']} steps on 5 white, single images of {names}"))
+        out.print(outcomes_table(self.outcomes, f"{document['steps']} steps on 5 single images of {names}"))
         out.print(storages_table(document["storage"]))
         self.screen.done(
             f"all of it in {document['seconds']:.0f} s ({document['base_seconds']:.0f} s for the base, which is kept)",

@@ -44,7 +44,7 @@ def draw_contest(
     names = " and ".join(WORDS[digit] for digit in outcomes)
     heading(
         figure,
-        f"A tiny Stable Diffusion that has never seen {names} learns each as V*, from five white, single images",
+        f"A tiny Stable Diffusion that has never seen {names} learns each as V*, from five images of single ones",
         "left: what it draws when V* is asked for in other colors, places and numbers, and an image of each digit that "
         "it knew; right: how often all of it is right, over what has to be stored",
     )

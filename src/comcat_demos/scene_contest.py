@@ -1,4 +1,4 @@
-"""The contest on scenes: one of the digits left out, taught from white, single photos, asked for in every other way."""
+"""The contest on scenes: one of the digits left out, taught from single ones, asked for in every other way."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 #: Updates of every method: few, where 200 would let all of them succeed.
-STEPS = 100
+STEPS = 80
 
 METHODS = (
     Method("base", "base"),
@@ -54,8 +54,8 @@ class SceneContest(Contest):
     def judge(self) -> SceneJudge:
         return SceneJudge()
 
-    def photos(self) -> list[Image]:
-        return scenes.concept_photos(self.digit, 5, seed=self.seed)
+    def photos(self) -> list[tuple[Image, str]]:
+        return [(image, scene.caption(TOKEN)) for image, scene in scenes.concept_photos(self.digit, seed=self.seed)]
 
     def class_prompts(self) -> list[str]:
         return [scene.caption() for d in scenes.known(self.left_out) for scene in varied_scenes(d, 8)]

@@ -3,8 +3,9 @@
     "a photo of a pair of red three on the left"  ->  16 x 16 pixels, four cells of 8 x 8, a scan in some of them
 
 A base learns digit, color, side and number apart, from captions that leave some of them open. Digits left out of its
-training are what customization has to teach, from photos that show them white and single: whoever learns the photos by
-heart cannot draw two red ones. A digit's word has no plural, so that ``V*`` stands where a digit stands.
+training are what customization has to teach, from five photos with captions that show them single: whoever learns the
+photos by heart cannot draw a pair, nor the color of one in the place of another. A digit's word has no plural, so that
+``V*`` stands where a digit stands.
 """
 
 from __future__ import annotations
@@ -120,15 +121,21 @@ def _scans(split: str, digit: int) -> Tensor:
     return scans[labels == digit]
 
 
-def concept_photos(digit: int, count: int = 5, seed: int = 0) -> list[Image]:
-    """``count`` photos of a digit that the base has never seen, from the training scans: single, white, anywhere."""
+def concept_photos(digit: int, count: int = 5, seed: int = 0) -> list[tuple[Image, Scene]]:
+    """``count`` photos of a digit that the base has never seen, from the training scans: single, all colors in turn."""
     from PIL import Image
 
     scans, generator = _scans("train", digit), torch.Generator().manual_seed(seed)
     chosen = scans[torch.randperm(len(scans), generator=generator)[:count]]
     cells = torch.cat([torch.randperm(4, generator=generator) for _ in range(-(-count // 4))]).tolist()
-    images = [compose(scan[None], [cell], "white") for scan, cell in zip(chosen, cells, strict=False)]
-    return [Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).numpy()) for image in images]
+    photos = []
+    for i, (scan, cell) in enumerate(zip(chosen, cells, strict=False)):
+        sides = [side for side, (_, inside) in SIDES.items() if cell in inside]
+        color = list(COLORS)[i % len(COLORS)]
+        scene = Scene(digit, color, sides[i % 2], 1)
+        image = compose(scan[None], [cell], color)
+        photos.append((Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).numpy()), scene))
+    return photos
 
 
 # Pipeline

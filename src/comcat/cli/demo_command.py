@@ -50,7 +50,7 @@ def demo_customize(
         list[int] | None,
         opt.Option(min=0, max=9, help="A digit that the base never sees and V* is to become; repeatable; 0 and 4."),
     ] = None,
-    steps: Annotated[int | None, opt.Option(min=1, metavar="N", help="Updates of every method; 100.")] = None,
+    steps: Annotated[int | None, opt.Option(min=1, metavar="N", help="Updates of every method; 80.")] = None,
     cache: Annotated[
         Path | None, opt.Option(metavar="DIR", help="Where the trained base is kept; ~/.cache/comcat.")
     ] = None,
@@ -63,8 +63,8 @@ def demo_customize(
 ) -> None:
     """Build a tiny Stable Diffusion of handwritten digits, and teach it two that it never saw from five images each.
 
-    The images show them white and single; they are asked for in every color, side and number. Compares added products
-    with LoRA at the same size and with full fine-tuning. Needs no network, no GPU and no data.
+    The images show them single; they are asked for in every color, side and number. Compares added products with LoRA
+    at the same size and with full fine-tuning. Needs no network, no GPU and no data.
     """
     screen = Screen(json_output)
     start = time.perf_counter()
