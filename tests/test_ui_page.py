@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -194,7 +195,9 @@ def test_side_by_side_at_the_same_seed(shared, base):
     with Image.open(files[0]) as image:
         said = json.loads(image.text["comcat"])  # type: ignore[attr-defined]
     assert (said["prompt"], said["seed"], said["steps"]) == (PROMPT, 3, 2)
-    assert said["adapters"] == [{"file": str(shared.place.adapter("dog")), "scale": 0.5, "where": "everywhere"}]
+    assert said["adapters"] == [
+        {"file": str(shared.place.adapter("dog")), "scale": 0.5, "where": "everywhere", "word": None}
+    ]
 
 
 def test_an_adapter_on_a_part_of_the_picture(shared, base):
@@ -217,6 +220,18 @@ def test_an_adapter_on_a_part_of_the_picture(shared, base):
     assert not _far(images["left half"].image, images["again"].image)
     refused = tab.draw(str(base), PROMPT, ["dog"], {"dog": {"area": OWN}}, 0, 1, "1", "", "", "")
     assert "add the image, or choose another area" in refused
+
+
+def test_two_adapters_that_learned_the_same_word(shared, base):
+    tab = LibraryTab(shared)
+    shutil.copyfile(shared.place.adapter("dog"), shared.place.adapter("cat"))
+    both, told = ["dog", "cat"], {"dog": {"area": "left half"}, "cat": {"area": "right half"}}
+    assert tab.draw(str(base), f"{PROMPT} and W*", both, told, 0, 1, "1", "", "", "") == ""
+    assert over(shared, "library").state == FAILED
+    told["cat"]["word"] = "W*"
+    assert tab.draw(str(base), f"{PROMPT} and W*", both, told, 0, 1, "1", "", "", "") == ""
+    assert over(shared, "library").state == DONE, shared.line.latest("library").message
+    assert tab.pictures()[1].caption == "dog 0.75, left half + cat 0.75, right half · seed 0"
 
 
 def test_the_halves(tmp_path):

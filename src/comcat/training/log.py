@@ -19,6 +19,7 @@ from ..storage.owned import EVENTS, strangers
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+SAMPLES = "samples"  # pictures that are drawn on the way
 
 
 class Log:

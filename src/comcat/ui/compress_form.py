@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ComcatError
-from ..report.page import PAGE_NAME
 from .command_job import CommandJob
 
 METHODS = ("auto", "probe", "spectrum", "uniform")
@@ -88,6 +87,8 @@ class CompressionJob(CommandJob):
     kind = "compress"
 
     def __init__(self, form: CompressForm, calibration: Path, device: list[str]) -> None:
+        from ..report.page import PAGE_NAME  # with PyTorch
+
         form.check()
         self.form, self.calibration, self._device = form, calibration, device
         self.out = Path(form.out.strip())

@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..customize.teaching.concept_task import SAMPLES
 from ..customize.teaching.customize_config import CustomizeConfig
 from ..errors import ComcatError, TrainingError
-from ..training.log import METRICS
+from ..training.log import METRICS, SAMPLES
 from .command_job import CommandJob
 from .given_photos import GivenPhoto, read_told, write_photos
 from .setting_fields import as_arguments, fields_of

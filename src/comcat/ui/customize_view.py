@@ -54,6 +54,7 @@ def build_customize(tab: CustomizeTab) -> tuple[Any, Any, list[Any]]:
             return [gr.skip()] * (len(looked) + 1)
         return [now, *_updates(tab, now, new)]
 
+    photos.change(lambda: "", None, refused)  # it may have been that there were none
     start.click(tab.start, [name, photos, *told, *values], refused).then(look, seen, [seen, *looked])
     resume.click(tab.resume, [runs, photos, *told, *values], refused).then(look, seen, [seen, *looked])
     stop.click(tab.stop).then(look, seen, [seen, *looked])

@@ -19,12 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChosenAdapter:
-    """An adapter that is on; ``area`` is where it acts in words, ``mask`` the image that says it, or None."""
+    """An adapter that is on.
+
+    Attributes:
+        area: where it acts in words; mask: the image that says it, or None.
+        word: for the one that it learned, where another is wanted.
+    """
 
     file: Path
     scale: float
     area: str = EVERYWHERE
     mask: Path | None = None
+    word: str | None = None
 
     @property
     def shown(self) -> str:
@@ -136,7 +142,7 @@ class DrawingJob(Job):
             base = self._draw(pipe, 0, columns)
             drawn = []
             if asked.adapters:
-                load_all(pipe, [AdapterOption(a.file, a.scale, None, a.mask) for a in asked.adapters])
+                load_all(pipe, [AdapterOption(a.file, a.scale, a.word, a.mask) for a in asked.adapters])
                 check_prompts(pipe, [asked.prompt])
                 drawn = self._draw(pipe, 1, columns)
         finally:
@@ -173,7 +179,10 @@ class DrawingJob(Job):
         settings = {**asdict(self.request), "seed": seed, "comcat": __version__}
         del settings["count"]
         chosen = self.request.adapters if adapted else ()
-        own = [{"file": str(a.file), "scale": a.scale, "where": a.shown.partition(", ")[2] or a.area} for a in chosen]
+        own = [
+            {"file": str(a.file), "scale": a.scale, "where": a.shown.partition(", ")[2] or a.area, "word": a.word}
+            for a in chosen
+        ]
         return {**settings, "adapters": own}
 
 

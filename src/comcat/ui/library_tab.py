@@ -53,7 +53,8 @@ class LibraryTab:
         """Draw; why it cannot be, or "".
 
         Args:
-            told: of adapters that differ from what their files say: ``strength``, ``area`` and ``image`` (of the mask).
+            told: of adapters that are to differ from their files: ``strength``, ``area``, ``image`` (of the mask) and
+                ``word``.
         """
         try:
             own = {entry.name: entry for entry in self.entries()}
@@ -79,7 +80,9 @@ class LibraryTab:
     def _chosen(self, entry: LibraryEntry, told: dict[str, Any]) -> ChosenAdapter:
         area = told.get("area", EVERYWHERE)
         mask = mask_of(area, told.get("image"), self.shared.scratch, entry.name)
-        return ChosenAdapter(entry.path, told.get("strength", entry.header.scale), area, mask)
+        word = str(told.get("word") or "").strip()
+        other = word if word and word != entry.word else None
+        return ChosenAdapter(entry.path, told.get("strength", entry.header.scale), area, mask, other)
 
     def stop(self, kind: str = DrawingJob.kind) -> None:
         if job := self.shared.line.latest(kind):

@@ -137,9 +137,17 @@ def build_chosen(entry: LibraryEntry, known: dict[str, Any], told: Any) -> None:
             step=0.05,
             interactive=True,
             label=f"Strength of {name}",
-            info="1 as it was taught, 0 is the base" + (f". Its word is {entry.word}" if entry.word else ""),
+            info="1 as it was taught, 0 is the base",
         )
-        where = gr.Dropdown(list(AREAS), value=area, interactive=True, label=f"Where {name} acts")
+        with gr.Row():
+            where = gr.Dropdown(list(AREAS), value=area, interactive=True, label=f"Where {name} acts")
+            word = gr.Textbox(
+                known.get("word", entry.word),
+                label="Its word in the prompt",
+                interactive=True,
+                visible=bool(entry.word),
+                min_width=120,
+            )
         image = gr.Image(
             known.get("image"),
             label="White where it acts, black where not",
@@ -158,6 +166,7 @@ def build_chosen(entry: LibraryEntry, known: dict[str, Any], told: Any) -> None:
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
     strength.change(keep("strength"), [strength, told], told, **quiet)
+    word.change(keep("word"), [word, told], told, **quiet)
     where.change(keep("area"), [where, told], told, **quiet)
     where.change(lambda area: gr.Image(visible=area == OWN), where, image, **quiet)
     image.change(keep("image"), [image, told], told, **quiet)

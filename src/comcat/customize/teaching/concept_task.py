@@ -15,7 +15,7 @@ from ...errors import TrainingError
 from ...progress import Progress
 from ...storage.manifest import Manifest
 from ...training.engine import Task, not_finite
-from ...training.log import Log
+from ...training.log import SAMPLES, Log
 from ...training.state import Saved
 from ..adapter.attached import Adapter
 from ..generation import generate
@@ -31,8 +31,6 @@ from .trainer import AdapterTrainer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-SAMPLES = "samples"
 
 
 class Teaching(Task):
