@@ -325,6 +325,7 @@ def test_a_model_and_a_budget_to_a_report(shared, tmp_path, here):
     assert "--keep 0.6" in now["command"]
     assert tab.report().startswith('<iframe title="Report" sandbox="" srcdoc="&lt;!')
     assert comcat.load_model(str(tmp_path / "small"))
+    assert not job.form.calibration.exists()
     assert tab.start(*told, False, "4", "", False, False) == ""  # again, without Replace
     job = over(shared, "compress")
     assert job.state == FAILED

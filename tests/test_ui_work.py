@@ -1,9 +1,11 @@
 """The jobs behind the page: one at a time, in line, stopped and started again. No page, no browser."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -252,17 +254,21 @@ def test_photos_and_captions_reach_the_training(tmp_path):
     assert [p.caption for p in photos_of(out)] == ["V* on grass", "a photo of <cat>"]
 
 
-def test_what_compress_is_told(tmp_path):
+def test_what_compress_is_told():
     form = CompressForm(" vit ", "data", "small", 0.7, "multiply-adds (MACs)", "probe", True, 32, 64, True, True)
-    params = given("compress", form.arguments(tmp_path / "c.safetensors", ["--device", "cpu"])[1:])
+    params = given("compress", form.arguments(["--device", "cpu"])[1:])
     expected = {"model": "vit", "out": Path("small"), "keep_macs": 0.7, "keep": None, "method": "probe"}
     expected |= {"calibration_images": 32, "eval_images": 64, "skip_bad_images": True, "overwrite": True}
-    expected |= {"no_eval": False, "calibration_file": tmp_path / "c.safetensors", "data": "data", "device": "cpu"}
+    expected |= {"no_eval": False, "calibration_file": form.calibration, "data": "data", "device": "cpu"}
     assert {key: params[key] for key in expected} == expected
-    bare = given("compress", CompressForm("vit", "", "small", 0.5).arguments(tmp_path / "c", [])[1:])
+    bare = given("compress", CompressForm("vit", "", "small", 0.5).arguments([])[1:])
     assert bare["data_free"]
     assert bare["no_eval"]
     assert bare["keep"] == 0.5
+    assert re.fullmatch(r"small\.calibration-[0-9a-f]{8}\.safetensors", str(form.calibration))
+    other = [replace(form, images="others"), replace(form, model="deit"), replace(form, calibration_images=33)]
+    assert len({form.calibration, *(one.calibration for one in other)}) == 4  # never taken for each other's
+    assert replace(form, share=0.5).calibration == form.calibration
     with pytest.raises(ComcatError, match="no model yet"):
         CompressForm("", "data", "small", 0.5).check()
     with pytest.raises(ComcatError, match="spectrum or uniform"):

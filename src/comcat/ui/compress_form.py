@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ComcatError
 from .command_job import CommandJob
+from .work import DONE
 
 METHODS = ("auto", "probe", "spectrum", "uniform")
 #: What a budget is a share of -> the option.
@@ -61,13 +63,23 @@ class CompressForm:
                 "the method spectrum or uniform, which work on the weights alone"
             )
 
-    def arguments(self, calibration: Path, device: list[str]) -> list[str]:
-        """Of the command; ``calibration`` is where its statistics are kept for a run that is resumed."""
+    @property
+    def calibration(self) -> Path:
+        """Where statistics are kept until the model is written, so that a run that is stopped can go on.
+
+        The name says of what they are: other images are never taken for these.
+        """
+        told = f"{self.model.strip()}\0{self.images.strip()}\0{self.calibration_images}"
+        out = Path(self.out.strip())
+        return out.with_name(f"{out.name}.calibration-{hashlib.sha256(told.encode()).hexdigest()[:8]}.safetensors")
+
+    def arguments(self, device: list[str]) -> list[str]:
+        """Of the command."""
         numbers = (("--calibration-images", self.calibration_images), ("--eval-images", self.eval_images))
         images = self.images.strip()
         return [
             *("compress", self.model.strip(), "--out", self.out.strip(), SHARES[self.of], f"{self.share:g}"),
-            *(["--data", images, "--calibration", str(calibration)] if images else ["--data-free"]),
+            *(["--data", images, "--calibration", str(self.calibration)] if images else ["--data-free"]),
             *(["--method", self.method] if self.method else []),
             *(part for option, value in numbers if value and images for part in (option, str(value))),
             *(["--skip-bad-images"] if self.skip_bad and images else []),
@@ -81,27 +93,36 @@ class CompressionJob(CommandJob):
     """A compression and its report.
 
     Attributes:
-        out: of the small model; page: the report; form: what it was told; calibration: its statistics.
+        out: of the small model; page: the report; form: what it was told.
     """
 
     kind = "compress"
 
-    def __init__(self, form: CompressForm, calibration: Path, device: list[str]) -> None:
+    def __init__(self, form: CompressForm, device: list[str]) -> None:
         from ..report.page import PAGE_NAME  # with PyTorch
 
         form.check()
-        self.form, self.calibration, self._device = form, calibration, device
+        self.form, self._device = form, device
         self.out = Path(form.out.strip())
         self.page = self.out / PAGE_NAME
         # Spectra are those of activations where there are statistics.
-        spectra = ["--calibration", str(calibration)] if form.images.strip() else []
+        spectra = ["--calibration", str(form.calibration)] if form.images.strip() else []
         report = ["report", str(self.out), "--overwrite", "--dense", form.model.strip(), *spectra, *device]
-        commands = (form.arguments(calibration, device), report)
+        commands = (form.arguments(device), report)
         super().__init__(f"Compressing {form.model.strip()}", *commands, words=compress_words)
+
+    def run(self) -> None:
+        super().run()
+        self.form.calibration.unlink(missing_ok=True)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether it ended before its end, with something gathered."""
+        return self.over and self.state != DONE and self.form.calibration.exists()
 
     def again(self) -> CompressionJob:
         """The same once more, with the statistics that are there."""
-        return CompressionJob(self.form, self.calibration, self._device)
+        return CompressionJob(self.form, self._device)
 
 
 def compress_words(text: str) -> str:

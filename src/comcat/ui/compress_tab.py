@@ -21,7 +21,6 @@ class CompressTab:
 
     def __init__(self, shared: Shared) -> None:
         self.shared = shared
-        self._count = 0
 
     @property
     def job(self) -> CompressionJob | None:
@@ -57,9 +56,7 @@ class CompressTab:
                 skip_bad,
                 overwrite,
             )
-            self._count += 1
-            statistics = self.shared.scratch / f"calibration-{self._count}.safetensors"
-            self._add(CompressionJob(form, statistics, self._device))
+            self._add(CompressionJob(form, self._device))
         except ComcatError as error:
             return problem_card(compress_words(str(error)))
         return ""
@@ -86,7 +83,7 @@ class CompressTab:
         return {
             "card": job_card(job, self.shared.line, IDLE),
             "busy": job is not None and not job.over,
-            "resumable": job is not None and job.over and not done and job.calibration.exists(),
+            "resumable": job is not None and job.resumable,
             "page": str(job.page) if job is not None and done else "",
             "out": str(job.out.resolve()) if job is not None and done else "",
             "command": job.typed if job is not None else "",
