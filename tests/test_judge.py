@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import comcat
+import diffusion
 from comcat import CheckpointError, DataError, ModelError, customize
 from comcat.customize import Contestant, judge
 from comcat.customize.judging import metrics
@@ -388,6 +389,26 @@ def test_overwriting_draws_anew(place: Path, pipe: Any, tmp_path: Path) -> None:
           overwrite=True)  # fmt: skip
     assert len(list((tmp_path / "base").glob("*-seed?.png"))) == 2 * 3
     assert (tmp_path / "base" / "mine.png").read_bytes() == b"mine"
+
+
+def test_what_does_not_fit_is_said_before_the_first_picture(place: Path, pipe: Any, tmp_path: Path) -> None:
+    """And what was asked wrongly leaves nothing that stands in the way of asking rightly."""
+    asked = {**QUICK, "dino": str(place / "dino"), "class_word": "digit"}
+    other = diffusion.pipeline("sd1")
+    foreign = tmp_path / "foreign.safetensors"
+    customize.add_adapter(other, token="V*", name="foreign")
+    customize.save_adapter(other, foreign)
+    files = [place / "one.safetensors", foreign]
+    with pytest.raises(CheckpointError, match="does not fit this unet"):
+        judge(pipe, files, place / "photos", out=tmp_path / "out", **asked)
+    with pytest.raises(DataError, match="steps is 0"):
+        judge(pipe, files[:1], place / "photos", out=tmp_path / "out", **{**asked, "steps": 0})
+    assert customize.adapters(pipe) == {}
+    assert not list((tmp_path / "out").rglob("*seed*.png"))
+    repeated = {**asked, "prompts": ["the {}"], "retention_prompts": ["the {}"]}  # the base's picture is one
+    found = judge(pipe, files[:1], place / "photos", out=tmp_path / "out", **repeated)
+    assert len(list((tmp_path / "out" / "base").glob("*.png"))) == 2
+    assert len(found.row("base").per_prompt["dino"]) == 1
 
 
 def test_strengths_of_one_file_are_told_apart(place: Path, pipe: Any, tmp_path: Path) -> None:

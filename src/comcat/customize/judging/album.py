@@ -39,13 +39,14 @@ class DrawingCost:
     """What drawing took.
 
     Attributes:
-        device: where; seconds: per picture, one entry a batch.
+        device: where; batch_size: pictures at a time; seconds: per picture, one entry a batch.
         peak_bytes: most memory at a time, of the GPU (allocated by PyTorch) or of the process (resident, Linux); None
             where it cannot be told.
         flagged: names of pictures that the pipeline's safety checker has blackened.
     """
 
     device: str = ""
+    batch_size: int = 0
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     flagged: list[str] = field(default_factory=list)
@@ -82,12 +83,12 @@ class Album:
             if kept["settings"] == self.settings and not overwrite:
                 self.cost = validated(DrawingCost, kept["cost"], f"'{record}'")
                 return
-            if not overwrite:
+            if not overwrite and self._pictures():
                 raise CheckpointError(
                     f"the pictures in '{folder}' were drawn with {_difference(kept['settings'], self.settings)}; give "
                     "--overwrite to draw them again, or choose another --out"
                 )
-            for name in [name for name in self.manifest.files if name.endswith(".png")]:
+            for name in self._pictures():
                 self.manifest.remove(name)
         elif folder.is_dir() and any(folder.iterdir()):
             raise CheckpointError(f"'{folder}' holds something else than pictures of a judgement; choose another --out")
@@ -99,8 +100,13 @@ class Album:
         return self.folder / f"{slug(prompt)}-{sha}-seed{seed}.png"
 
     def missing(self, jobs: Sequence[Job]) -> list[Job]:
-        """Those that are not drawn yet."""
-        return [job for job in jobs if not (self.path(*job).is_file() and self.path(*job).name in self.manifest.files)]
+        """Those that are not drawn yet, each once."""
+        drawn = set(self._pictures())
+        return [job for job in dict.fromkeys(jobs) if self.path(*job).name not in drawn]
+
+    def _pictures(self) -> list[str]:
+        """Names of those that are drawn."""
+        return [n for n in self.manifest.files if n.endswith(".png") and (self.folder / n).is_file()]
 
     def draw(
         self,
@@ -120,7 +126,11 @@ class Album:
         if not missing:
             return
         device = pipe.device if hasattr(pipe, "device") else "cpu"
-        self.cost.device = str(device)
+        if (self.cost.device, self.cost.batch_size) != (
+            str(device),
+            batch_size,
+        ):  # what it took before compares no more
+            self.cost = DrawingCost(str(device), batch_size, flagged=self.cost.flagged)
         done = 0
         try:
             with peak_memory(device) as peak:

@@ -26,6 +26,8 @@ from ...progress import Progress
 #: What can be given, for messages.
 DINO_EXAMPLES = "vit_small_patch16_224.dino of timm, facebook/dinov2-small of transformers, or a directory"
 CLIP_EXAMPLES = "openai/clip-vit-base-patch32 of transformers, open_clip/ViT-B-32/openai, or a directory"
+#: Advice of other commands, which encoders have no option for.
+_CHECKPOINT = ", or give --checkpoint FILE.safetensors"
 _CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
 
 
@@ -181,5 +183,5 @@ def _named(option: str, name: str, examples: str) -> Iterator[None]:
     try:
         yield
     except ComcatError as error:
-        cause = str(error).rstrip(".")
+        cause = str(error).replace(_CHECKPOINT, "").rstrip(".")
         raise ModelError(f"the encoder of {option} '{name}' cannot be used: {cause}. Give {examples}") from error

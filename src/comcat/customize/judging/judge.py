@@ -115,10 +115,14 @@ def judge(
             albums[contestant.name] = Album(out / folder_name(contestant.name), own, overwrite)
         subjects = {BASE: words.class_word, **words.subjects}
         texts = {name: [prompt.replace(PLACE, called) for prompt in asked] for name, called in subjects.items()}
-        for one in (None, *contestants):
-            name = BASE if one is None else one.name
-            jobs = [(prompt, seed) for prompt in (*texts[name], *kept) for seed in numbers]
-            _draw(pipe, one, albums[name], jobs, texts[name], drawing, batch_size, progress)
+        jobs = {name: [(prompt, seed) for prompt in (*own, *kept) for seed in numbers] for name, own in texts.items()}
+        for one in contestants:  # what does not go together is said before the first picture
+            if albums[one.name].missing(jobs[one.name]):
+                with one.put_on(pipe):
+                    check_prompts(pipe, texts[one.name])
+        _draw(pipe, None, albums[BASE], jobs[BASE], drawing, batch_size, progress)
+        for one in contestants:
+            _draw(pipe, one, albums[one.name], jobs[one.name], drawing, batch_size, progress)
         judgement = _judged(jury, albums, texts, subjects, contestants, numbers, progress)
         judgement = replace(
             judgement,
@@ -140,7 +144,6 @@ def _draw(
     one: Contestant | None,
     album: Album,
     jobs: Sequence[tuple[str, int]],
-    prompts: Sequence[str],
     drawing: Drawing,
     batch_size: int,
     progress: Progress | None,
@@ -153,7 +156,6 @@ def _draw(
             album.draw(pipe, jobs, drawing, batch_size, progress, f"draw with {name}")
             return
         with one.put_on(pipe):
-            check_prompts(pipe, prompts)
             album.draw(pipe, jobs, drawing, batch_size, progress, f"draw with {name}")
     except KeyboardInterrupt as interrupt:
         left = len(album.missing(jobs))
@@ -182,7 +184,7 @@ def _judged(
     rows = []
     for name, found in values.items():
         cost, plain = albums[name].cost, albums[BASE].cost
-        comparable = cost.per_picture and plain.per_picture and cost.device == plain.device
+        alike = (cost.device, cost.batch_size) == (plain.device, plain.batch_size)
         rows.append(
             JudgedRow(
                 name=name,
@@ -193,7 +195,7 @@ def _judged(
                 best=tuple(leaders.get(name, ())),
                 bytes=by_name[name].bytes if name in by_name else None,
                 train_seconds=by_name[name].seconds if name in by_name else None,
-                speed=cost.per_picture / plain.per_picture if comparable and name != BASE else None,  # type: ignore[operator]
+                speed=_ratio(cost.per_picture, plain.per_picture) if alike and name != BASE else None,
             )
         )
     return Judgement(
@@ -222,6 +224,10 @@ def _leaders(values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[str]]
                 if own is best or metrics.as_good(own, best):
                     found[name].append(key)
     return found
+
+
+def _ratio(seconds: float | None, of: float | None) -> float | None:
+    return seconds / of if seconds and of else None
 
 
 def named(contestants: Sequence[Contestant]) -> list[Contestant]:

@@ -46,7 +46,7 @@ class JudgedRow:
         per_prompt: means over the seeds, in the order of the prompts.
         best: scores in which no other adapter is measurably better; none where there is one adapter, or one value.
         bytes: of its file; train_seconds: where the file says; cost: of drawing its pictures.
-        speed: seconds of a picture over those of the base.
+        speed: seconds of a picture over those of the base, where both were drawn on one device in batches of one size.
     """
 
     name: str
