@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import QwenImageTransformer2DModel, SanaTransformer2DModel
 from typer.testing import CliRunner
 
 import comcat
@@ -15,7 +16,7 @@ from comcat.denoisers.denoiser_calls import batches_of
 from comcat.denoisers.prediction_error import prediction_error
 from comcat.errors import CalibrationError, ModelError, TrainingError
 from comcat.layers.attention import AttentionLayer
-from comcat.models.batches import Each
+from comcat.models.batches import Batch, Each
 from comcat.nn.projections import HeadProjection
 from comcat.planning.plan import Plan
 from conftest import randomize
@@ -26,29 +27,52 @@ FOUND = {
     "sd1": {"attn1": {"qk", "vo"}, "attn2": {"qk", "vo"}, "ff": {"neurons"}},
     "sdxl": {"attn1": {"qk", "vo"}, "attn2": {"qk", "vo"}, "ff": {"neurons"}},
     "pixart": {"attn1": {"qk", "vo"}, "attn2": {"qk", "vo"}, "ff": {"neurons"}},
-    "sd3": {"ff": {"neurons"}, "ff_context": {"neurons"}},
-    "sd35": {"attn2": {"vo"}, "ff": {"neurons"}, "ff_context": {"neurons"}},
-    "flux": {"ff": {"neurons"}, "ff_context": {"neurons"}},
+    "sd3": {"0.attn": {"qk", "vo"}, "1.attn": {"qk"}, "ff": {"neurons"}, "ff_context": {"neurons"}},
+    "sd35": {"0.attn": {"vo"}, "attn2": {"vo"}, "ff": {"neurons"}, "ff_context": {"neurons"}},
+    "qwen": {"attn": {"vo"}, "img_mlp": {"neurons"}, "txt_mlp": {"neurons"}},
+    "sana": {"attn1": {"channels"}, "attn2": {"qk", "vo"}},
+    "flux": {"transformer_blocks.0.attn": {"vo"}, "ff": {"neurons"}, "ff_context": {"neurons"}},
 }
 
 
-def prepared(host: str, dtype: torch.dtype = torch.float64) -> Any:
-    m = model(host, dtype)
-    return comcat.prepare(m, inputs(m, dtype, 3))
+def random(*shape: int) -> Any:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("host", MODELS)
+def qwen() -> tuple[Any, dict[str, Any]]:
+    sizes = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 3, "axes_dims_rope": (4, 6, 6)}
+    host = QwenImageTransformer2DModel(patch_size=1, in_channels=4, out_channels=4, joint_attention_dim=13, **sizes)
+    text = {"encoder_hidden_states": random(3, 5, 13), "encoder_hidden_states_mask": torch.ones(3, 5).long()}
+    return host, {"hidden_states": random(3, 6, 4), **text, "timestep": random(3), "img_shapes": [[(1, 2, 3)]] * 3}
+
+
+def sana() -> tuple[Any, dict[str, Any]]:
+    heads = {"num_attention_heads": 3, "num_cross_attention_heads": 3}
+    widths = {"attention_head_dim": 8, "cross_attention_head_dim": 8, "cross_attention_dim": 24, "caption_channels": 13}
+    host = SanaTransformer2DModel(in_channels=4, out_channels=4, num_layers=1, sample_size=4, **heads, **widths)
+    text = {"encoder_hidden_states": random(3, 5, 13), "timestep": 500 * random(3).abs()}
+    return host, {"hidden_states": random(3, 4, 4, 4), **text}
+
+
+def prepared(host: str) -> Any:
+    if host in MODELS:
+        m = model(host)
+        return comcat.prepare(m, inputs(m, batch=3))
+    m, x = {"qwen": qwen, "sana": sana}[host]()
+    return comcat.prepare(randomize(m).double().eval().requires_grad_(False), x)
+
+
+@pytest.mark.parametrize("host", FOUND)
 def test_layers_are_found_in_every_block_and_are_exact_at_full_rank(host: str) -> None:
     ready = prepared(host)
-    found: dict[str, list[set[str]]] = {}
-    for layer in ready.inventory.layers:
-        found.setdefault(layer.name.rpartition(".")[2], []).append({"neurons"} & set(layer.full) or set(layer.full))
+    found = {layer.name: {"neurons"} & set(layer.full) or set(layer.full) for layer in ready.inventory.layers}
     for name, parts in FOUND[host].items():
-        assert all(one == parts for one in found[name]), name
-    blocks = sum(1 for name, _ in ready.model.named_modules() if name.endswith(".ff"))
-    assert len(found["ff"]) == blocks
+        there = [one for one, _ in ready.model.named_modules() if f".{one}".endswith(f".{name}")]
+        assert there
+        assert all(found.get(one) == parts for one in there), name
     # Once with every part at its full width, the FFN in neurons and once in ranks.
-    base, x = output(ready.model, inputs(ready.model)), inputs(ready.model)
+    x = ready.example
+    base = output(ready.model, x)
     for form in (0, -1):
         choices = {
             layer.name: {part: layer.full[part] for part in layer.forms[form] if part in layer.full}
@@ -99,6 +123,47 @@ def test_adapters_of_the_dense_base_add_exactly_what_they_add_there(lost: int, t
     assert (output(small, x) - base).abs().max() > 1e-3
     left = comcat.prepare(dense, inputs(dense, batch=3)).inventory.dense
     assert any("carries the products of default" in entry.reason for entry in left)
+
+
+def test_two_streams_share_maps_that_are_optimal_for_all_scores() -> None:
+    """What the factors expect to lose is what the scores lose, over all queries and keys, and no rank loses less."""
+    m = model("sd3")
+    x = inputs(m, batch=1)
+    ready = comcat.prepare(m, inputs(m, batch=3))
+    calibration = comcat.calibrate(ready, [((), x)], outputs="features", probe_images=1)
+    layer: Any = ready.inventory["transformer_blocks.0.attn"]
+    rows: dict[str, Any] = {}
+    names = {"q": ("to_q", "add_q_proj"), "k": ("to_k", "add_k_proj")}
+    for name in sum(names.values(), ()):
+        layer.module.get_submodule(name).register_forward_hook(lambda _, a, out, name=name: rows.update({name: out[0]}))
+    output(m, x)
+    q, k = (torch.cat([rows[n] for n in pair]).unflatten(-1, (3, 4)).transpose(0, 1) for pair in names.values())
+    k = k - k.mean(1, keepdim=True)
+    factors, pairs = layer.factors(calibration.moments[layer.name]), q.shape[1] * k.shape[1]
+    for rank in (1, 2, 3):
+        q_map, k_map = factors.qk.q_map[..., :rank], factors.qk.k_map[..., :rank]
+        lost = (q @ k.mT - (q @ q_map) @ (k @ k_map).mT).square().sum() / pairs
+        assert float(lost) == pytest.approx(float(factors.errors("qk")[rank]), rel=1e-6)
+        least = sum(torch.linalg.svdvals(s)[rank:].square().sum() for s in q @ k.mT) / pairs
+        assert float(lost) == pytest.approx(float(least), rel=1e-6)
+
+
+@pytest.mark.parametrize("host", ["sd3", "flux"])
+def test_joint_attention_is_calibrated_planned_and_saved(host: str, tmp_path: Path) -> None:
+    ready = prepared(host)
+    x = inputs(ready.model, batch=5)
+    shared = {name: x.pop(name) for name in ("img_ids", "txt_ids") if name in x}
+    calibration = comcat.calibrate(ready, [Batch(x, shared)], fisher=True, outputs="features", probe_images=5)
+    errors = []
+    for keep in (0.8, 0.4):
+        plan = comcat.plan(ready, Budget(params=keep, of="parts"), calibration, "spectrum")
+        small = comcat.compress(ready, plan, calibration)  # which warns where costs are other than was counted
+        errors.append(prediction_error(ready.model, small, Batch(x, shared)))
+    assert errors[0] < errors[1]
+    comcat.save(small, tmp_path / "small")
+    assert output(comcat.load(tmp_path / "small"), {**x, **shared}) == pytest.approx(
+        output(small, {**x, **shared}), rel=1e-9, abs=1e-9
+    )
 
 
 PROMPTS = ["a photo of a dog", "a photo of a cat"]

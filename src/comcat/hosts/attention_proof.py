@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..layers.attention import AttentionLayer
 from ..layers.base import Finding, Layer
 from ..layers.heads import HeadWeights, Places, Role, joined_output, spread
+from ..layers.joint import JointAttention
 from ..linalg.rotary import LAYOUTS, pair_places
 from ..nn.copies import copy_with
 from .attention_structure import attention_of, layer_of, variants
@@ -53,7 +54,8 @@ class _Form:
         assert isinstance(layer, AttentionLayer)
         inputs = tuple(replace(one, by_head=self.by_head and len(one.roles) > 1) for one in layer.stream.inputs)
         stream = replace(layer.stream, inputs=inputs, by_component=self.by_component)
-        made = layer_of(layer.name, layer.module, layer.heads, stream, layer.running)
+        context = layer.context if isinstance(layer, JointAttention) else None
+        made = layer_of(layer.name, layer.module, layer.heads, stream, layer.running, context)
         kept = _kept(made)
         kept.narrow, kept.implicit = self.narrow, self.implicit
         made.proof, made.dense_parts = None, dict(self.dense)
@@ -99,7 +101,7 @@ def _products(trial: Trial, layer: AttentionLayer) -> _Form:
         dense["qk"] = "its scores do not come from queries and keys that are linear layers of its own"
     elif not trial.holds(_turned(layer, "qk")):
         said = trial.said()
-        layouts = LAYOUTS if layer.heads.width % 2 == 0 else ()
+        layouts = LAYOUTS if layer.heads.width % 2 == 0 and not isinstance(layer, JointAttention) else ()
         rotary = next((one for one in layouts if trial.holds(_turned(layer, "qk", one))), None)
         if rotary is None:
             why = (
@@ -108,7 +110,8 @@ def _products(trial: Trial, layer: AttentionLayer) -> _Form:
             )
             dense["qk"] = f"{NO_PRODUCT if _silenced(trial, layer) else why} ({said})"
     if not trial.holds(_turned(layer, "vo")):
-        by_channel = layer.heads.value_width > 1 and _channels_are_free(trial, layer)
+        alone = layer.heads.value_width > 1 and not isinstance(layer, JointAttention)
+        by_channel = alone and _channels_are_free(trial, layer)
         if not by_channel:
             dense["vo"] = (
                 "the output does not follow from the product of values and output weights alone, and channels depend "
@@ -120,10 +123,12 @@ def _products(trial: Trial, layer: AttentionLayer) -> _Form:
 
 def _silenced(trial: Trial, layer: AttentionLayer) -> bool:
     """Whether keys are without effect where all queries are zero: then the rows are those of queries and keys."""
-    w = layer.weights()
-    bias = None if w.query_bias is None else torch.zeros_like(w.query_bias)
-    silent = replace(w, query=torch.zeros_like(w.query), query_bias=bias)
-    other = replace(silent, key=torch.randn(w.key.shape, generator=torch.Generator().manual_seed(5)).to(w.key))
+    generator = torch.Generator().manual_seed(5)
+    silent, other = [], []
+    for w in _weights(layer):
+        bias = None if w.query_bias is None else torch.zeros_like(w.query_bias)
+        silent.append(replace(w, query=torch.zeros_like(w.query), query_bias=bias))
+        other.append(replace(silent[-1], key=torch.randn(w.key.shape, generator=generator).to(w.key)))
     return trial.holds(with_weights(layer, other), trial.run(with_weights(layer, silent)))
 
 
@@ -134,9 +139,9 @@ def _channels_are_free(trial: Trial, layer: AttentionLayer) -> bool:
     for bit, side in product(range((heads.value_width - 1).bit_length()), (0, 1)):
         keep = order[:, (places >> bit) % 2 == side]
         choice = {"channels": keep.shape[1]}
-        weights, dense = _truncated(layer, choice, keep)
+        weights, at, dense = _truncated(layer, choice, keep)
         small = kept.build(heads.width, layer.vo_width(choice), layer.placed(choice))
-        kept.fill(small, *weights)
+        _fill(kept, small, weights, at)
         if not trial.holds(small, trial.run(with_weights(layer, dense))):
             return False
     return True
@@ -148,6 +153,17 @@ def _kept(layer: AttentionLayer) -> KeptForward:
     return layer.stand_in
 
 
+def _weights(layer: AttentionLayer) -> list[HeadWeights]:
+    """Of all streams."""
+    return [layer.weights_of(stream) for stream in layer.streams]
+
+
+def _fill(kept: KeptForward, small: nn.Module, weights: list[HeadWeights], places: Places) -> None:
+    kept.fill(small, weights[0], places)
+    for more in weights[1:]:
+        kept.fill_context(small, more)
+
+
 def _channels(layer: AttentionLayer) -> Tensor:
     """(groups, d_v): the channels of every group in an order of its own."""
     generator = torch.Generator().manual_seed(4)
@@ -157,37 +173,41 @@ def _channels(layer: AttentionLayer) -> Tensor:
 
 def _rounding(trial: Trial, layer: AttentionLayer) -> float:
     """What rounding is here: hosts may rotate in float32, which longer queries and shorter keys bring to light."""
-    w = layer.weights()
-    query_bias, key_bias = (None if b is None else b * by for b, by in ((w.query_bias, 3), (w.key_bias, 1 / 3)))
-    scaled = replace(w, query=w.query * 3, key=w.key / 3, query_bias=query_bias, key_bias=key_bias)
+    scaled = []
+    for w in _weights(layer):
+        query_bias, key_bias = (None if b is None else b * by for b, by in ((w.query_bias, 3), (w.key_bias, 1 / 3)))
+        scaled.append(replace(w, query=w.query * 3, key=w.key / 3, query_bias=query_bias, key_bias=key_bias))
     noise = trial.difference(with_weights(layer, scaled))
     return max(ROUNDING, 16 * noise) if noise <= COARSE / 16 else ROUNDING
 
 
 def _turned(layer: AttentionLayer, part: str, layout: str | None = None) -> nn.Module:
     """The layer with the heads of one product in another basis, which must change nothing."""
-    weights, heads = layer.weights(), layer.heads
+    heads = layer.heads
     width = heads.width if part == "qk" else heads.value_width
     generator = torch.Generator().manual_seed(2)
     turn = _pair_turns(heads.groups, width, layout, generator) if layout else _bases(heads.groups, width, generator)
+    return with_weights(layer, [_in_basis(w, part, turn, heads.num) for w in _weights(layer)])
+
+
+def _in_basis(weights: HeadWeights, part: str, turn: Tensor, num: int) -> HeadWeights:
+    """One stream's weights with a product in another basis (groups, width, width)."""
     back = torch.linalg.inv(turn)
     if part == "qk":
-        of_queries = spread(turn, heads.num)
-        weights = replace(
+        of_queries = spread(turn, num)
+        return replace(
             weights,
             query=of_queries.mT @ weights.query,
             query_bias=_through(weights.query_bias, of_queries),
             key=back @ weights.key,
             key_bias=_through(weights.key_bias, back.mT),
         )
-    else:
-        weights = replace(
-            weights,
-            value=turn.mT @ weights.value,
-            value_bias=_through(weights.value_bias, turn),
-            output=spread(back, heads.num) @ weights.output,
-        )
-    return with_weights(layer, weights)
+    return replace(
+        weights,
+        value=turn.mT @ weights.value,
+        value_bias=_through(weights.value_bias, turn),
+        output=spread(back, num) @ weights.output,
+    )
 
 
 def _through(bias: Tensor | None, by: Tensor) -> Tensor | None:
@@ -213,14 +233,16 @@ def _pair_turns(count: int, width: int, layout: str, generator: torch.Generator)
     return turn
 
 
-def with_weights(layer: AttentionLayer, weights: HeadWeights) -> nn.Module:
-    """The layer's module, with these weights of full width in place of its own."""
+def with_weights(layer: AttentionLayer, weights: Sequence[HeadWeights]) -> nn.Module:
+    """The layer's module, with these weights of full width, of every stream, in place of its own."""
     children: dict[str, nn.Module] = {}
-    for one in layer.stream.inputs:
-        children[one.path] = _linear_with(layer.running.get_submodule(one.path), *weights.rows(one))
-    out = str(layer.stream.output)
-    weight = joined_output(weights.output, layer.stream.by_component)
-    children[out] = _linear_with(layer.running.get_submodule(out), weight, weights.output_bias)
+    for stream, own in zip(layer.streams, weights, strict=True):
+        for one in stream.inputs:
+            children[one.path] = _linear_with(layer.running.get_submodule(one.path), *own.rows(one))
+        if stream.output is not None:
+            weight = joined_output(own.output, stream.by_component)
+            linear = layer.running.get_submodule(stream.output)
+            children[stream.output] = _linear_with(linear, weight, own.output_bias)
     return copy_with(layer.running, children)
 
 
@@ -239,7 +261,7 @@ def _stand_in(trial: Trial, layer: AttentionLayer, form: _Form) -> _Form | None:
         choice[layer.qk_part] = max(1, (heads.width // 2 if layer.rotary else heads.width) - 1)
     if "vo" not in form.dense:
         choice[layer.vo_part] = max(1, min(heads.value_width - 2, layer.full[layer.vo_part]))
-    weights, dense = _truncated(layer, choice, _channels(layer)[:, : choice.get("channels", 0)])
+    weights, places, dense = _truncated(layer, choice, _channels(layer)[:, : choice.get("channels", 0)])
     reference = trial.run(with_weights(layer, dense))
     ways = [("", False)]
     if "qk" in choice and "channels" not in choice:
@@ -248,7 +270,7 @@ def _stand_in(trial: Trial, layer: AttentionLayer, form: _Form) -> _Form | None:
         ways = [*((narrow, implicit) for narrow in told for implicit in scaled), *ways]
     for kept.narrow, kept.implicit in ways:
         (small,) = layer.empty(choice).values()
-        kept.fill(small, *weights)
+        _fill(kept, small, weights, places)
         if trial.holds(small, reference):
             return replace(form, narrow=kept.narrow, implicit=kept.implicit)
     return None
@@ -256,14 +278,21 @@ def _stand_in(trial: Trial, layer: AttentionLayer, form: _Form) -> _Form | None:
 
 def _truncated(
     layer: AttentionLayer, choice: Mapping[str, int], channels: Tensor
-) -> tuple[tuple[HeadWeights, Places], HeadWeights]:
-    """(Weights of a stand-in with the first components of every head, and their places; the same at full width).
+) -> tuple[list[HeadWeights], Places, list[HeadWeights]]:
+    """(Weights of a stand-in with the first components of every head; their places; the same at full width).
 
     Args:
         channels: (groups, r) of the values, in place of the first ones, where the choice is of channels.
     """
-    w, heads = layer.weights(), layer.heads
-    small, dense = w, w
+    found = [_first(layer, w, choice, channels) for w in _weights(layer)]
+    return [small for small, _, _ in found], found[0][1], [dense for _, _, dense in found]
+
+
+def _first(
+    layer: AttentionLayer, w: HeadWeights, choice: Mapping[str, int], channels: Tensor
+) -> tuple[HeadWeights, Places, HeadWeights]:
+    """The same of one stream."""
+    small, dense, heads = w, w, layer.heads
     places: dict[Role, Tensor] = {}
     if "qk" in choice or "pairs" in choice:
         if "pairs" in choice:
@@ -299,7 +328,7 @@ def _truncated(
         mask = torch.zeros(heads.num, heads.value_width, dtype=torch.float64).scatter(1, of_heads, 1.0)
         dense = replace(dense, output=w.output * mask[..., None])
     zero = torch.zeros(w.output.shape[-1], dtype=torch.float64)
-    return (replace(small, output_bias=zero if w.output_bias is None else w.output_bias), places), dense
+    return replace(small, output_bias=zero if w.output_bias is None else w.output_bias), places, dense
 
 
 def _rows(weight: Tensor, places: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 from ..layers.attention import AttentionLayer
 from ..layers.base import size
 from ..layers.heads import ROLES, Heads, Input, Stream
+from ..layers.joint import JointAttention
 from ..nn.carries import Carries
 from ..nn.copies import copy_with
 from .changed import changed, hooked, patched_forward
@@ -45,6 +46,9 @@ _SCORES = [("qk", "v"), ("qk_proj", "v_proj"), ("to_qk", "to_v")]
 _FUSED = [
     "qkv", "qkv_proj", "in_proj", "to_qkv", "Wqkv", "query_key_value", "qkv_linear", "proj_qkv", "in_proj_qkv", "pwise",
 ]  # fmt: skip
+#: Of a second stream of tokens, whose queries and keys meet those of the first in one softmax, and its output.
+_CONTEXT = [("add_q_proj", "add_k_proj", "add_v_proj")]
+_CONTEXT_OUTPUTS = ["to_add_out"]
 #: Of values alone, where the scores come from elsewhere.
 _VALUES = ["v", "v_proj", "value_proj"]
 _OUTPUTS = [
@@ -79,30 +83,40 @@ def attention_of(name: str, module: nn.Module) -> AttentionLayer | str | None:
     if stream is None or holder is None:
         return None
     reason = patched_forward(module) or _carries(module)
-    linears: dict[str, Any] = {str(path): seen.get_submodule(str(path)) for path in _paths(stream)}
+    context = _context(seen)
+    paths = [*stream.paths, *(context.paths if context else [])]
+    linears: dict[str, Any] = {path: seen.get_submodule(path) for path in paths}
     reason = reason or next((why for path in linears if (why := _changed(called.get_submodule(path), path))), None)
     if reason:
         return reason
     heads = _heads(called, holder, stream, linears)
     if heads is None:
         return "how many heads it has, and how wide they are, cannot be told from its attributes"
+    if context and not _fits(heads, context, linears):
+        return "the heads of its second stream of tokens are others than those of the first"
     used = {path: one for path, one in linears.items() if path in pairs}
     running = _with_biases(copy_with(called, used) if used else called, stream, heads)
     if isinstance(running, str):
         return running
-    return layer_of(name, module, heads, stream, running)
+    return layer_of(name, module, heads, stream, running, context)
 
 
-def layer_of(name: str, module: nn.Module, heads: Heads, stream: Stream, running: nn.Module) -> AttentionLayer:
+def layer_of(
+    name: str, module: nn.Module, heads: Heads, stream: Stream, running: nn.Module, context: Stream | None = None
+) -> AttentionLayer:
     """The layer that runs through its own forward."""
     widths, totals, scales = _attributes(running, heads, stream)
-    kept = KeptForward(running, heads, stream, widths, totals, scales)
+    kept = KeptForward(running, heads, stream, widths, totals, scales, context)
+    if context is not None:
+        return JointAttention(name, module, heads, stream, kept, context, running=running)
     return AttentionLayer(name, module, heads, stream, kept, running=running)
 
 
 def variants(layer: AttentionLayer) -> Iterator[AttentionLayer]:
     """The same layer with its rows in other orders."""
     yield layer
+    if isinstance(layer, JointAttention):
+        return
     stream, heads = layer.stream, layer.heads
     streams = []
     if any(len(one.roles) > 1 for one in stream.inputs) and heads.groups == heads.num:
@@ -140,8 +154,20 @@ def _carries(module: nn.Module) -> str | None:
     return None
 
 
-def _paths(stream: Stream) -> list[str | None]:
-    return [*(one.path for one in stream.inputs), stream.output]
+def _context(module: nn.Module) -> Stream | None:
+    """Where the projections of a second stream are."""
+    for names in _CONTEXT:
+        if all(_linear(module, name) for name in names):
+            output = next((one for one in _CONTEXT_OUTPUTS if _linear(module, one)), None)
+            return Stream.separate("context", *names, output)
+    return None
+
+
+def _fits(heads: Heads, context: Stream, linears: dict[str, Any]) -> bool:
+    """Whether a second stream has these heads."""
+    wide = {role: heads.count(role) * heads.wide(role) for role in ROLES}
+    inputs = all(size(linears[context.path(role)])[1] == rows for role, rows in wide.items())
+    return inputs and (context.output is None or size(linears[context.output])[0] == heads.num * heads.value_width)
 
 
 def _stream(module: nn.Module) -> tuple[Stream | None, nn.Module | None]:

@@ -31,6 +31,7 @@ class KeptForward:
         running: the module, or its form with linear layers that are called.
         widths: attributes (path of the submodule, name) that hold the width of a head; totals: that of all heads;
             scales: that of the scores, which follows from it.
+        context: the second stream of tokens, where there is one.
         narrow: which of the widths are set: none, those of a head, or both (``""``, ``"widths"``, ``"totals"``).
         implicit: the softmax scale is that of the narrower width, and what it lacks is in the queries: the host derives
             it from the width, or is told. Those of diffusers do either, by their processor.
@@ -42,6 +43,7 @@ class KeptForward:
     widths: tuple[tuple[str, str], ...] = ()
     totals: tuple[tuple[str, str], ...] = ()
     scales: tuple[tuple[str, str], ...] = ()
+    context: Stream | None = None
     narrow: str = ""
     implicit: bool = False
 
@@ -60,18 +62,22 @@ class KeptForward:
         if self.narrow and not placed:
             wide = dict.fromkeys(wide, max(qk, vo))
         children: dict[str, nn.Module] = {}
-        for one in self.stream.inputs:
-            small = self._input(one, qk, vo, wide, placed)
-            if small is not None:
-                children[one.path] = small
-        out: Any = self.running.get_submodule(str(self.stream.output))
-        if vo < heads.value_width or wide["value"] < heads.value_width:
-            # A reduced value carries its mean, and what it loses of it, into the output bias.
-            bias = out.bias is not None or vo < heads.value_width
-            linear = plain_linear(heads.num * vo, size(out)[1], bias, **like(out))
-            children[str(self.stream.output)] = HeadOutput(
-                linear, heads.num, vo, wide["value"], self.stream.by_component, "value" in placed
-            )
+        for stream in (self.stream, self.context):
+            if stream is None:
+                continue
+            for one in stream.inputs:
+                small = self._input(one, qk, vo, wide, placed)
+                if small is not None:
+                    children[one.path] = small
+            narrower = vo < heads.value_width or wide["value"] < heads.value_width
+            if stream.output is not None and narrower:
+                # A reduced value carries its mean, and what it loses of it, into the output bias.
+                out: Any = self.running.get_submodule(stream.output)
+                bias = out.bias is not None or vo < heads.value_width
+                linear = plain_linear(heads.num * vo, size(out)[1], bias, **like(out))
+                children[stream.output] = HeadOutput(
+                    linear, heads.num, vo, wide["value"], stream.by_component, "value" in placed
+                )
         for child in children.values():
             child.train(self.running.training)
         made = copy_with(self.running, children)
@@ -113,9 +119,17 @@ class KeptForward:
 
     def fill(self, small: nn.Module, weights: HeadWeights, places: Places) -> None:
         """Write per-head weights into a stand-in."""
+        self._fill(small, self.stream, weights, places)
+
+    def fill_context(self, small: nn.Module, weights: HeadWeights) -> None:
+        """Those of the second stream."""
+        assert self.context is not None
+        self._fill(small, self.context, weights, {})
+
+    def _fill(self, small: nn.Module, stream: Stream, weights: HeadWeights, places: Places) -> None:
         if self.narrow and self.implicit and not places:
             weights = _scaled(weights, (self._width(small) / self.heads.width) ** 0.5)
-        for one in self.stream.inputs:
+        for one in stream.inputs:
             made: Any = small.get_submodule(one.path)
             if not isinstance(made, HeadProjection):
                 continue
@@ -129,10 +143,10 @@ class KeptForward:
                 device = original.weight.device
                 shown = [self._components(role, made.narrow[i], places) for i, role in enumerate(one.roles)]
                 made.place([at.to(device) for at in shown])
-        out: Any = small.get_submodule(str(self.stream.output))
+        out: Any = None if stream.output is None else small.get_submodule(stream.output)
         if isinstance(out, HeadOutput):
-            original = self.running.get_submodule(str(self.stream.output))
-            weight = joined_output(weights.output, self.stream.by_component)
+            original = self.running.get_submodule(str(stream.output))
+            weight = joined_output(weights.output, stream.by_component)
             out.linear.weight = as_parameter(weight.reshape(out.linear.weight.shape), original.weight)
             if out.linear.bias is not None and weights.output_bias is not None:
                 out.linear.bias = as_parameter(weights.output_bias, original.weight)

@@ -131,9 +131,14 @@ class AttentionLayer(Layer):
         return "vo" if part == "channels" else part
 
     @property
+    def streams(self) -> tuple[Stream, ...]:
+        """Of the tokens that meet in one softmax."""
+        return (self.stream,)
+
+    @property
     def linears(self) -> dict[str, Any]:
-        paths = [*(one.path for one in self.stream.inputs), self.stream.output]
-        return {str(path): self.running.get_submodule(str(path)) for path in paths}
+        paths = [path for stream in self.streams for path in stream.paths]
+        return {path: self.running.get_submodule(path) for path in paths}
 
     def originals(self) -> dict[str, nn.Module]:
         there = [path for path in self.linears if _holds(self.module, path)]
@@ -166,7 +171,11 @@ class AttentionLayer(Layer):
 
     def weights(self) -> HeadWeights:
         """The dense weights, per head."""
-        return HeadWeights.of(self.running, self.heads, self.stream)
+        return self.weights_of(self.stream)
+
+    def weights_of(self, stream: Stream) -> HeadWeights:
+        """Those of one of the streams."""
+        return HeadWeights.of(self.running, self.heads, stream)
 
     def qk_width(self, choice: Choice) -> int:
         """Width of one head's queries and keys at a choice."""
@@ -252,11 +261,14 @@ class AttentionLayer(Layer):
 
         return hook
 
-    def _add_gradient(self, recorder: Recorder, one: Any, q: Tensor, grad: Tensor) -> None:
-        """``A = Q^T dL/dQ`` per image and head: the gradient of the loss in the product's own coordinates."""
+    def gradient_product(self, recorder: Recorder, one: Any, q: Tensor, grad: Tensor) -> Tensor:
+        """``A = Q^T dL/dQ`` (images, heads, d, d): the gradient of the loss in the product's own coordinates."""
         grad = self.heads.split(as_rows(grad, self.feature_axis), one)["query"]
         q, grad = (t.unflatten(0, (recorder.images, -1)).flatten(1, 2).transpose(1, 2) for t in (q, grad))
-        A = recorder.precise(q.mT @ grad)  # (images, heads, d, d)
+        return recorder.precise(q.mT @ grad)
+
+    def _add_gradient(self, recorder: Recorder, one: Any, q: Tensor, grad: Tensor) -> None:
+        A = self.gradient_product(recorder, one, q, grad)
         recorder.add_product("qk_rows", (A @ A.mT).sum(0))
         recorder.add_product("qk_cols", (A.mT @ A).sum(0))
 

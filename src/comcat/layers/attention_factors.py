@@ -39,7 +39,7 @@ class AttentionFactors(Factors["AttentionLayer"]):
         """Second moments (G, d, d) of the queries and of the keys that meet in a group."""
         m = self.moments
         if not m:
-            query, key, _ = self.heads.free_moments()
+            query, key, _ = self._free_moments()
             key = self._seen(key)
         else:
             query, key = m["q"], self._seen(m["k"])
@@ -47,6 +47,10 @@ class AttentionFactors(Factors["AttentionLayer"]):
                 query, key = _loss_metric(m, key)
         groups = self.layer.heads.groups
         return grouped(query, groups), grouped(key, groups)
+
+    def _free_moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Moments of queries, keys and values for white inputs."""
+        return self.heads.free_moments()
 
     def _seen(self, key: Tensor) -> Tensor:
         """A moment of keys as the queries see them."""
@@ -108,7 +112,7 @@ class AttentionFactors(Factors["AttentionLayer"]):
     def value_moments(self) -> Tensor:
         """(G, d_v, d_v) covariance of what the heads of a group put out."""
         if not self.moments:
-            return self.heads.free_moments()[2]
+            return self._free_moments()[2]
         H, d = self.layer.heads.num, self.layer.heads.value_width
         blocks = self.moments["z"].view(H, d, H, d)
         return grouped(torch.stack([blocks[h, :, h] for h in range(H)]), self.layer.heads.groups)
@@ -138,7 +142,11 @@ class AttentionFactors(Factors["AttentionLayer"]):
         A key bias adds the same score to every key of a query, which the softmax removes, where nothing stands between
         projection and product; it is carried all the same.
         """
-        heads, layer = self.heads, self.layer
+        return self._reduced(choice, self.heads, "z")
+
+    def _reduced(self, choice: Choice, heads: HeadWeights, z: str) -> tuple[HeadWeights, Places]:
+        """The same of the weights of one stream; ``z``: the moment of what its output projection takes."""
+        layer = self.layer
         query, key = heads.query, heads.key
         query_bias, key_bias = heads.query_bias, heads.key_bias
         places: dict[Role, Tensor] = {}
@@ -157,7 +165,7 @@ class AttentionFactors(Factors["AttentionLayer"]):
         if "vo" in choice:
             down, up = self.vo.down[..., : choice["vo"]], self.vo.up[..., : choice["vo"], :]
             value, value_bias = down.mT @ double(value), _mapped(value_bias, down)
-            output, output_bias = self._output(spread(down, layer.heads.num), spread(up, layer.heads.num))
+            output, output_bias = self._output(spread(down, layer.heads.num), spread(up, layer.heads.num), heads, z)
         elif "channels" in choice:
             places["value"] = places["gate"] = keep = self._kept(choice["channels"])  # (G, r)
             value = _taken(value, keep)
@@ -193,14 +201,13 @@ class AttentionFactors(Factors["AttentionLayer"]):
             weights[f"{layer.name}.{layer.stream.output}.bias"] = small.output_bias
         return weights
 
-    def _output(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    def _output(self, down: Tensor, up: Tensor, heads: HeadWeights, z: str) -> tuple[Tensor, Tensor]:
         """Output weights (H, r, D_out) and bias behind reduced values; the mean output is kept exactly."""
-        heads = self.heads
         dense = double(heads.output)
         mean: Tensor | None
-        if self.moments:
-            output = factorize.refit_output(down, up, dense, self.moments["z"])
-            mean = double(self.moments["z_mean"]).view(down.shape[0], 1, -1)
+        if z in self.moments:
+            output = factorize.refit_output(down, up, dense, self.moments[z])
+            mean = double(self.moments[f"{z}_mean"]).view(down.shape[0], 1, -1)
         else:
             # Without data the mean of the inputs is taken as zero, which leaves the value bias.
             output = up @ dense

@@ -72,6 +72,11 @@ class Stream:
         return next((one.path for one in self.inputs if role in one.roles), self.inputs[-1].path)
 
     @property
+    def paths(self) -> list[str]:
+        """Of all its linear layers."""
+        return [*(one.path for one in self.inputs), *([] if self.output is None else [self.output])]
+
+    @property
     def query(self) -> str:
         return self.path("query")
 

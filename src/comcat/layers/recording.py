@@ -84,6 +84,7 @@ class ShapeCounter:
         self._tokens = 0
         self._keys = 0
         self._sequence: int | None = None
+        self._seen: dict[str, int] = {}
 
     def rows(self, channels: int = -1) -> Callable[..., None]:
         """A hook for the linear layer through which every token passes, as often as a pass calls it."""
@@ -96,14 +97,14 @@ class ShapeCounter:
 
         return hook
 
-    def keys(self, channels: int = -1) -> Callable[..., None]:
-        """A hook for the linear layer that makes the keys, which a query sees all of."""
+    def keys(self, channels: int = -1, stream: str = "") -> Callable[..., None]:
+        """A hook for the linear layer that makes the keys of a stream, which a query sees all of."""
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             if self.counting:
                 rows = as_rows(out, channels)
                 self._keys += rows.shape[0] * rows.shape[1] // self.images
-                self._sequence = rows.shape[1]
+                self._seen[stream] = rows.shape[1]
 
         return hook
 
@@ -111,7 +112,8 @@ class ShapeCounter:
         """What was counted; raises ``error`` if the layer was never reached."""
         if not self._tokens or self._sequence is None:
             raise error(f"module '{self.layer.name}' was never called in the forward pass; is it in use?")
-        return Shape(self._tokens, self._sequence, self._keys if self._keys not in (0, self._tokens) else None)
+        sequence = sum(self._seen.values()) or self._sequence
+        return Shape(self._tokens, sequence, self._keys if self._keys not in (0, self._tokens) else None)
 
 
 @contextmanager
