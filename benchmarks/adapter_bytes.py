@@ -26,6 +26,7 @@ from comcat.customize.files.layer_factors import PARTS, by_layer, set_side, side
 from comcat.customize.files.numbers import decode_rows, encode_rows
 from comcat.customize.files.restoring import restore_adapter
 from comcat.customize.lora.denoiser_probe import difference
+from comcat.customize.shrinking import shrink
 from comcat.customize.teaching import byte_budget
 from comcat.customize.teaching.families import family_of
 from comcat.customize.teaching.objective import Objective
@@ -120,6 +121,25 @@ def arms(bench: Bench, folder: Path, base_rank: int) -> Iterator[tuple[str, dict
             yield f"by worth in nf4, bytes of rank {rank}", bench.measure(chosen)
 
 
+def cuts(bench: Bench, folder: Path, base_rank: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """An adapter that is there, without any more training: components chosen by worth, or the first of every head."""
+    whole = folder / "whole.safetensors"
+    bench.learn(whole, base_rank)
+    yield f"rank {base_rank}", bench.measure(whole, scores=False)
+    for rank in (1, 2):
+        out, budget = folder / "cut.safetensors", None
+        for how in ("first components", "by worth"):
+            handle = load_adapter(bench.pipe, whole, dtype=torch.float32)
+            choose = _first(rank) if budget is None else shrink.choose
+            with mock.patch.object(shrink, "choose", choose):
+                customize.shrink_adapter(bench.pipe, budget or 99_999, prompts=[PROMPT])
+            write_adapter(handle, out, "float16")
+            handle.remove()
+            budget = budget or out.stat().st_size
+            row = {"output_error": difference(bench.pipe, whole, out, PROMPT)}
+            yield f"cut to rank {rank}, {how}", {**bench.measure(out, scores=False), **row}
+
+
 def _first(rank: int) -> Any:
     """In the place of the choice by worth: the first components of every head."""
 
@@ -137,7 +157,7 @@ def storages(bench: Bench, file: Path, scores: bool = True) -> Iterator[tuple[st
         row = {"products_error": restore_adapter(file, path, storage)}
         row["products_error_as_trained"] = products_error(about, exact, _rounded(about, exact, storage))
         row["output_error"] = difference(bench.pipe, file, path)
-        yield f"{file.stem}, {storage}", {**bench.measure(path, scores), **row}
+        yield f"{file.stem.replace('-', ' ')}, {storage}", {**bench.measure(path, scores), **row}
 
 
 def _rounded(about: Any, exact: dict[str, torch.Tensor], storage: Any) -> dict[str, torch.Tensor]:
@@ -165,13 +185,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)  # layers this small gain nothing from a second thread
     pipe = digits_cache.load_or_train(args.cache, args.digit)
-    runs: dict[str, dict[str, list[dict[str, float]]]] = {"budgets": {}, "storages": {}}
+    runs: dict[str, dict[str, list[dict[str, float]]]] = {"budgets": {}, "cuts": {}, "storages": {}}
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             bench = Bench(pipe, folder, args.digit, seed, args.steps)
             for kind, rows in (
                 ("budgets", arms(bench, folder, args.rank)),
+                ("cuts", cuts(bench, folder, args.rank)),
                 ("storages", storages(bench, folder / "rank-2.safetensors")),
                 ("storages", storages(bench, folder / f"rank-{args.rank}.safetensors", scores=False)),
             ):

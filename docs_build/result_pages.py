@@ -171,7 +171,32 @@ def _step(results: Results) -> str:
 
 _ACCURACY, _SPEED = "results/accuracy.md", "results/speed.md"
 _TUNED, _OWN = "results/finetuning.md", "results/customization.md"
+
+
 #: Name of a file, or its beginning and ``*`` -> its section.
+def _bytes(results: Results) -> str:
+    heads = {
+        "bytes": ("bytes", 1, 0),
+        "concept_loss": ("loss", 1000, 2),
+        "other_loss": ("loss, others", 1000, 2),
+        "concept": ("V\\* right", 1, 1),
+        "retention": ("others right", 1, 1),
+        "products_error": ("products off", 100, 2),
+        "products_error_as_trained": ("as trained", 100, 2),
+        "output_error": ("outputs off", 100, 1),
+    }
+    tables = []
+    for kind in ("budgets", "cuts", "storages"):
+        rows = results[kind]
+        shown = [key for key in heads if any(key in values[0] for values in rows.values())]
+        cells = [
+            [name, *(spread([heads[key][1] * v[key] for v in values if key in v], heads[key][2]) for key in shown)]
+            for name, values in rows.items()
+        ]
+        tables.append(table([kind, *(heads[key][0] for key in shown)], cells))
+    return f"{results['steps']} steps, {len(results['seeds'])} seeds.\n\n" + "\n".join(tables)
+
+
 SECTIONS = {
     "training_free": Section(
         _ACCURACY, "training_free.py", "A ViT on CIFAR-10", "2.69 M parameters, patch 4.", _training_free
@@ -211,6 +236,14 @@ SECTIONS = {
         "A tiny Stable Diffusion draws digits in four colors, on four sides, single and in pairs; each of two that it "
         "never saw is taught from five images of single ones, with captions, and asked for in all 32 ways.",
         method_tables,
+    ),
+    "adapter_bytes": Section(
+        _OWN,
+        "adapter_bytes.py",
+        "Adapters by their bytes",
+        "A digit that the base never saw, from five images. Losses are those of scans that nothing was taught with, in "
+        "thousandths, on the same noise for all; products and outputs are off by percent of what the adapter does.",
+        _bytes,
     ),
     "customize_step_*": Section(
         _OWN, "customize_step.py", "One training step at the shapes of Stable Diffusion 1.4", "Random weights.", _step
