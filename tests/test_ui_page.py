@@ -28,7 +28,7 @@ from comcat.ui import library_tab
 from comcat.ui.areas import HALVES, OWN, mask_of
 from comcat.ui.command_job import CommandJob
 from comcat.ui.compress_tab import AUTOMATIC, CompressTab
-from comcat.ui.customize_form import FIELDS, losses, samples
+from comcat.ui.customize_form import ASKED, FIELDS, losses, samples
 from comcat.ui.customize_tab import CustomizeTab
 from comcat.ui.library_tab import LibraryTab
 from comcat.ui.shared import Shared
@@ -102,20 +102,23 @@ def over(shared: Shared, kind: str) -> Any:
     raise AssertionError(f"{job.title} is {job.state}")
 
 
-def settings(**own: Any) -> list[Any]:
-    return [own.get(field.name, field.shown(field.default)) for field in FIELDS]
+def told(base: object, **own: Any) -> list[Any]:
+    """What the fields of the page hold."""
+    asked = {"base": str(base), "prompt": PROMPT, "storage": "float16", "allow_upscale": False, "overwrite": False}
+    fields = [own.get(field.name, field.shown(field.default)) for field in FIELDS]
+    return [*(own.get(name, asked.get(name, "")) for name in ASKED), *fields]
 
 
 def test_photos_to_adapter(shared, tmp_path, here):
     """As with the mouse: photos, start, loss, samples, the file."""
     tab, place = CustomizeTab(shared), shared.place
-    assert "no photos yet" in tab.start("zero", [], place.base, PROMPT, "", False, False, *settings(**QUICK))
+    assert "no photos yet" in tab.start("zero", [], *told(place.base, **QUICK))
     folder = random_photos(tmp_path / "photos", (16, 16), (20, 17))
     (folder / "notes.txt").write_text("no image")
     photos, problem = tab.added([str(file) for file in sorted(folder.iterdir())], [])
     assert (len(photos), "notes.txt" in problem, "The other 2 are kept" in problem) == (2, True, True)
-    assert tab.start("zero", photos, place.base, PROMPT, "", False, False, *settings(**QUICK)) == ""
-    assert "already" in tab.start("zero", photos, place.base, PROMPT, "", False, True, *settings(**QUICK))
+    assert tab.start("zero", photos, *told(place.base, **QUICK)) == ""
+    assert "already" in tab.start("zero", photos, *told(place.base, **QUICK, overwrite=True))
     job = over(shared, "customize")
     assert job.state == DONE, job.message
     now = tab.look()
@@ -125,9 +128,7 @@ def test_photos_to_adapter(shared, tmp_path, here):
     assert now["command"].startswith("comcat customize ")
     header, _ = read_adapter(place.adapter("zero"))
     assert (header.token["text"], header.training["steps"]) == ("V*", 4)
-    assert "already. Choose another name" in tab.start(
-        "zero", photos, place.base, PROMPT, "", False, False, *settings(**QUICK)
-    )
+    assert "already. Choose another name" in tab.start("zero", photos, *told(place.base, **QUICK))
     assert Path(shared.shown(now["file"])).read_bytes() == place.adapter("zero").read_bytes()
     assert unfinished(place.folder) == []
 
@@ -135,8 +136,8 @@ def test_photos_to_adapter(shared, tmp_path, here):
 def test_a_stopped_run_goes_on_on_the_command_line_and_back(shared, tmp_path):
     tab, place = CustomizeTab(shared), shared.place
     photos, _ = tab.added([str(f) for f in random_photos(tmp_path / "photos", (16, 16)).iterdir()], [])
-    long = settings(**{**QUICK, "steps": 4000, "validate_every": 0})
-    assert tab.start("zero", photos, place.base, PROMPT, "", False, False, *long) == ""
+    long = told(place.base, **{**QUICK, "steps": 4000, "validate_every": 0})
+    assert tab.start("zero", photos, *long) == ""
     job = shared.line.latest("customize")
     for _ in range(100 * PATIENCE):
         if job.over or (job.stage == "train" and job.done > 2):
@@ -153,15 +154,13 @@ def test_a_stopped_run_goes_on_on_the_command_line_and_back(shared, tmp_path):
     refused = Result(arguments)
     assert refused.code == 1
     assert "steps" in refused.err
-    assert (
-        tab.resume("zero", [], "", "", "", False, False, *settings()) == ""
-    )  # what the fields hold now does not matter
+    assert tab.resume("zero", [], *told("")) == ""  # what the fields hold now does not matter
     job = shared.line.latest("customize")
     assert (job.commands[0].count("--resume"), job.commands[0].count("--overwrite")) == (1, 0)
     tab.stop()
     assert over(shared, "customize").state == STOPPED
     assert unfinished(place.folder) == ["zero"]
-    assert "No training is left" in tab.resume(None, [], "", "", "", False, False, *settings())
+    assert "No training is left" in tab.resume(None, [], *told(""))
 
 
 def test_what_the_library_shows(shared):

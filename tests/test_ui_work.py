@@ -7,6 +7,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer
@@ -14,11 +15,12 @@ from PIL import Image
 
 from comcat.cli import app, console
 from comcat.cli.customize_command import settings_of
+from comcat.customize.files.numbers import Storage
 from comcat.customize.teaching.customize_config import CustomizeConfig
 from comcat.customize.teaching.photos import find_photos
 from comcat.errors import CheckpointError, ComcatError, DataError
 from comcat.ui.compress_form import CompressForm
-from comcat.ui.customize_form import FIELDS, CustomizeForm, TrainingJob, page_words
+from comcat.ui.customize_form import FIELDS, STORAGES, CustomizeForm, TrainingJob, page_words
 from comcat.ui.given_photos import GivenPhoto, add_photos, photos_of, read_told, with_captions, write_photos
 from comcat.ui.setting_fields import number
 from comcat.ui.status_card import duration, job_card, now_line, problem_card
@@ -175,17 +177,26 @@ def test_the_page_tells_the_command_what_it_was_told(tmp_path, settings):
     shown = {field.name: field.shown(getattr(wanted, field.name)) for field in FIELDS}
     read = {field.name: field.read(shown[field.name]) for field in FIELDS}
     assert CustomizeConfig.from_dict(read) == wanted
-    form = CustomizeForm("base", "a photo of V*", "a photo of a dog", True, True, read)
+    form = CustomizeForm("base", "a photo of V*", "a photo of a dog", "dogs/", "nf4", "1M", True, True, read)
     place = Workplace("base", tmp_path, "cpu", "fp16")
     _, *arguments = form.arguments(place, "my dog", resume=True)
     params = given("customize", arguments)
     assert settings_of(params, None) == wanted
     assert (params["prompt"], params["class_prompt"]) == ("a photo of V*", "a photo of a dog")
+    assert (params["class_images"], params["storage"], params["max_bytes"]) == (Path("dogs/"), "nf4", "1M")
     assert (params["images"], params["out"]) == (tmp_path / "my dog.photos", tmp_path / "my dog.safetensors")
     assert params["resume"]
     assert params["overwrite"]
     assert params["allow_upscale"]
     assert (params["device"], params["variant"]) == ("cpu", "fp16")
+
+
+def test_the_first_choices_are_the_command_s():
+    bare = CustomizeForm("base", "").arguments(Workplace("base", Path("folder")), "dog", resume=False)
+    assert bare[:6] == ["customize", "base", "--images", "folder/dog.photos", "--out", "folder/dog.safetensors"]
+    assert bare[6:] == []
+    assert get_args(Storage) == STORAGES
+    assert given("customize", bare[1:])["storage"] == CustomizeForm("base", "").storage
 
 
 def test_the_page_says_options_by_its_own_words():

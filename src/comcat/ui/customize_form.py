@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,17 @@ from .given_photos import GivenPhoto, read_told, write_photos
 from .setting_fields import as_arguments, fields_of
 from .workplace import Workplace
 
+#: Of numbers in the file; the second is the command's own choice.
+STORAGES = ("float32", "float16", "bfloat16", "int8", "nf4")
 FIELDS = fields_of(CustomizeConfig)
 #: Where the page begins; all else is the command's own default. Samples are drawn: here is a place to see them.
 START = {"validate_every": 100}
 #: Options of the command -> what the page calls them, in messages.
 WORDS = {
     "--allow-upscale": "“Enlarge small photos”",
-    "--class-images": "photos of the class in its folder",
+    "--class-images": "“Class images”",
     "--class-prompt": "“Class prompt”",
+    "--max-bytes": "“Largest file”",
     "--out": "“Name”",
     "--overwrite": "“Replace”",
     "--prompt": "“Prompt”",
@@ -40,6 +43,9 @@ class CustomizeForm:
     base: str
     prompt: str
     class_prompt: str = ""
+    class_images: str = ""
+    storage: str = STORAGES[1]
+    max_bytes: str = ""
     allow_upscale: bool = False
     overwrite: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
@@ -57,7 +63,13 @@ class CustomizeForm:
     def arguments(self, place: Workplace, name: str, resume: bool) -> list[str]:
         """Of the command."""
         flags = (("--allow-upscale", self.allow_upscale), ("--resume", resume), ("--overwrite", self.overwrite))
-        texts = (("--prompt", self.prompt), ("--class-prompt", self.class_prompt))
+        texts = (
+            ("--prompt", self.prompt),
+            ("--class-prompt", self.class_prompt),
+            ("--class-images", self.class_images),
+            ("--storage", self.storage if self.storage != STORAGES[1] else ""),
+            ("--max-bytes", self.max_bytes),
+        )
         return [
             *("customize", self.base.strip(), "--images", str(place.photos(name)), "--out", str(place.adapter(name))),
             *(part for option, text in texts if text.strip() for part in (option, text.strip())),
@@ -65,6 +77,10 @@ class CustomizeForm:
             *(option for option, wanted in flags if wanted),
             *place.options,
         ]
+
+
+#: What the page asks for beside the settings, in the order in which it is handed over.
+ASKED = [entry.name for entry in fields(CustomizeForm) if entry.name != "settings"]
 
 
 class TrainingJob(CommandJob):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ComcatError
 from . import customize_form as forms
-from .customize_form import FIELDS, CustomizeForm, TrainingJob
+from .customize_form import ASKED, FIELDS, CustomizeForm, TrainingJob
 from .given_photos import GivenPhoto, add_photos, photos_of
 from .shared import Shared
 from .status_card import job_card, problem_card
@@ -44,48 +45,28 @@ class CustomizeTab:
         names = {photo.name for photo in photos}
         return [*photos, *(photo for photo in new if photo.name not in names)], ""
 
-    def form(
-        self, base: str, prompt: str, class_prompt: str, upscale: bool, overwrite: bool, values: tuple[Any, ...]
-    ) -> CustomizeForm:
-        settings = {field.name: field.read(value) for field, value in zip(FIELDS, values, strict=True)}
-        return CustomizeForm(base, prompt, class_prompt, upscale, overwrite, settings)
+    def form(self, values: Sequence[Any]) -> CustomizeForm:
+        """What the fields hold: those of ASKED, then those of FIELDS."""
+        asked = dict(zip(ASKED, values, strict=False))
+        held = zip(FIELDS, values[len(ASKED) :], strict=True)
+        return CustomizeForm(**asked, settings={field.name: field.read(value) for field, value in held})
 
-    def start(
-        self,
-        name: str,
-        photos: list[GivenPhoto],
-        base: str,
-        prompt: str,
-        class_prompt: str,
-        upscale: bool,
-        overwrite: bool,
-        *values: Any,
-    ) -> str:
+    def start(self, name: str, photos: list[GivenPhoto], *values: Any) -> str:
         """Start a training; why it cannot be, or ""."""
         try:
-            form = self.form(base, prompt, class_prompt, upscale, overwrite, values)
+            form = self.form(values)
             self._busy()
             self._add(forms.start(self.shared.place, name, form, photos))
         except ComcatError as error:
             return problem_card(forms.page_words(str(error)))
         return ""
 
-    def resume(
-        self,
-        name: str | None,
-        photos: list[GivenPhoto],
-        base: str,
-        prompt: str,
-        class_prompt: str,
-        upscale: bool,
-        overwrite: bool,
-        *values: Any,
-    ) -> str:
+    def resume(self, name: str | None, photos: list[GivenPhoto], *values: Any) -> str:
         """Go on with a training that was stopped; why it cannot be, or ""."""
         try:
             if not name:
                 raise ComcatError("no training is left to go on with; press Start for a new one")
-            form = self.form(base, prompt, class_prompt, upscale, overwrite, values)
+            form = self.form(values)
             self._busy()
             self._add(forms.resume(self.shared.place, name, form, photos))
         except ComcatError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..customize.teaching.customize_config import CustomizeConfig
-from .customize_form import FIELDS, START
+from .customize_form import ASKED, FIELDS, START, STORAGES
 from .customize_tab import FIRST, IDLE, CustomizeTab
 from .photo_fields import build_photos
 from .status_card import job_card
@@ -18,7 +18,7 @@ def build_customize(tab: CustomizeTab) -> tuple[Any, Any, list[Any]]:
     with gr.Row(equal_height=False):
         with gr.Column(scale=5):
             photos = build_photos(tab)
-            name, told, values = _build_settings(tab.shared.place.base)
+            name, values = _build_settings(tab.shared.place.base)
         with gr.Column(scale=4):
             with gr.Row():
                 start = gr.Button("Start", variant="primary", elem_id="train-start")
@@ -55,8 +55,8 @@ def build_customize(tab: CustomizeTab) -> tuple[Any, Any, list[Any]]:
         return [now, *_updates(tab, now, new)]
 
     photos.change(lambda: "", None, refused)  # it may have been that there were none
-    start.click(tab.start, [name, photos, *told, *values], refused).then(look, seen, [seen, *looked])
-    resume.click(tab.resume, [runs, photos, *told, *values], refused).then(look, seen, [seen, *looked])
+    start.click(tab.start, [name, photos, *values], refused).then(look, seen, [seen, *looked])
+    resume.click(tab.resume, [runs, photos, *values], refused).then(look, seen, [seen, *looked])
     stop.click(tab.stop).then(look, seen, [seen, *looked])
     return look, seen, [seen, *looked]
 
@@ -92,19 +92,20 @@ def _updates(tab: CustomizeTab, now: dict[str, Any], new: dict[str, Any]) -> lis
     ]
 
 
-def _build_settings(given_base: str) -> tuple[Any, list[Any], list[Any]]:
-    """(name, what else a training is told, the settings in the order of FIELDS)."""
+def _build_settings(given_base: str) -> tuple[Any, list[Any]]:
+    """(name, what a training is told: in the order of ASKED, then of FIELDS)."""
     import gradio as gr
 
     gr.Markdown("### 2. What it is")
-    prompt = gr.Textbox(
+    asked: dict[str, Any] = {}
+    asked["prompt"] = gr.Textbox(
         "a photo of V*",
         label="Prompt",
         info="Caption of all photos that have none of their own. A word like V* or <dog> is learned.",
     )
     with gr.Row():
         name = gr.Textbox("concept", label="Name", info="Of the adapter's file.")
-        base = gr.Textbox(
+        asked["base"] = gr.Textbox(
             given_base,
             label="Base model",
             info="Directory of a pipeline of diffusers, or its name on the Hub.",
@@ -117,18 +118,25 @@ def _build_settings(given_base: str) -> tuple[Any, list[Any], list[Any]]:
             with gr.Column(min_width=220):
                 parts[field.name] = field.component(defaults[field.name])
     with gr.Accordion("More settings", open=False):
-        class_prompt = gr.Textbox(
-            "",
-            label="Class prompt",
-            info="What the concept is one of, e.g. a photo of a dog: keeps the model from forgetting them.",
-        )
         with gr.Row():
-            upscale = gr.Checkbox(label="Enlarge small photos", info="Those below the resolution.")
-            overwrite = gr.Checkbox(label="Replace", info="An adapter of the same name.")
+            asked["class_prompt"] = gr.Textbox(
+                "",
+                label="Class prompt",
+                info="What the concept is one of, e.g. a photo of a dog: keeps the model from forgetting them.",
+            )
+            asked["class_images"] = gr.Textbox(
+                "", label="Class images", info="A folder of them on this machine; empty: the model draws them."
+            )
+        with gr.Row():
+            asked["storage"] = gr.Dropdown(list(STORAGES), value=STORAGES[1], label="Stored as", info="In the file.")
+            asked["max_bytes"] = gr.Textbox("", label="Largest file", info="E.g. 1M: the parts worth least go.")
+        with gr.Row():
+            asked["allow_upscale"] = gr.Checkbox(label="Enlarge small photos", info="Those below the resolution.")
+            asked["overwrite"] = gr.Checkbox(label="Replace", info="An adapter of the same name.")
         for panel in dict.fromkeys(field.panel for field in FIELDS):
             chosen = [f for f in FIELDS if f.panel == panel and f.name not in FIRST]
             with gr.Accordion(panel, open=False), gr.Row():
                 for field in chosen:
                     with gr.Column(min_width=220):
                         parts[field.name] = field.component(defaults[field.name])
-    return name, [base, prompt, class_prompt, upscale, overwrite], [parts[field.name] for field in FIELDS]
+    return name, [*(asked[key] for key in ASKED), *(parts[field.name] for field in FIELDS)]
