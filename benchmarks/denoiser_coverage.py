@@ -87,7 +87,9 @@ def measure(name: str, cls: type) -> dict[str, Any]:
         made = functools.partial(given, inputs, dtype)
         try:
             base = run(model.to(dtype), made())
-            return row | {"dtype": str(dtype)} | exactness(model, made, base, list(taken))
+            found = exactness(model, made, base, list(taken))
+            row.pop("not_run", None)
+            return row | {"dtype": str(dtype)} | found
         except Exception as error:
             row["not_run"] = f"{type(error).__name__}: {error}"[:200]
     return row

@@ -257,6 +257,17 @@ IMAGE_MODELS: dict[str, tuple[dict[str, Any], Inputs]] = {
          "cross_attention_dim": 7},
         lambda: {"hidden_states": x(10, 4, 4), "encoder_hidden_states": x(5, 7)},
     ),
+    "DreamLiteTransformer2DModel": (
+        {"num_attention_heads": 3, "attention_head_dim": 5, "in_channels": 10, "norm_num_groups": 5,
+         "cross_attention_dim": 7, "num_kv_heads": 1},
+        lambda: {"hidden_states": x(10, 4, 4), "encoder_hidden_states": x(5, 7)},
+    ),
+    "DreamLiteUNetModel": (
+        {"sample_size": 4, "block_out_channels": (10, 20), "norm_num_groups": 5, "layers_per_block": 1,
+         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "cross_attention_dim": 7,
+         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "attention_head_dim": 2},
+        lambda: {"sample": x(4, 4, 4), "timestep": steps(), "encoder_hidden_states": x(5, 7)},
+    ),
     "DualTransformer2DModel": (
         {"num_attention_heads": 3, "attention_head_dim": 5, "in_channels": 10, "norm_num_groups": 5,
          "cross_attention_dim": 7},
@@ -289,8 +300,8 @@ IMAGE_MODELS: dict[str, tuple[dict[str, Any], Inputs]] = {
     ),
     "Kandinsky3UNet": (
         {"in_channels": 4, "time_embedding_dim": 8, "groups": 2, "attention_head_dim": 4, "layers_per_block": 1,
-         "block_out_channels": (4, 8), "cross_attention_dim": 8, "encoder_hid_dim": 13},
-        lambda: {"sample": x(4, 4, 4), "timestep": steps(), "encoder_hidden_states": x(5, 13),
+         "block_out_channels": (8, 8, 8, 8), "cross_attention_dim": 8, "encoder_hid_dim": 13},
+        lambda: {"sample": x(4, 8, 8), "timestep": steps(), "encoder_hidden_states": x(5, 13),
                  "encoder_attention_mask": mask(5)},
     ),
     "UVit2DModel": (

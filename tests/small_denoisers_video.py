@@ -72,7 +72,7 @@ VIDEO_MODELS: dict[str, tuple[dict[str, Any], Inputs]] = {
     ),
     "HunyuanVideoFramepackTransformer3DModel": (
         {**HUNYUAN, "num_single_layers": 1, "pooled_projection_dim": 7, "guidance_embeds": True,
-         "has_image_proj": True, "image_proj_dim": 11, "has_clean_x_embedder": False},
+         "has_image_proj": True, "image_proj_dim": 11, "has_clean_x_embedder": True},
         lambda: _hunyuan(pooled_projections=x(7), guidance=t(), image_embeds=x(3, 11),
                          indices_latents=torch.zeros(1).long()),
     ),
@@ -199,9 +199,9 @@ VIDEO_MODELS: dict[str, tuple[dict[str, Any], Inputs]] = {
         lambda: {"sample": x(4, 2, 4, 4), "timestep": steps(), "encoder_hidden_states": x(5, 7)},
     ),
     "I2VGenXLUNet": (
-        {"sample_size": 4, "block_out_channels": (10, 20), "norm_num_groups": 5, "layers_per_block": 1,
+        {"sample_size": 32, "block_out_channels": (64, 64), "norm_num_groups": 8, "layers_per_block": 1,
          "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"), "cross_attention_dim": 8,
-         "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"), "num_attention_heads": 2},
+         "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"), "num_attention_heads": 32},
         lambda: {"sample": x(4, 2, 32, 32), "timestep": steps(), "fps": steps(4), "image_latents": x(4, 2, 32, 32),
                  "image_embeddings": x(8), "encoder_hidden_states": x(5, 8)},
     ),
@@ -246,6 +246,22 @@ VIDEO_MODELS: dict[str, tuple[dict[str, Any], Inputs]] = {
         {"in_channels": 4, "condition_dim": 13, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8,
          "ff_inner_dim": 32, "rotary_dim": 4, "fourier_embedding_dim": 8},
         lambda: {"hidden_states": x(4, 6), "encoder_hidden_states": x(6, 13), "timestep": t()},
+    ),
+    "StableAudio3DiTModel": (
+        {"io_channels": 4, "embed_dim": 64, "depth": 1, "num_heads": 1, "cond_token_dim": 13, "global_cond_dim": 7,
+         "local_add_cond_dim": 5, "timestep_features_dim": 8, "num_memory_tokens": 2},
+        lambda: {"hidden_states": x(4, 6), "timestep": t(), "encoder_hidden_states": x(5, 13),
+                 "global_hidden_states": x(7)},
+    ),
+    "WanAnimate2Transformer3DModel": (
+        {"text_len": 5, "in_dim": 8, "dim": 24, "ffn_dim": 16, "freq_dim": 8, "text_dim": 13, "out_dim": 4,
+         "num_heads": 2, "num_layers": 1},
+        dict,
+    ),
+    "MiniMaxMusic3RVQDepthDecoder": (
+        {"hidden_size": 24, "num_layers": 1, "num_attention_heads": 3, "intermediate_size": 16,
+         "audio_vocab_size": 16, "num_codebooks": 4, "max_position_embeddings": 8},
+        lambda: {"inputs_embeds": x(4, 24)},
     ),
     "T5FilmDecoder": (
         {"input_dims": 4, "targets_length": 6, "d_model": 24, "num_layers": 1, "num_heads": 3, "d_kv": 8,

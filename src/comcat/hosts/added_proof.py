@@ -62,7 +62,7 @@ class WrittenOut(Pass):
 
     def __init__(self, meeting: Meeting, layer: AddedLayer) -> None:
         self.meeting, self.layer = meeting, layer
-        self.taps = frozenset(p for s in meeting.streams for p in (s.query, s.key, s.output) if p is not None)
+        self.taps, self.holders = meeting.taps, meeting.holders
         self.given: dict[str, Tensor] = {}
         self.added: dict[str, Tensor] = {}  # by stream (B, n, H r)
         self.seen = 0

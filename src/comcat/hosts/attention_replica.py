@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..nn.carries import Carries
 from ..nn.derived import original_class
-from .seam import Attend, Layout, Pass, Seam, to_tokens
+from .seam import Attend, Layout, Pass, Seam, holders, to_tokens
 
 BATCH, TOKENS, CONTEXT = 2, 3, 2
 #: How many inputs a sparse layer sums for each of its outputs.
@@ -135,6 +135,7 @@ class Trace(Pass):
     """What happened in one pass of a stand-in."""
 
     taps: frozenset[str]
+    holders: frozenset[str]
     calls: list[Called] = field(default_factory=list)
     met: list[Met] = field(default_factory=list)
     _slices: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
@@ -293,7 +294,8 @@ def renamed(module: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
 
 def traced(module: nn.Module, attempt: Attempt) -> tuple[Trace, Any]:
     """What happens in the stand-in with these arguments, and what it returns."""
-    trace = Trace(frozenset(path for path, _ in linears(module)))
+    taps = frozenset(path for path, _ in linears(module))
+    trace = Trace(taps, holders(taps))
     seam = Seam(type(module), getattr(module, "processor", None), products=True)
     result = seam.run(trace, module, (), renamed(module, attempt.kwargs))
     trace.finish()

@@ -10,7 +10,7 @@ Where all of that is in a module was found, and proven, before anything is attac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..layers.heads import Heads, Stream
 from ..nn.added import AddedLayer, Inputs, add_output, narrow, widen
-from .seam import Attend, Layout, Pass, from_tokens, to_tokens
+from .seam import Attend, Layout, Pass, from_tokens, holders, to_tokens
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,23 @@ class Meeting:
     shaped: bool = False
     context: bool = False
     parallel: bool = False
+    # Read off the streams once, as every pass needs them.
+    by_name: dict[str, Stream] = field(init=False, compare=False, repr=False)
+    inputs: frozenset[str] = field(init=False, compare=False, repr=False)
+    outputs: dict[str, str] = field(init=False, compare=False, repr=False)
+    taps: frozenset[str] = field(init=False, compare=False, repr=False)
+    holders: frozenset[str] = field(init=False, compare=False, repr=False)
+    inner: bool = field(init=False, compare=False, repr=False)
 
-    @property
-    def inner(self) -> bool:
-        return any(stream.inner for stream in self.streams)
+    def __post_init__(self) -> None:
+        found: dict[str, Any] = {"by_name": {stream.name: stream for stream in self.streams}}
+        found["inputs"] = frozenset(path for stream in self.streams for path in (stream.query, stream.key))
+        found["outputs"] = {stream.output: stream.name for stream in self.streams if stream.output is not None}
+        found["taps"] = found["inputs"] | found["outputs"].keys()
+        found["holders"] = holders(found["taps"])
+        found["inner"] = any(stream.inner for stream in self.streams)
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
 
 class AddedPass(Pass):
@@ -57,10 +70,7 @@ class AddedPass(Pass):
     def __init__(self, meeting: Meeting, layers: Sequence[AddedLayer]) -> None:
         self.meeting = meeting
         self.layers = layers
-        self.by_name = {stream.name: stream for stream in meeting.streams}
-        self.inputs = {path for s in meeting.streams for path in (s.query, s.key)}
-        self.outputs = {s.output: s.name for s in meeting.streams if s.output is not None}
-        self.taps = frozenset(self.inputs | self.outputs.keys())
+        self.taps, self.holders = meeting.taps, meeting.holders
         self.given: dict[str, Tensor] = {}
         self.meetings = 0
         self.parts: list[Tensor] = []  # (B, N, H r) of every layer
@@ -69,12 +79,12 @@ class AddedPass(Pass):
         self.lengths: dict[str, int] = {}  # of the streams that are there, in their order
 
     def call(self, path: str, linear: Any, x: Tensor) -> Tensor:
-        if path in self.inputs:
+        if path in self.meeting.inputs:
             self.given[path] = x
         out: Tensor = linear(x)
-        if path not in self.outputs:
+        if path not in self.meeting.outputs:
             return out
-        name = self.outputs[path]
+        name = self.meeting.outputs[path]
         added = [part.to(x.dtype) for part in self._parts(name)]
         tokens = out if out.shape[:-1] == added[0].shape[:2] else out.reshape(*added[0].shape[:2], -1)
         return add_output(tokens, added, self.layers, name).view(out.shape)
@@ -135,7 +145,7 @@ class AddedPass(Pass):
         """What the streams' columns are computed from, (B, n, D) each, in their order."""
         found = {}
         for name in self.meeting.order:
-            stream = self.by_name[name]
+            stream = self.meeting.by_name[name]
             if stream.query in self.given and stream.key in self.given:
                 x_q, x_kv = self.given[stream.query], self.given[stream.key]
                 count = x_q.shape[0] if batch is None else batch

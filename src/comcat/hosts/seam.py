@@ -20,7 +20,7 @@ import copy
 import functools
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -38,10 +38,11 @@ class Pass:
     """One pass through an attention module. Subclasses look at it, or change it.
 
     Attributes:
-        taps: paths of the linear layers whose calls come to :meth:`call`.
+        taps: paths of the linear layers whose calls come to :meth:`call`; holders: of the modules that they are in.
     """
 
     taps: frozenset[str] = frozenset()
+    holders: frozenset[str] = frozenset()
 
     def call(self, path: str, linear: Any, x: Tensor) -> Tensor:
         """The output of a linear layer for ``x``."""
@@ -60,6 +61,11 @@ class Pass:
     def bmm(self, bmm: Attend, a: Tensor, b: Tensor) -> Tensor:
         """A batched product of two matrices, for those who look for the one of probabilities and values."""
         return bmm(a, b)
+
+
+def holders(taps: Iterable[str]) -> frozenset[str]:
+    """The paths of all modules that hold one of these."""
+    return frozenset(path[:i] for path in taps for i, letter in enumerate(path) if letter == ".")
 
 
 class Seam:
@@ -172,12 +178,10 @@ class View:
         return type(self.module).forward(self, *args, **kwargs)
 
     def _child(self, name: str, child: Any) -> Any:
-        path = f"{self.path}{name}"
+        path = self.path + name
         if path in self.one.taps:
             return Tap(child, self.one, path)
-        if any(tap.startswith(f"{path}.") for tap in self.one.taps):
-            return View(child, self.one, f"{path}.")
-        return child
+        return View(child, self.one, f"{path}.") if path in self.one.holders else child
 
 
 class Tap:
