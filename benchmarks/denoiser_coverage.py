@@ -30,6 +30,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from comcat import customize
+from comcat.errors import ModelError
 from comcat.hosts.addable import AddableAttention
 from comcat.hosts.added_proof import WrittenOut
 from comcat.hosts.diffusers import addable_layers, proof_of
@@ -90,6 +91,10 @@ def measure(name: str, cls: type) -> dict[str, Any]:
             found = exactness(model, made, base, list(taken))
             row.pop("not_run", None)
             return row | {"dtype": str(dtype)} | found
+        except ModelError as error:  # it does something else with what the model gives it
+            kinds = Counter(one.kind for one in taken.values())
+            row["refused"] += [[kind, f"when it runs: {error}"[:200], count] for kind, count in kinds.items()]
+            return row | {"taken": 0}
         except Exception as error:
             row["not_run"] = f"{type(error).__name__}: {error}"[:200]
     return row

@@ -93,8 +93,8 @@ IMAGE_MODELS: dict[str, tuple[dict[str, Any], Inputs]] = {
     "QwenImage21Transformer2DModel": (
         {"in_channels": 4, "out_channels": 4, "num_layers": 1, "attention_head_dim": 10, "num_attention_heads": 3,
          "context_in_dim": 13, "axes_dims_rope": ROPE},
-        lambda: {"hidden_states": x(6, 4), "encoder_hidden_states": x(5, 13), "timestep": t(),
-                 "img_shapes": [[(1, 2, 3)]] * B, "img_mask": torch.zeros(B, 6, dtype=torch.bool),
+        lambda: {"hidden_states": x(8, 4), "encoder_hidden_states": x(5, 13), "timestep": t(),
+                 "img_shapes": [[(1, 2, 4)]] * B, "img_mask": torch.tensor([[False] * 5 + [True] * 2] * B),
                  "encoder_hidden_states_mask": torch.ones(B, 5, dtype=torch.bool)},
     ),
     "NucleusMoEImageTransformer2DModel": (

@@ -187,7 +187,7 @@ VIDEO_MODELS: dict[str, tuple[dict[str, Any], Inputs]] = {
         {"in_channels": 4, "num_layers": 2, "hidden_size": 24, "num_attention_heads": 2, "softmax_every_n": 2,
          "linear_head_dim": 12, "chunk_plucker_channels": 4, "chunk_plucker_post_attn_blocks": 0, "image_size": 4,
          "caption_channels": 13},
-        lambda: video(timestep=t()),
+        lambda: video(timestep=t(), encoder_attention_mask=mask(5)),
     ),
     "SanaWMLTX2RefinerTransformer3DModel": (
         {**LTX2, "num_layers": 1},

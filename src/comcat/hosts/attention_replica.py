@@ -286,10 +286,17 @@ def _head_width(module: Any) -> int:
 
 def renamed(module: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments under the names that the forward has for what its processor calls otherwise."""
-    parameters = inspect.signature(type(module).forward).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+    own = inspect.signature(type(module).forward).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own.values()):
         return given
-    return {next((p for p in parameters if p.endswith(name)), name): value for name, value in given.items()}
+    names = [name for name in own if name != "self"]
+    places = [p.name for p in _parameters(module)]
+
+    def known(name: str) -> str:
+        longer = next((one for one in names if one.endswith(name)), None)
+        return longer or (names[places.index(name)] if places.index(name) < len(names) else name)
+
+    return {known(name): value for name, value in given.items()}
 
 
 def traced(module: nn.Module, attempt: Attempt) -> tuple[Trace, Any]:

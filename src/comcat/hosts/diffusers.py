@@ -132,8 +132,9 @@ def _described(name: str, attn: Any, processor: Any = None) -> AddableAttention 
     if isinstance(found, str):
         joint = getattr(attn, "added_kv_proj_dim", None) is not None or getattr(attn, "pre_only", False)
         kind: Kind = "joint" if joint else "cross" if crossing else "self"
-        cls = original_class(attn, KeepsProducts).__name__
-        return Refusal(kind, f"{cls} with {type(processor).__name__}: {found}", _is_hosts_own(processor))
+        what = original_class(attn, KeepsProducts).__name__
+        what += "" if processor is None else f" with {type(processor).__name__}"
+        return Refusal(kind, f"{what}: {found}", processor is None or _is_hosts_own(processor))
     joint = len(found.streams) > 1 or found.inner or found.parallel
     kind = "joint" if joint else "cross" if crossing or found.context else "self"
     unfolded, heads = _unfolded(attn, found), _dense_heads(attn, found)
@@ -181,6 +182,7 @@ def proof_of(attention: AddableAttention) -> Proof:
     return found
 
 
+#: What was found for a structure: it says all that the outcome depends on, so that nothing here ever gets old.
 _LOOKED: dict[Any, tuple[Meeting | str, Proof | None]] = {}
 
 
@@ -198,7 +200,10 @@ def _look(attn: Any, processor: Any, crossing: bool) -> tuple[Meeting | str, Pro
         found = probed(attn, processor, crossing)
         if isinstance(found, str):
             return found, None
-        proof = prove(found)
+        try:
+            proof = prove(found)
+        except RuntimeError as error:  # shapes that do not go together
+            return f"its proof does not run: {str(error).partition(chr(10))[0][:80]}", None
     return proof.reason() or found.meeting, proof
 
 

@@ -44,7 +44,7 @@ def probed(module: nn.Module, processor: Any, crossing: bool) -> Probed | str:
     """
     made = stand_in(module, processor)
     paths = [path for path, _ in linears(made)]
-    best: tuple[int, Probed | str] = (0, "it takes no tokens")
+    best: tuple[int, Probed | str] = (0, "")
     needs_more = False
     for attempt in attempts(made, crossing):
         needs_more = needs_more or (attempt.extra and not best[0])
@@ -56,7 +56,7 @@ def probed(module: nn.Module, processor: Any, crossing: bool) -> Probed | str:
             if not all(t.isfinite().all() for t in tensors):
                 continue
         except Exception as error:  # arguments that it does not take
-            if not best[0]:
+            if best == (0, ""):
                 best = 0, f"it does not run on made-up inputs ({str(error).strip().partition(chr(10))[0][:80]})"
             continue
         used = len({called.path for called in trace.calls})
@@ -71,7 +71,7 @@ def probed(module: nn.Module, processor: Any, crossing: bool) -> Probed | str:
             best = used, found
         if used == len(paths) and not isinstance(found, str):
             break
-    return best[1]
+    return best[1] or "it takes no tokens"
 
 
 def tensors_of(result: Any) -> list[Tensor]:
