@@ -197,12 +197,14 @@ def _to_lora(screen: Screen, wanted: _AsLora, out: Path, layout: Any) -> dict[st
 @app.command()
 @command
 def shrink(
-    file: File,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An adapter (.safetensors).")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write (.safetensors).")],
     max_bytes: Annotated[str, opt.Option(metavar="SIZE", help="Largest file, e.g. 1M or 500KiB.")],
     base: BaseOption = None,
     storage: Annotated[str, opt.Option(metavar="TYPE", help="float32, float16, bfloat16, int8 or nf4.")] = "float16",
-    prompt: Prompts = None,
+    prompt: Annotated[
+        list[str] | None, opt.Option(metavar="TEXT", help="What it is used for; the prompt it was taught with.")
+    ] = None,
     images: Annotated[int, opt.Option(min=1, help="To draw for each prompt.")] = 4,
     variant: Variant = None,
     device: Device = "auto",

@@ -73,7 +73,7 @@ def customize(
         str | None,
         _o(
             PRODUCTS,
-            "Largest file, e.g. 1M or 500KiB: the components worth least go halfway; begin with a --rank.",
+            "Largest file, e.g. 1M or 500KiB: of --rank, what is worth least goes halfway.",
             "SIZE",
         ),
     ] = None,
