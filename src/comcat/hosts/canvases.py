@@ -3,14 +3,16 @@
 | model | picture | text |
 |---|---|---|
 | UNet | latents (B, C, H, W); a layer sees them halved any number of times, the odd ones rounded up | apart |
-| PixArt, SANA, SD3 | latents (B, C, H, W), in patches | apart |
+| PixArt, SANA, SD3, HunyuanDiT, Lumina-Next, PRX | latents (B, C, H, W), in patches | apart |
+| AuraFlow, CogView 3 and 4 | latents (B, C, H, W), in patches | in front |
 | FLUX.1, FLUX.2, Chroma, Bria, FIBO, LongCat-Image, Ovis-Image | ``img_ids``: row and column of tokens | in front |
 | Qwen-Image | ``img_shapes``: frames, rows, columns | apart |
-| HunyuanImage | latents (B, C, H, W), in patches | behind |
+| HunyuanImage, ERNIE-Image | latents (B, C, H, W), in patches | behind |
 | Lumina 2 | latents (B, C, H, W), in patches | in front, each sample's own length |
 | Z-Image | a list of latents (C, F, H, W), in patches | behind |
 | Kandinsky 5 | latents (B, F, H, W, C), in patches | apart |
-| Wan | latents (B, C, F, H, W), in patches | apart |
+| Wan, SkyReels, SANA-Video | latents (B, C, F, H, W), in patches | apart |
+| HunyuanVideo | latents (B, C, F, H, W), in patches | behind |
 | LTX | ``num_frames``, ``height``, ``width`` | apart |
 
 Text "in front" and "behind": of the picture's tokens, in the layers that see both in one stream.
@@ -112,6 +114,9 @@ def _words(arguments: Arguments) -> tuple[int, ...]:
 
 _UNET = PictureLayout(_planar, pyramid=True)
 _PLANAR = PictureLayout(_planar)
+_AFTER_TEXT = PictureLayout(_planar, "in front")
+_VIDEO = PictureLayout(_video)
+_HUNYUAN_VIDEO = PictureLayout(_video, "behind", apart=("context_embedder",))
 _FLUX = PictureLayout(_placed, "in front", packed=2)
 
 LAYOUTS: dict[str, PictureLayout] = {
@@ -119,6 +124,12 @@ LAYOUTS: dict[str, PictureLayout] = {
     "PixArtTransformer2DModel": _PLANAR,
     "SanaTransformer2DModel": _PLANAR,
     "SD3Transformer2DModel": _PLANAR,
+    "HunyuanDiT2DModel": _PLANAR,
+    "LuminaNextDiT2DModel": _PLANAR,
+    "PRXTransformer2DModel": _PLANAR,
+    "AuraFlowTransformer2DModel": _AFTER_TEXT,
+    "CogView3PlusTransformer2DModel": _AFTER_TEXT,
+    "CogView4Transformer2DModel": _AFTER_TEXT,
     "FluxTransformer2DModel": _FLUX,
     "Flux2Transformer2DModel": _FLUX,
     "ChromaTransformer2DModel": _FLUX,
@@ -128,10 +139,16 @@ LAYOUTS: dict[str, PictureLayout] = {
     "OvisImageTransformer2DModel": _FLUX,
     "QwenImageTransformer2DModel": PictureLayout(_shaped, packed=2),
     "HunyuanImageTransformer2DModel": PictureLayout(_planar, "behind", apart=("context_embedder",)),
+    "ErnieImageTransformer2DModel": PictureLayout(_planar, "behind"),
     "Lumina2Transformer2DModel": PictureLayout(_planar, "in front", lengths=_words, apart=("context_refiner",)),
     "ZImageTransformer2DModel": PictureLayout(_listed, "behind", apart=("context_refiner",)),
     "Kandinsky5Transformer3DModel": PictureLayout(_channels_last, apart=("text_transformer_blocks",)),
-    "WanTransformer3DModel": PictureLayout(_video),
+    "WanTransformer3DModel": _VIDEO,
+    "WanVACETransformer3DModel": _VIDEO,
+    "SkyReelsV2Transformer3DModel": _VIDEO,
+    "SanaVideoTransformer3DModel": _VIDEO,
+    "HunyuanVideoTransformer3DModel": _HUNYUAN_VIDEO,
+    "HunyuanVideo15Transformer3DModel": _HUNYUAN_VIDEO,
     "LTXVideoTransformer3DModel": PictureLayout(_named),
 }
 
