@@ -156,6 +156,19 @@ def _demo(results: Results) -> str:
     return head + table(["", "stored", "V* right, %", "other prompts right, %", "time", "memory"], rows)
 
 
+def _judged(results: Results) -> str:
+    rows: dict[str, list[Results]] = {}
+    for row in results["rows"]:
+        rows.setdefault(row["name"], []).append(row)
+    lines = []
+    for name, found in rows.items():
+        own = [spread([row[key] for row in found], 2) if key in found[0] else "" for key in ("dino", "kept_dino")]
+        lines.append([name, *own, spread([row["concept"] for row in found], 0) if "concept" in found[0] else ""])
+    ceiling = statistics.fmean(row["ceiling"] for row in results["rows"])
+    head = f"{len(results['seeds'])} seeds; the photos reach {ceiling:.2f} among each other.\n\n"
+    return head + table(["", "DINO", "kept DINO", "right by the classifier, %"], lines)
+
+
 def _step(results: Results) -> str:
     rows = []
     for name, found in results["results"].items():
@@ -244,6 +257,13 @@ SECTIONS = {
         "A digit that the base never saw, from five images. Losses are those of scans that nothing was taught with, in "
         "thousandths, on the same noise for all; products and outputs are off by percent of what the adapter does.",
         _bytes,
+    ),
+    "judge_digits": Section(
+        _OWN,
+        "judge_digits.py",
+        "What comcat judge tells apart",
+        "A vision transformer of digits looks at what half-taught and taught adapters draw, and so does a classifier.",
+        _judged,
     ),
     "customize_step_*": Section(
         _OWN, "customize_step.py", "One training step at the shapes of Stable Diffusion 1.4", "Random weights.", _step
