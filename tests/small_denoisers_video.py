@@ -202,7 +202,7 @@ VIDEO_MODELS: dict[str, tuple[dict[str, Any], Inputs]] = {
         {"sample_size": 32, "block_out_channels": (64, 64), "norm_num_groups": 8, "layers_per_block": 1,
          "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"), "cross_attention_dim": 8,
          "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"), "num_attention_heads": 32},
-        lambda: {"sample": x(4, 2, 32, 32), "timestep": steps(), "fps": steps(4), "image_latents": x(4, 2, 32, 32),
+        lambda: {"sample": x(4, 2, 4, 4), "timestep": steps(), "fps": steps(4), "image_latents": x(4, 2, 4, 4),
                  "image_embeddings": x(8), "encoder_hidden_states": x(5, 8)},
     ),
     "UNetMotionModel": (
