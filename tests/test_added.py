@@ -16,7 +16,7 @@ from diffusers.models import attention_processor as ap
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 
 from comcat import customize
-from comcat.nn.added import START_SIZE, AddedLayer, AddedProduct, Strength, narrow, widen
+from comcat.nn.added import AddedLayer, AddedProduct, Strength, narrow, widen
 from diffusion import fill, text_encoder
 
 F64 = torch.float64
@@ -284,7 +284,7 @@ def test_widths_are_multiples_of_eight_and_come_apart_again(width: int, ranks: t
         assert torch.equal(part, layer["sample"].value(x))
 
 
-def test_start_is_the_same_for_the_same_seed_and_of_its_size() -> None:
+def test_start_is_the_same_for_the_same_seed_and_of_unit_size() -> None:
     first, second, other = (AddedProduct(101, 211, 13, 3, 5) for _ in range(3))
     for product, seed in ((first, 0), (second, 0), (other, 1)):
         product.reset_parameters(torch.Generator().manual_seed(seed))
@@ -294,7 +294,7 @@ def test_start_is_the_same_for_the_same_seed_and_of_its_size() -> None:
     assert first.output is not None
     assert not first.output.weight.any()
     x = torch.randn(50, 101, generator=torch.Generator().manual_seed(2))
-    assert 0.9 < first.query(x).std() / START_SIZE < 1.1
+    assert 0.9 < first.query(x).std() < 1.1
     first.output.weight.data[0, 0] = 1
     assert not first.is_zero()
 

@@ -27,10 +27,6 @@ from .masks import Mask
 #: Fused attention kernels want widths that are multiples of this.
 WIDTH_MULTIPLE = 8
 
-#: Of the random q' and v' that training starts from. The first steps of Adam multiply them by factors of the learning
-#: rate's size, whatever they are: at unit size that is noise in every prompt before anything is learned.
-START_SIZE = 0.3
-
 #: x_q and x_kv of a stream: what its queries, and its keys and values, are computed from.
 Inputs = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -89,11 +85,11 @@ class AddedProduct(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Random A_q, A_v, so that q', v' of normalized inputs are of size :data:`START_SIZE`; the rest zero."""
+        """Random A_q, A_v of variance 1 / D, so that q', v' of normalized inputs are of unit size; the rest zero."""
         for linear in (self.query, self.value):
             weight = linear.weight
             if not weight.is_meta:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * (START_SIZE / math.sqrt(weight.shape[1])))
+                weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1]))
             if linear.bias is not None:
                 linear.bias.zero_()
         self.key.weight.zero_()
