@@ -21,6 +21,8 @@ KINDS = {
     "token": ("token alone", MUTED),
     "full": ("full fine-tuning", "#555555"),
 }
+#: Far from the others in size, and shown as lines.
+APART = {"token": "0.1 kB", "full": "2.2 MB"}
 TITLES = {"score": "mean of both", "concept": "V* right in everything", "retention": "other prompts right"}
 
 
@@ -47,23 +49,22 @@ def main() -> None:
             names = dict.fromkeys(cell["name"] for cell in runs.values() if cell["kind"] == kind)
             found = [[cell for cell in runs.values() if cell["name"] == name] for name in names]
             values = [[value(cell, key) for cell in group] for group in found]
-            axes.errorbar(
-                [2 * group[0]["parameters"] / 1000 for group in found],
-                [statistics.fmean(group) for group in values],
-                [statistics.stdev(group) / len(group) ** 0.5 if len(group) > 1 else 0 for group in values],
-                fmt="o-",
-                color=color,
-                label=label,
-                markersize=5,
-                linewidth=1.3,
-                elinewidth=0.8,
-            )
+            means = [statistics.fmean(group) for group in values]
+            if kind in APART:
+                axes.axhline(means[0], color=color, linestyle="--", linewidth=1.2, label=f"{label}, {APART[kind]}")
+                continue
+            errors = [statistics.stdev(group) / len(group) ** 0.5 if len(group) > 1 else 0 for group in values]
+            sizes = [2 * group[0]["parameters"] / 1000 for group in found]
+            style = {"color": color, "markersize": 5, "linewidth": 1.3, "elinewidth": 0.8}
+            axes.errorbar(sizes, means, errors, fmt="o-", label=label, **style)
         axes.set_xscale("log")
+        axes.set_xticks([20, 30, 50, 100], ["20", "30", "50", "100"])
+        axes.minorticks_off()
         axes.set_xlabel("kB", fontsize=9, color=INK)
         axes.set_title(title, fontsize=10, color=INK, loc="left")
         tidy(axes, grid="y")
     figure.axes[0].set_ylabel("percent", fontsize=9, color=INK)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.axes[2].legend(frameon=False, fontsize=8, loc="lower left")
     save(figure, args.out)
 
 
