@@ -2,11 +2,11 @@
 
     python benchmarks/int8.py --shared SHARED [--json results/int8.json] [--test-images 10000] [--teacher vit_cifar10]
 
-The compressed model has 43 % of the parameters, so that its int8 file has an eighth of the dense file's bytes: its ranks
-are chosen on 1024 unlabelled training images. "tuned" is the same model after the fine-tune of the other tables
+The compressed model has 43 % of the parameters, so that its int8 file has an eighth of the dense file's bytes; its
+ranks are chosen on 1024 unlabelled training images. "tuned" is the same model after the fine-tune of the other tables
 (``cifar_finetune``, 40 000 augmented images). Int8 is calibrated on 256 images, once with all layers quantized and once
-with the default tolerance. Accuracy is that of the file, run in its runtime; times are of all files of a format in turns,
-in one run.
+with the default tolerance. Accuracy is that of the file, run in its runtime; times are of all files of a format in
+turns, in one run.
 """
 
 from __future__ import annotations
