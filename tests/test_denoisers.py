@@ -101,16 +101,17 @@ def test_heads_are_narrow_in_the_products_too_whatever_processor_runs_them(host:
     assert outs[1] == pytest.approx(outs[0], rel=1e-9, abs=1e-9)
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_adapters_of_the_dense_base_add_exactly_what_they_add_there(lost: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("host", "lost"), [("sd1", 0), ("sd1", 1), ("sd3", 1), ("flux", 1)])
+def test_adapters_of_the_dense_base_add_exactly_what_they_add_there(host: str, lost: int, tmp_path: Path) -> None:
     """With heads of which nothing is lost: as wide as they were in another basis, or narrower by what is zero."""
-    dense = model("sd1")
-    for attention in (m for m in dense.modules() if type(m).__name__ == "Attention"):
-        for linear in (attention.to_q, attention.to_v):
-            linear.weight.data.unflatten(0, (attention.heads, -1))[:, -1] *= not lost
+    dense = model(host)
+    for attention in (m for m in dense.modules() if hasattr(m, "to_q")):
+        for name in ("to_q", "to_v", "add_q_proj", "add_v_proj"):
+            for parameter in getattr(attention, name, torch.nn.Identity()).parameters():
+                parameter.data.unflatten(0, (attention.heads, -1))[:, -1] *= not lost
     ready = comcat.prepare(dense, inputs(dense, batch=3))
     layers = [layer for layer in ready.inventory.layers if isinstance(layer, AttentionLayer)]
-    choices = {layer.name: dict.fromkeys(("qk", "vo"), layer.heads.width - lost) for layer in layers}
+    choices = {layer.name: dict.fromkeys(layer.full, layer.heads.width - lost) for layer in layers}
     small, x = comcat.compress(ready, Plan(choices)), inputs(dense)
     base = output(dense, x)
     assert output(small, x) == pytest.approx(base, rel=1e-8, abs=1e-9)
@@ -121,6 +122,12 @@ def test_adapters_of_the_dense_base_add_exactly_what_they_add_there(lost: int, t
         customize.load_adapter(one, tmp_path / "a.safetensors")
     assert output(small, x) == pytest.approx(output(dense, x), rel=1e-6, abs=1e-7)
     assert (output(small, x) - base).abs().max() > 1e-3
+    taught = customize.add_adapter(small, rank=1, name="taught")
+    customize.save_adapter(small, tmp_path / "b.safetensors", name="taught")
+    assert "compressed" in customize.read_adapter(tmp_path / "b.safetensors")[0].base
+    assert "compressed" not in customize.read_adapter(tmp_path / "a.safetensors")[0].base
+    with pytest.raises(ModelError, match="its heads have been compressed"):
+        customize.export_lora(small, tmp_path / "lora.safetensors", name=taught.name)
     left = comcat.prepare(dense, inputs(dense, batch=3)).inventory.dense
     assert any("carries the products of default" in entry.reason for entry in left)
 
@@ -225,7 +232,13 @@ def test_a_distillation_comes_nearer_and_continues_bit_by_bit(recorded: Any, tmp
         return denoisers.distill(student, pipe.unet, recording, config, cpu=True, **more)
 
     one = comcat.compress(ready, plan)
-    run(one)
+    done = run(one)
+    assert done.after < done.before
+    said: list[str] = []
+    unmoved = comcat.compress(ready, plan)
+    assert run(unmoved, 0.3, note=said.append).after == done.before
+    assert "has not come nearer" in said[-1]
+    assert all(torch.equal(unmoved.state_dict()[name], tensor) for name, tensor in start.state_dict().items())
     assert prediction_error(pipe.unet, one, examples) < before
 
     def stop(stage: str, done: int, total: int | None) -> None:

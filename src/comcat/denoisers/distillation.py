@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from ..evaluation.outputs import Outputs, Spread
-from ..models.modes import copied, frozen, placed
+from ..evaluation.outputs import Outputs, Spread, squared_error
+from ..models.modes import copied, evaluating, frozen, placed
 from ..models.wrappers import check_plain
 from ..progress import Progress
 from ..training.checks import check_same, digest, refuse_half
@@ -31,8 +31,8 @@ from .distill_config import DistillConfig
 from .distill_task import Distillation, Examples
 from .recorded_calls import Recording
 
-#: Recorded examples by which the spread of the predictions is measured.
-_SPREAD = 256
+#: Recorded examples by which the spread of the predictions is measured, and whether the student came nearer.
+_LOOKED_AT = 256
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,14 @@ class DistillResult:
 
     Attributes:
         losses: of every step, the squared error relative to the variance of the dense predictions.
+        before, after: the same of a sample of the recorded examples, before the first step of this call and of what the
+            student holds now.
         seconds: of this call.
     """
 
     losses: tuple[float, ...]
+    before: float
+    after: float
     seconds: float
 
 
@@ -61,6 +65,8 @@ def distill(
     cpu: bool = False,
 ) -> DistillResult:
     """Train ``student`` in place to predict what ``teacher`` predicts.
+
+    Where the training has not brought it nearer, as can be where little was lost, the student is left as it was.
 
     Args:
         student: a compressed denoiser, in float32; all of its weights are trained.
@@ -106,19 +112,46 @@ def distill(
         spreads = agree(accelerator, _spreads(teacher, examples))
         model = copied(student).requires_grad_(True)
         task = Distillation(accelerator, model, teacher, examples, spreads, config)
+        before = _error(student, teacher, examples, spreads)
         Run(task, fixed, directory, saved, progress, remark).go()
+        start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
         student.load_state_dict(task.trained.weights())
-    return DistillResult(tuple(task.losses), time.perf_counter() - begin)
+        after = _error(student, teacher, examples, spreads)
+        if not agree(accelerator, after < before):
+            student.load_state_dict(start)
+            remark(
+                f"the distillation has not come nearer ({after:.2g} after, {before:.2g} before), so that the weights "
+                "are left as they were; try a lower learning rate, or more steps"
+            )
+            after = before
+    return DistillResult(tuple(task.losses), before, after, time.perf_counter() - begin)
+
+
+def _looked_at(model: nn.Module, examples: Examples) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Predictions for the first batches of a run."""
+    outputs, parameter = Outputs(model, "features"), next(model.parameters())
+    for number in range(min(examples.per_pass, math.ceil(_LOOKED_AT / examples.config.batch_size))):
+        batch = examples.batch(number).to(parameter.device, parameter.dtype)
+        with torch.no_grad(), evaluating(model):
+            found = outputs(batch.run(model), len(batch))
+        yield found
+
+
+def _error(student: nn.Module, teacher: nn.Module, examples: Examples, spreads: Sequence[torch.Tensor]) -> float:
+    """The student's squared error in units of the spread."""
+    errors = [
+        float(
+            squared_error("features", theirs, ours, [spread.to(one) for spread, one in zip(spreads, ours, strict=True)])
+        )
+        for theirs, ours in zip(_looked_at(teacher, examples), _looked_at(student, examples), strict=True)
+    ]
+    return sum(errors) / len(errors)
 
 
 def _spreads(teacher: nn.Module, examples: Examples) -> list[torch.Tensor]:
     """The variance of the dense predictions, by which errors are divided."""
-    outputs, spread = Outputs(teacher, "features"), None
-    parameter = next(teacher.parameters())
-    for number in range(math.ceil(_SPREAD / examples.config.batch_size)):
-        batch = examples.batch(number).to(parameter.device, parameter.dtype)
-        with torch.no_grad():
-            found = outputs(batch.run(teacher), len(batch))
+    spread: Spread | None = None
+    for found in _looked_at(teacher, examples):
         if spread is not None and [t.shape[1:] for t in found] != [t.shape for t in spread.shift]:
             continue  # of another length
         spread = spread or Spread("features")

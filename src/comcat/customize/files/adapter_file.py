@@ -22,7 +22,7 @@ from ...hosts.addable import AddableAttention
 from ...hosts.placement import place, precision
 from ...nn.added import AddedLayer
 from ...storage.atomic import atomic_file
-from ...storage.reader import read_tensors
+from ...storage.reader import digest, read_tensors
 from ...wording import some
 from ..adapter import attached as adapters_
 from ..adapter.attached import Adapter
@@ -95,12 +95,20 @@ def header(handle: Adapter, storage: Storage = "float32") -> Header:
         scale=handle.scale,
         storage=storage,
         # The bytes of a directory's name may be no text, which no reader would take.
-        base={"name": base.encode(errors="replace").decode(), "class": type(pipe).__name__},
+        base={"name": base.encode(errors="replace").decode(), "class": type(pipe).__name__, **_compressed(handle)},
         components=parts,
         token=None if token is None else {"text": token.text, "vectors": token.count},
         prompt=handle.info.get("prompt"),
         training=handle.info.get("training"),
     )
+
+
+def _compressed(handle: Adapter) -> dict[str, str]:
+    """The fingerprint of the plan by which the base's denoiser was compressed, where it was when this was taught."""
+    made = getattr(denoiser(handle.pipe)[1], "comcat", None)
+    own = None if made is None else digest(made.plan.as_dict())[:16]
+    known = handle.info.get("compressed", own)
+    return {} if known is None else {"compressed": known}
 
 
 def _biases(layer: AddedLayer) -> list[str]:
@@ -154,7 +162,8 @@ def load_adapter(
     path = Path(path)
     found, tensors = read_adapter(path)
     handle = adapters_.new_adapter(pipe, name or found.name, found.scale if scale is None else scale)
-    handle.info = {"base": found.base.get("name"), "prompt": found.prompt, "training": found.training}
+    known = {"base": found.base.get("name"), "compressed": found.base.get("compressed")}
+    handle.info = {**known, "prompt": found.prompt, "training": found.training}
     bare = isinstance(pipe, nn.Module)  # it has no prompt
     encoders = text_encoders(pipe)
     parts = dict(found.components)
