@@ -107,7 +107,7 @@ def test_adapters_of_the_dense_base_add_exactly_what_they_add_there(host: str, l
     dense = model(host)
     for attention in (m for m in dense.modules() if hasattr(m, "to_q")):
         for name in ("to_q", "to_v", "add_q_proj", "add_v_proj"):
-            for parameter in getattr(attention, name, torch.nn.Identity()).parameters():
+            for parameter in (getattr(attention, name, None) or torch.nn.Identity()).parameters():
                 parameter.data.unflatten(0, (attention.heads, -1))[:, -1] *= not lost
     ready = comcat.prepare(dense, inputs(dense, batch=3))
     layers = [layer for layer in ready.inventory.layers if isinstance(layer, AttentionLayer)]
