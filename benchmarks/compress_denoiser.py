@@ -25,8 +25,6 @@ from comcat_demos import digits, digits_cache
 from comcat_demos.contest import METHODS, Contest
 from comcat_demos.digits_score import Classifier, score
 
-KEPT = (0.7, 0.5, 0.3)
-
 
 class Digits:
     """The pipeline, what its denoiser was recorded with, and the figures so far."""
@@ -51,6 +49,7 @@ class Digits:
             "seeds": args.seeds,
             "images_per_digit": args.images,
             "distill_steps": args.steps,
+            "distill_lr": args.lr,
             "params": whole,
             "reducible": sum(own.values()),
             "rows": [],
@@ -88,9 +87,10 @@ class Digits:
                 best = error, small, method
         assert best is not None
         _, small, method = best
-        config = denoisers.DistillConfig(steps=self.args.steps, batch_size=32, lr=1e-3)
-        denoisers.distill(small, self.dense, self.recording, config, cpu=True)
-        self.judge(small, f"{method}, distilled", keep, self.args.seeds)
+        if self.args.steps:
+            config = denoisers.DistillConfig(steps=self.args.steps, batch_size=32, lr=self.args.lr)
+            denoisers.distill(small, self.dense, self.recording, config, cpu=True)
+            self.judge(small, f"{method}, distilled", keep, self.args.seeds)
         return small
 
     def contest(self, unet: nn.Module, name: str) -> None:
@@ -115,7 +115,9 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the images that are scored")
     parser.add_argument("--images", type=int, default=16, help="of every digit and seed")
-    parser.add_argument("--steps", type=int, default=300, help="of the distillation")
+    parser.add_argument("--kept", type=float, nargs="*", default=[0.7, 0.5, 0.3, 0.1, 0.03], help="budgets")
+    parser.add_argument("--steps", type=int, default=250, help="of the distillation; 0 leaves it out")
+    parser.add_argument("--lr", type=float, default=3e-4, help="of the distillation")
     parser.add_argument("--methods", nargs="*", default=["uniform", "spectrum", "probe"])
     parser.add_argument("--probe-images", type=int, default=256)
     parser.add_argument("--contest-steps", type=int, default=200, help="of customization; 0 leaves it out")
@@ -127,7 +129,7 @@ def main() -> None:
         base = Digits(args, Path(folder))
         print(f"{'':<22} {'kept':>4} {'of UNet':>8} {'error':>9} {'digits right':>14}")
         base.judge(base.dense, "dense", None, args.seeds)
-        made = {keep: base.at(keep) for keep in KEPT}
+        made = {keep: base.at(keep) for keep in args.kept}
         if args.contest_steps:
             base.contest(base.dense, "dense")
             base.contest(made[args.contest_at], f"{args.contest_at:.0%}, distilled")

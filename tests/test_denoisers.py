@@ -126,8 +126,9 @@ def test_adapters_of_the_dense_base_add_exactly_what_they_add_there(host: str, l
     customize.save_adapter(small, tmp_path / "b.safetensors", name="taught")
     assert "compressed" in customize.read_adapter(tmp_path / "b.safetensors")[0].base
     assert "compressed" not in customize.read_adapter(tmp_path / "a.safetensors")[0].base
-    with pytest.raises(ModelError, match="its heads have been compressed"):
-        customize.export_lora(small, tmp_path / "lora.safetensors", name=taught.name)
+    if lost:  # heads of full width are the ones that were there
+        with pytest.raises(ModelError, match="its heads have been compressed"):
+            customize.export_lora(small, tmp_path / "lora.safetensors", name=taught.name)
     left = comcat.prepare(dense, inputs(dense, batch=3)).inventory.dense
     assert any("carries the products of default" in entry.reason for entry in left)
 

@@ -9,7 +9,7 @@ import typer
 
 from . import options as opt
 from .console import Screen, command
-from .customize_command import Base, Device, Variant
+from .customize_command import Base, Denoiser, Device, Variant
 from .generate_command import IMAGES, drawing_precision, parse_adapter, parse_seeds, read_prompts
 from .inputs import check_input_file, parse_device, read_lines
 
@@ -96,6 +96,7 @@ def judge(
         opt.Option(metavar="no|bf16|fp16", help="fp16 on a GPU, no elsewhere, unless given.", rich_help_panel=opt.RUN),
     ] = None,
     variant: Variant = None,
+    denoiser: Denoiser = None,
     device: Device = "auto",
     overwrite: Annotated[
         bool,
@@ -137,7 +138,9 @@ def judge(
             # What is wrong with them is said before the base is read.
             encoders = open_encoders(dino, clip, str(place))
             contestants = [Contestant.read(given.path, given.scale, given.token) for given in files]
-            pipe: Any = open_pipeline(base, drawing_precision(precision, place.type), place, variant, screen.note)
+            pipe: Any = open_pipeline(
+                base, drawing_precision(precision, place.type), place, variant, screen.note, denoiser
+            )
             found = run(
                 pipe,
                 contestants,
