@@ -115,7 +115,7 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the images that are scored")
     parser.add_argument("--images", type=int, default=16, help="of every digit and seed")
-    parser.add_argument("--kept", type=float, nargs="*", default=[0.7, 0.5, 0.3, 0.1, 0.03], help="budgets")
+    parser.add_argument("--kept", type=float, nargs="*", default=[0.7, 0.5, 0.3, 0.1], help="budgets")
     parser.add_argument("--steps", type=int, default=250, help="of the distillation; 0 leaves it out")
     parser.add_argument("--lr", type=float, default=3e-4, help="of the distillation")
     parser.add_argument("--methods", nargs="*", default=["uniform", "spectrum", "probe"])
