@@ -15,7 +15,7 @@ SOURCE = ROOT / "src"
 INSTALLED_AS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "open_clip": "open-clip-torch"}
 INSTALLED_AS |= {"onnx_ir": "onnxscript", "ai_edge_litert": "litert-torch"}  # they come with those
 #: What only an option that names it needs, with a message that says how to install it.
-ASKED_FOR = {"bitsandbytes"}
+ASKED_FOR = {"bitsandbytes", "xformers"}
 #: Extras whose pins may disagree with ours; each has an environment of its own.
 OTHERS = ("executorch", "litert", "coreml")
 OURS = {"comcat", "comcat-demos"}
