@@ -36,6 +36,14 @@ def method_tables(results: Mapping[str, Any]) -> str:
     )
     titles = ["", "parameters", "float16", "rate", "V\\* right", *_PARTS, "others right", "score"]
     text = head + table(titles, rows)
+    times = results.get("times", {}).get("step seconds")
+    if times:
+        ratios = {
+            kind: statistics.median(a / b for a, b in zip(found, times["comcat"], strict=True))
+            for kind, found in times.items()
+        }
+        shown = ", ".join(f"{kind} {ratio:.2f}" for kind, ratio in ratios.items())
+        text += f"\nCPU time of a step at the middle size, in units of comcat's: {shown}.\n"
     if equal:
         text += "\nThe CPU time of comcat at rank 2 for every method, instead of its steps:\n\n"
         shown = [[n, str(next(iter(f.values()))["steps"]), _over(f, "concept"), _over(f, "retention"), _score(f)]
@@ -73,14 +81,14 @@ def _paired(steps: Mapping[str, Any], equal: Mapping[str, Any]) -> str:
                 continue
             size = next(iter(found.values()))["parameters"]
             near = min(ours, key=lambda n: abs(math.log(next(iter(ours[n].values()))["parameters"] / size)))
-            against = (equal if group is equal else steps)["comcat, rank 2" if group is equal else near]
+            rival = "comcat, rank 2" if group is equal else near  # whose seconds they are
+            against = ours[rival]
             differences = [_mean(against[run]) - _mean(cell) for run, cell in found.items() if run in against]
             if len(differences) < 2:
                 continue
             mean = statistics.fmean(differences)
             error = statistics.stdev(differences) / len(differences) ** 0.5
             verdict = "tie" if abs(mean) < 2 * error else "comcat" if mean > 0 else name
-            rival = "comcat, rank 2" if group is equal else near
             rows.append([f"{rival} − {name}, {title}", f"{mean:+.1f} ±{error:.1f}", verdict])
     if not rows:
         return ""
