@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 def outcomes_table(outcomes: Mapping[int, Sequence[MethodOutcome]], title: str) -> Table:
     """The demo's methods side by side, means over the digits that were taught."""
-    caption = "V* right: all of digit, color, side and number; others: of the digits that the base knew"
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    caption = "percent of images; right: in digit, color, side and number; others: of the digits that the base knew"
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.title_justify = table.caption_justify = "left"
     table.add_column("method", no_wrap=True)
-    for column in ("stored", "V* right", *PARTS, "others", "time"):
+    for column in ("stored", "right", *PARTS, "others", "time"):
         table.add_column(column, justify="right", no_wrap=True)
     for found in zip(*outcomes.values(), strict=True):
         others = _percent(o.retention for o in found)
@@ -36,7 +37,7 @@ def outcomes_table(outcomes: Mapping[int, Sequence[MethodOutcome]], title: str) 
 
 
 def _percent(values: Any) -> str:
-    return f"{fmean(values):.0f} %"
+    return f"{fmean(values):.0f}"
 
 
 def storages_table(rows: Sequence[Mapping[str, Any]]) -> Table:
