@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from method_tables import method_tables
+from runtime_tables import int8_tables, latency_tables, parity_table
 from tables import number, pivot, records, spread, table
 
 Results = Mapping[str, Any]
@@ -38,6 +39,11 @@ PAGES = {
     "results/speed.md": (
         "Speed and memory",
         "Times are measured in turns, so that a busy machine slows all alike; medians.",
+    ),
+    "results/runtimes.md": (
+        "Other runtimes",
+        "Exported files, dense and compressed: how fast they run, and what they differ by. *Realized* is the speed-up "
+        "over the MAC ratio.",
     ),
     "results/customization.md": ("Customization", "What a concept costs to teach and to store, and what it brings."),
 }
@@ -183,10 +189,9 @@ def _step(results: Results) -> str:
 
 
 _ACCURACY, _SPEED = "results/accuracy.md", "results/speed.md"
-_TUNED, _OWN = "results/finetuning.md", "results/customization.md"
+_TUNED, _OWN, _OTHERS = "results/finetuning.md", "results/customization.md", "results/runtimes.md"
 
 
-#: Name of a file, or its beginning and ``*`` -> its section.
 def _bytes(results: Results) -> str:
     heads = {
         "bytes": ("bytes", 1, 0),
@@ -210,6 +215,7 @@ def _bytes(results: Results) -> str:
     return f"{results['steps']} steps, {len(results['seeds'])} seeds.\n\n" + "\n".join(tables)
 
 
+#: Name of a file, or its beginning and ``*`` -> its section.
 SECTIONS = {
     "training_free": Section(
         _ACCURACY, "training_free.py", "A ViT on CIFAR-10", "2.69 M parameters, patch 4.", _training_free
@@ -238,6 +244,28 @@ SECTIONS = {
     ),
     "search_step*": Section(
         _SPEED, "search_step.py", "One step of the rank search", "Gates against mixed candidate matrices.", _search
+    ),
+    "runtimes": Section(
+        _OTHERS,
+        "runtimes.py",
+        "Plans by MACs, plans by latency",
+        "`speed`: random weights, half the MACs against half the time. `accuracy`: a teacher on CIFAR-10, half the "
+        "time against the plan by MACs that takes as long.",
+        latency_tables,
+    ),
+    "int8": Section(
+        _OTHERS,
+        "int8.py",
+        "Int8",
+        "Training-free, calibrated on 256 images; all layers, and as many as stay within the default tolerance.",
+        int8_tables,
+    ),
+    "export_parity": Section(
+        _OTHERS,
+        "export_parity.py",
+        "What files differ by",
+        "From PyTorch in float32, in units of the largest output.",
+        parity_table,
     ),
     "customize_demo": Section(
         _OWN, "customize_demo.py", "A digit that the base never saw", "A tiny Stable Diffusion, five images.", _demo
@@ -312,4 +340,5 @@ def _variant(file: Path, pattern: str, results: Results) -> str:
 
 def _versions(results: Results) -> str:
     said = ", ".join(f"{name} {version.partition('+')[0]}" for name, version in results["versions"].items())
-    return f"{said}, {results['threads']} threads"
+    threads = results["threads"] if "threads" in results else results["settings"]["threads"]
+    return f"{said}, {threads} thread{'' if threads == 1 else 's'}"

@@ -1,0 +1,67 @@
+"""Tables of small models in other runtimes: their time, their files in int8, what files differ by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tables import table
+
+Results = Mapping[str, Any]
+
+
+def latency_tables(results: Results) -> str:
+    """Plans by MACs against plans by a runtime's own latency."""
+    settings = results["settings"]
+    parts = [f"{results['device']}, plans for {settings['keep']:.2f} of the dense time.\n"]
+    for kind, more in (("speed", []), ("accuracy", ["top-1, %"])):
+        rows = []
+        for key, cell in results["cells"].items():
+            begin, name, rest = key.split(" ", 2)
+            if begin != kind:
+                continue
+            both = [(cell["macs"], "MACs"), (cell["latency"], "latency")]
+            shown = [f"{one['kept']:.3f}" for one, _ in both]
+            shown += [f"{one['macs']:.2f}" for one, _ in both] + [f"{one['realized']:.2f}" for one, _ in both]
+            shown += [f"{one['top1']:.2f}" for one, _ in both if more]
+            rows.append([f"{name}, {rest}", f"{cell['dense_ms']:.1f}", *shown])
+        heads = ["time kept", "MACs kept", "realized", *more]
+        titles = ["", "dense, ms", *(f"{head}, by {by}" for head in heads for by in ("MACs", "latency"))]
+        if rows:
+            parts.append(table(titles, rows))
+    return "\n".join(parts)
+
+
+def int8_tables(results: Results) -> str:
+    """Accuracy, bytes and time of the files of a teacher."""
+    parts = []
+    for teacher, found in results["results"].items():
+        rows = []
+        for kind in ("dense", "compressed", "tuned"):
+            for to, files in found.get(kind, {}).items():
+                whole = found["dense"][to]["fp32"]["bytes"]
+                for name, one in files.items():
+                    times = [one.get(f"batch {batch}", {}).get("of_dense_fp32") for batch in (1, 8)]
+                    shown = ["" if time is None else f"{time:.2f}" for time in times]
+                    size = [f"{one['bytes'] / 1e6:.2f}", f"1/{whole / one['bytes']:.1f}"]
+                    layers = [str(len(one["weights_only"])), str(len(one["floats"]))]
+                    rows.append([f"{to}, {kind}, {name}", f"{one['top1']:.2f}", *size, *shown, *layers])
+        titles = ["", "top-1, %", "MB", "of dense fp32", "time, batch 1", "batch 8", "int8 weights only", "float"]
+        head = f"`{teacher}`, {found['test_images']} test images, {100 * found['keep']:g} % of the parameters kept."
+        parts.append(f"{head}\n\n{table(titles, rows)}")
+    return "\n".join(parts)
+
+
+def parity_table(results: Results) -> str:
+    """The largest difference from PyTorch in float32, in units of the largest output."""
+    rows = []
+    for model, kinds in results["results"].items():
+        for kind, formats in kinds.items():
+            for to, precisions in formats.items():
+                shown = {name: one["relative"] for name, one in precisions.items()}
+                cells = [
+                    "" if name not in shown else "not run here" if shown[name] is None else f"{shown[name]:.1e}"
+                    for name in ("fp32", "fp16", "bf16")
+                ]
+                rows.append([f"{model}, {kind}, {to}", *cells])
+    return table(["", "fp32", "fp16", "bf16"], rows)
