@@ -3,7 +3,7 @@
 Layers are recognised by their structure on the meta device, and count as far as small models of the same classes prove
 them (tests/test_denoisers.py): where queries and keys are normalized, values and outputs alone.
 
-    python benchmarks/coverage_denoisers.py --json benchmarks/results/coverage_denoisers.json
+    python benchmarks/denoiser_shares.py --json benchmarks/results/denoiser_shares.json
 """
 
 from __future__ import annotations
