@@ -17,7 +17,6 @@ from .console import Screen, command
 from .customize_command import Base, Denoiser, Device, Variant
 from .inputs import parse_device
 
-IMAGES = "Images"
 MOST_SEEDS = 10_000
 
 
@@ -35,20 +34,12 @@ def generate(
             "repeatable.",
         ),
     ] = None,
-    seeds: Annotated[
-        str, opt.Option(metavar="N,N-N", help="One image per prompt for each, e.g. 0-3,7.", rich_help_panel=IMAGES)
-    ] = "0-3",
-    steps: Annotated[
-        int | None, opt.Option(min=1, help="Sampling steps; the pipeline's own.", rich_help_panel=IMAGES)
-    ] = None,
-    guidance: Annotated[
-        float | None, opt.Option(help="Guidance scale; the pipeline's own.", rich_help_panel=IMAGES)
-    ] = None,
-    negative_prompt: Annotated[
-        str | None, opt.Option(metavar="TEXT", help="What not to draw.", rich_help_panel=IMAGES)
-    ] = None,
-    height: Annotated[int | None, opt.Option(min=8, help="Pixels; the model's own.", rich_help_panel=IMAGES)] = None,
-    width: Annotated[int | None, opt.Option(min=8, help="Pixels; the model's own.", rich_help_panel=IMAGES)] = None,
+    seeds: opt.Seeds = "0-3",
+    steps: opt.Steps = None,
+    guidance: opt.Guidance = None,
+    negative_prompt: opt.NegativePrompt = None,
+    height: opt.Pixels = None,
+    width: opt.Pixels = None,
     without_token: Annotated[
         bool,
         opt.Option("--without-token", help="Allow prompts without the word that an adapter learned."),

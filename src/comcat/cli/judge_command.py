@@ -10,7 +10,7 @@ import typer
 from . import options as opt
 from .console import Screen, command
 from .customize_command import Base, Denoiser, Device, Variant
-from .generate_command import IMAGES, drawing_precision, parse_adapter, parse_seeds, read_prompts
+from .generate_command import drawing_precision, parse_adapter, parse_seeds, read_prompts
 from .inputs import check_input_file, parse_device, read_lines
 
 ENCODERS, TEXTS = "Encoders", "Prompts"
@@ -76,20 +76,12 @@ def judge(
             rich_help_panel=TEXTS,
         ),
     ] = None,
-    seeds: Annotated[
-        str, opt.Option(metavar="N,N-N", help="One picture per prompt for each, e.g. 0-3,7.", rich_help_panel=IMAGES)
-    ] = "0-3",
-    steps: Annotated[
-        int | None, opt.Option(min=1, help="Sampling steps; the pipeline's own.", rich_help_panel=IMAGES)
-    ] = None,
-    guidance: Annotated[
-        float | None, opt.Option(help="Guidance scale; the pipeline's own.", rich_help_panel=IMAGES)
-    ] = None,
-    negative_prompt: Annotated[
-        str | None, opt.Option(metavar="TEXT", help="What not to draw.", rich_help_panel=IMAGES)
-    ] = None,
-    height: Annotated[int | None, opt.Option(min=8, help="Pixels; the model's own.", rich_help_panel=IMAGES)] = None,
-    width: Annotated[int | None, opt.Option(min=8, help="Pixels; the model's own.", rich_help_panel=IMAGES)] = None,
+    seeds: opt.Seeds = "0-3",
+    steps: opt.Steps = None,
+    guidance: opt.Guidance = None,
+    negative_prompt: opt.NegativePrompt = None,
+    height: opt.Pixels = None,
+    width: opt.Pixels = None,
     batch_size: opt.BatchSize = 4,
     precision: Annotated[
         str | None,

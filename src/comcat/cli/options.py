@@ -137,6 +137,15 @@ Boxes = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+#: Panel of how pictures are drawn.
+IMAGES = "Images"
+Seeds = Annotated[
+    str, Option(metavar="N,N-N", help="One image per prompt for each, e.g. 0-3,7.", rich_help_panel=IMAGES)
+]
+Steps = Annotated[int | None, Option(min=1, help="Sampling steps; the pipeline's own.", rich_help_panel=IMAGES)]
+Guidance = Annotated[float | None, Option(help="Guidance scale; the pipeline's own.", rich_help_panel=IMAGES)]
+NegativePrompt = Annotated[str | None, Option(metavar="TEXT", help="What not to draw.", rich_help_panel=IMAGES)]
+Pixels = Annotated[int | None, Option(min=8, help="Pixels; the model's own.", rich_help_panel=IMAGES)]
 BatchSize = Annotated[int, Option(min=1, help="Images in a batch.", rich_help_panel=RUN)]
 Workers = Annotated[
     int | None,
