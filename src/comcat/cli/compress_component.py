@@ -124,7 +124,8 @@ class ComponentJob:
             if path is not None:
                 self.calibration.save(path)
         self.plan = self.plan or self._planned()
-        self.made = SmallModel(self.prepared, self.plan, self.calibration, self.screen)
+        small = comcat.compress(self.prepared, self.plan, self.calibration, progress=self.screen.progress)
+        self.made = SmallModel(small)
         self._measure("training_free")
         if self.distill is not None:
             comcat.save(self.made.model, folder / START)
@@ -211,9 +212,8 @@ class ComponentJob:
             raise TrainingError(f"there is no run in '{folder}' to resume; start without --resume")
         recording = Recording(folder / RECORDED)
         self.prepared = comcat.prepare(self.dense, next(iter(recording))[:3].call)
-        self.made = SmallModel.__new__(SmallModel)
-        self.made.model = comcat.load(folder / START).to(next(self.dense.parameters()).device)
-        self.made.report, self.plan = self.made.model.comcat.report, self.made.model.comcat.plan  # type: ignore
+        self.made = SmallModel(comcat.load(folder / START).to(next(self.dense.parameters()).device))
+        self.plan = self.made.model.comcat.plan  # type: ignore[union-attr, assignment]
         return recording
 
     def _distilled(self, config: DistillConfig, recording: Recording) -> None:

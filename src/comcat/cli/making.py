@@ -22,11 +22,9 @@ if TYPE_CHECKING:
 class SmallModel:
     """A compressed model; attributes: the ``model`` and its ``report``."""
 
-    def __init__(self, prepared: Prepared, plan: Plan, calibration: Calibration | None, screen: Screen) -> None:
-        import comcat
-
-        self.model: nn.Module = comcat.compress(prepared, plan, calibration, progress=screen.progress)
-        self.report: Report = self.model.comcat.report  # type: ignore[union-attr, assignment]
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.report: Report = model.comcat.report  # type: ignore[union-attr, assignment]
         self.notes: list[str] = []
 
     def write(self, stage: Path) -> None:
@@ -91,10 +89,12 @@ def make(
     stock: bool, prepared: Prepared, plan: Plan, calibration: Calibration | None, screen: Screen, source: str
 ) -> SmallModel:
     """The small model of a plan, stock or not."""
+    import comcat
+
     made = (
         StockModel(prepared, plan, calibration, screen, source)
         if stock
-        else SmallModel(prepared, plan, calibration, screen)
+        else SmallModel(comcat.compress(prepared, plan, calibration, progress=screen.progress))
     )
     for note in made.notes:
         screen.warn(note)

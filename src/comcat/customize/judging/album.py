@@ -126,10 +126,8 @@ class Album:
         if not missing:
             return
         device = pipe.device if hasattr(pipe, "device") else "cpu"
-        if (self.cost.device, self.cost.batch_size) != (
-            str(device),
-            batch_size,
-        ):  # what it took before compares no more
+        if (self.cost.device, self.cost.batch_size) != (str(device), batch_size):
+            # What it took before compares no more.
             self.cost = DrawingCost(str(device), batch_size, flagged=self.cost.flagged)
         done = 0
         try:
@@ -137,7 +135,7 @@ class Album:
                 start = time.perf_counter()
                 for images in draw(pipe, missing, drawing, batch_size):
                     self.cost.seconds.append((time.perf_counter() - start) / len(images))
-                    for job, image in zip(missing[done:], images, strict=False):
+                    for job, image in zip(missing[done : done + len(images)], images, strict=True):
                         self._keep(self.path(*job), image)
                     done += len(images)
                     if progress:
