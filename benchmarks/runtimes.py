@@ -5,9 +5,11 @@
 
 speed      DeiT-S and Swin-T with random weights, uniform plans of half the MACs and of half the time, in turns in one
            run: time over the dense model's, and how much of the saved MACs is saved time (speed-up over MAC ratio).
-accuracy   CIFAR-10 teachers: the plan of half the time against the plan by MACs that takes the same time.
+accuracy   CIFAR-10 teachers: the plan of half the time against the plan by MACs that takes the same time. Both are
+           timed once and made from several samples of calibration images, as plans vary with them.
 
-Cells that the JSON file holds already are not measured again, so that a run may end at any time (Ctrl-C) and go on.
+Cells that the JSON file holds already are not measured again, so that a run may end at any time (Ctrl-C) and go on. A
+budget that is out of reach is a cell too.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ from torch import nn
 
 import comcat
 from comcat.models.machine import device_name, versions
+from comcat.prepared import Prepared
 from comcat.runtimes.realizing import RuntimeClock, realize
 from comcat.runtimes.sessions import in_turns
-from common import accuracy, cifar10, parser, teacher
+from common import accuracy, cifar10, parser, spread, teacher
 
 MODELS = {"deit-s": "deit_small_patch16_224", "swin-t": "swin_tiny_patch4_window7_224"}
 TEACHERS = {"vit": "vit_cifar10", "rope": "rope_cifar10"}
@@ -68,8 +71,7 @@ class Cells:
         try:
             found = make()
         except comcat.ComcatError as error:
-            print(f"{key}: {error}", flush=True)
-            return
+            found = {"refused": str(error)}
         self.done[key] = {**found, "took_s": round(time.perf_counter() - begin)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps({**self.head, "cells": self.done}, indent=1) + "\n")
@@ -77,20 +79,22 @@ class Cells:
 
 
 def shown(cell: dict[str, Any]) -> str:
+    if "refused" in cell:
+        return str(cell["refused"])
     text = [f"dense {cell['dense_ms']:.1f} ms"]
     for name in ("macs", "latency"):
         one = cell[name]
         line = f"by {name} {one['kept']:.3f} of the time at {one['macs']:.3f} of the MACs"
         line += f", realized {one['realized']:.2f}"
-        text.append(line + (f", top-1 {one['top1']:.2f}" if "top1" in one else ""))
+        text.append(line + (f", top-1 {spread(one['top1'])}" if "top1" in one else ""))
     return "; ".join([*text, f"{cell['latency']['attempts']} attempts, {cell['took_s']} s"])
 
 
 class Subject:
     """A dense model with its statistics, and how plans are made of it."""
 
-    def __init__(self, model: nn.Module, calibration: comcat.Calibration, method: str) -> None:
-        self.ready, self.calibration, self.method = comcat.prepare(model), calibration, method
+    def __init__(self, ready: Prepared, calibration: comcat.Calibration, method: str) -> None:
+        self.ready, self.calibration, self.method = ready, calibration, method
 
     def plan(self, budget: comcat.Budget, table: comcat.LatencyTable | None) -> comcat.Plan:
         multiple = 8
@@ -101,14 +105,16 @@ class Subject:
 
 
 def compared(
-    subject: Subject, runtime: str, precision: str, batch: int, threads: int, widths: int, same_time: bool,
+    subjects: list[Subject], runtime: str, precision: str, batch: int, threads: int, widths: int,
     score: Callable[[nn.Module], float] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Both plans' models against the dense one.
 
     Args:
-        same_time: the plan by MACs shall take as long as the other, instead of half the MACs.
+        subjects: one model, with different statistics; the first is timed.
+        score: the plan by MACs shall take as long as the other, instead of half the MACs, and all are scored.
     """
+    subject = subjects[0]
     table = comcat.measure_latency(
         subject.ready, batch, widths=widths, runtime=runtime, precision=precision, threads=threads
     )
@@ -121,7 +127,7 @@ def compared(
     with RuntimeClock(subject.ready, table) as clock:
         limit = budget.absolute(table.dense, table.dense)
         found = realize(clock, subject.plan(budget, table), limit, build, lambda new: subject.plan(budget, new))
-        share = as_long(subject, found.table, found.plan.estimate["latency"]) if same_time else KEEP
+        share = as_long(subject, found.table, found.plan.estimate["latency"]) if score else KEEP
         by_macs = subject.build(subject.plan(comcat.Budget(macs=share), None))
         sessions = [clock.dense, clock.opened(by_macs, "macs"), clock.opened(found.built, "latency")]
         seconds = dict(zip(("dense", "macs", "latency"), in_turns(sessions, clock.inputs, 21, seconds=40), strict=True))
@@ -135,7 +141,12 @@ def compared(
         cell[name] = {"kept": kept, "quartiles": np.quantile(ratios, (0.25, 0.75)).tolist(), "macs": macs}
         cell[name] |= {"ms": 1e3 * float(np.median(seconds[name])), "realized": macs / kept, "params": cost.params}
         if score is not None:
-            cell[name]["top1"] = score(models[name])
+            cell[name]["top1"] = [score(models[name])]
+    for other in subjects[1:] if score is not None else ():
+        plan = other.plan(comcat.Budget(latency=found.plan.estimate["latency"] / found.table.dense), found.table)
+        same = other.plan(comcat.Budget(macs=as_long(other, found.table, plan.estimate["latency"])), None)
+        for name, one in (("latency", plan), ("macs", same)):
+            cell[name]["top1"].append(score(other.build(one)))
     cell["latency"] |= {"attempts": len(found.tried), "tried": [one.kept for one in found.tried]}
     return cell
 
@@ -151,18 +162,19 @@ def as_long(subject: Subject, table: comcat.LatencyTable, wanted: float) -> floa
 
 
 @functools.cache
-def random_subject(name: str) -> Subject:
+def random_subjects(name: str) -> list[Subject]:
     torch.manual_seed(0)
     model = timm.create_model(MODELS[name]).eval()
     noise = comcat.calibrate(model, [torch.randn(4, *comcat.profile(model).input_size)], probe_images=0)
-    return Subject(model, noise, "uniform")
+    return [Subject(comcat.prepare(model), noise, "uniform")]
 
 
 @functools.cache
-def trained_subject(shared: Path, name: str) -> Subject:
-    model = teacher(shared, TEACHERS[name])
-    pool, _ = cifar10(shared, "train", 2048)
-    return Subject(model, comcat.calibrate(model, pool.split(128), probe_images=0), "spectrum")
+def trained_subjects(shared: Path, name: str, samples: int) -> list[Subject]:
+    ready = comcat.prepare(teacher(shared, TEACHERS[name]))
+    pool, _ = cifar10(shared, "train", samples * 2048)
+    found = [comcat.calibrate(ready, part.split(128), probe_images=0) for part in pool.split(2048)]
+    return [Subject(ready, calibration, "spectrum") for calibration in found]
 
 
 def main() -> None:
@@ -175,8 +187,10 @@ def main() -> None:
     p.add_argument("--widths", type=int, default=6, help="of every part, in the tables of timings")
     p.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     p.add_argument("--test-images", type=int, default=10_000)
+    p.add_argument("--samples", type=int, default=3, help="of calibration images, for accuracy")
     args = p.parse_args()
     settings = {"threads": args.threads, "widths": args.widths, "keep": KEEP, "test_images": args.test_images}
+    settings["samples"] = args.samples
     cells = Cells(args.json or Path("runtimes.json"), settings)
     how = {"threads": args.threads, "widths": args.widths}
 
@@ -190,13 +204,13 @@ def main() -> None:
             where = f"{runtime} {precision} batch {batch}"
             for name in MODELS:
                 jobs[f"speed {name} {where}"] = functools.partial(
-                    lambda name, *place: compared(random_subject(name), *place, **how, same_time=False),
+                    lambda name, *place: compared(random_subjects(name), *place, **how),
                     name, runtime, precision, batch,
                 )  # fmt: skip
             for name in TEACHERS if args.shared else ():
                 jobs[f"accuracy {name} {where}"] = functools.partial(
                     lambda name, *place: compared(
-                        trained_subject(args.shared, name), *place, **how, same_time=True,
+                        trained_subjects(args.shared, name, args.samples), *place, **how,
                         score=lambda model: accuracy(model, *test()),
                     ),
                     name, runtime, precision, batch,
