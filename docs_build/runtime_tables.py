@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tables import table
+from tables import spread, table
 
 Results = Mapping[str, Any]
 
@@ -14,21 +14,27 @@ def latency_tables(results: Results) -> str:
     """Plans by MACs against plans by a runtime's own latency."""
     settings = results["settings"]
     parts = [f"{results['device']}, plans for {settings['keep']:.2f} of the dense time.\n"]
+    refused = []
     for kind, more in (("speed", []), ("accuracy", ["top-1, %"])):
         rows = []
         for key, cell in results["cells"].items():
             begin, name, rest = key.split(" ", 2)
             if begin != kind:
                 continue
+            if "refused" in cell:
+                refused.append(f"- {name}, {rest}: {cell['refused']}")
+                continue
             both = [(cell["macs"], "MACs"), (cell["latency"], "latency")]
             shown = [f"{one['kept']:.3f}" for one, _ in both]
             shown += [f"{one['macs']:.2f}" for one, _ in both] + [f"{one['realized']:.2f}" for one, _ in both]
-            shown += [f"{one['top1']:.2f}" for one, _ in both if more]
+            shown += [spread(one["top1"]) for one, _ in both if more]
             rows.append([f"{name}, {rest}", f"{cell['dense_ms']:.1f}", *shown])
         heads = ["time kept", "MACs kept", "realized", *more]
         titles = ["", "dense, ms", *(f"{head}, by {by}" for head in heads for by in ("MACs", "latency"))]
         if rows:
             parts.append(table(titles, rows))
+    if refused:
+        parts.append("\n".join(["Out of reach:\n", *refused, ""]))
     return "\n".join(parts)
 
 
