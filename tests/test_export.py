@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -22,6 +23,7 @@ from comcat.exporting.executorch_format import slice_for_split
 from comcat.exporting.file_metadata import KEY, SIDECAR
 from comcat.exporting.formats import FORMAT_NAMES, file_format
 from comcat.exporting.parity import compare
+from comcat.exporting.resampling import products_for_resizing
 from comcat.exporting.tracing import layer_of
 from comcat.runtimes import session
 from conftest import images, swin, vit
@@ -173,6 +175,44 @@ def test_images_of_any_size(folder: Path) -> None:
         assert_close(run(report, x)[0], model(x).numpy())
 
 
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_models_of_transformers_take_any_size(name: str, folder: Path) -> None:
+    pytest.importorskip("transformers")
+    from transformers_hosts import make
+
+    model = make(name)
+    report = exported(model, folder, "torch", f"sizes {name}", dynamic_size=True)
+    assert report.inputs == {"pixel_values": ("batch", 3, "height", "width")}
+    assert report.batches[-1] == 1  # of another size
+    x = torch.randn(2, 3, 14, 35)
+    more = {} if name == "dinov2" else {"interpolate_pos_encoding": True}
+    with torch.no_grad():
+        assert_close(run(report, x)[0], model(x, **more)[0].numpy())
+
+
+def test_positions_are_resized_where_the_runtime_has_no_operator_for_it(folder: Path) -> None:
+    model = compressed(vit(**F32, dynamic_img_size=True))
+    report = exported(model, folder, "openvino", "sizes", dynamic_size=True, input_size=(3, 28, 21))
+    assert report.inputs == {"images": ("batch", 3, "height", "width")}
+    for size in ((14, 35), (14, 21), (49, 7)):
+        x = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            assert_close(run(report, x)[0], model(x).numpy())
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(11, 13), (3, 5), (7, 2), (5, 7)])
+def test_resizing_by_products(mode: str, size: tuple[int, int]) -> None:
+    class Resize(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.interpolate(x, size, mode=mode, antialias=True)
+
+    x = torch.randn(2, 3, 5, 7)
+    program = products_for_resizing(torch.export.export(Resize(), (x,)))
+    assert not any("upsample" in str(node.target) for node in program.graph.nodes)
+    assert_close(program.module()(x), F.interpolate(x, size, mode=mode, antialias=True))
+
+
 def test_shifted_windows(folder: Path) -> None:
     report = exported(compressed(swin(**F32), 2, 3), folder, "openvino", "swin")
     assert report.relative is not None
@@ -306,6 +346,13 @@ class Decides(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+class DecidesBySize(nn.Module):
+    """A forward that looks at the number of tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.shape[1] == 7 else -x
+
+
 class FirstThree(nn.Module):
     """A batch of three alone."""
 
@@ -339,6 +386,10 @@ def test_sizes_that_the_model_does_not_take(small: nn.Module, tmp_path: Path) ->
         comcat.export(small, path, "torch", images=[])
     with pytest.raises(ExportError, match="leave dynamic_size out"):
         comcat.export(small, path, "torch", dynamic_size=True)
+    sized = vit(**F32, dynamic_img_size=True)
+    sized.blocks[1].mlp.act = DecidesBySize()
+    with pytest.raises(ExportError, match=r"does not take images of 3 x 28 x 42, .*decides by their size"):
+        comcat.export(sized, path, "torch", dynamic_size=True)
     assert left_behind(tmp_path) == []
 
 

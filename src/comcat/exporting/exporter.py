@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import ExportError
 from ..layers.base import check_finite
-from ..models.example import Example, example_for
+from ..models.example import Example, example_for, of_any_size
 from ..models.modes import copied
 from ..models.opening import load_model
 from ..models.preprocessing import said_config
@@ -35,7 +35,8 @@ from .formats import file_format
 from .int8_choice import FloatChoice, Int8, diverging
 from .parity import MOST_COMPARED, TOLERANCES, Deviation, arrays, batches_of, calls, compare, given_images, reference
 from .publishing import check_target, publish, staged
-from .tracing import MOST_IMAGES, Traced, blaming, trace
+from .resampling import products_for_resizing
+from .tracing import MOST_IMAGES, Traced, blaming, check_takes, trace
 
 #: Images that int8 is calibrated on.
 CALIBRATION = 256
@@ -145,8 +146,8 @@ def export(
         check_finite(model)
         tell = progress or (lambda *_: None)
         with still(model):
-            subject = _Subject(model, target, precision, batch_size if not dynamic_batch else None, input_size)
-            subject.open_size = dynamic_size
+            batch = None if dynamic_batch else batch_size
+            subject = _Subject(model, target, precision, batch, input_size, dynamic_size)
             pixels = given_images(images, subject.size, CALIBRATION if precision == "int8" else MOST_COMPARED)
             file = stage / path.name
             metadata = describe_file(model, subject.config, to, precision)
@@ -267,20 +268,27 @@ class _Subject:
     Attributes:
         flat: in float32 on the CPU, a copy.
         batch: images in every batch; None leaves their number open.
-        size: (C, H, W); config: what the model says of its images.
+        size: (C, H, W); open_size: whether images of other sizes are taken too.
+        config: what the model says of its images.
     """
 
-    open_size = False
-
     def __init__(
-        self, model: nn.Module, target: FileFormat, precision: str, batch: int | None, size: Sequence[int] | None
+        self,
+        model: nn.Module,
+        target: FileFormat,
+        precision: str,
+        batch: int | None,
+        size: Sequence[int] | None,
+        open_size: bool,
     ) -> None:
-        self.target, self.precision, self.batch = target, precision, batch
+        self.target, self.precision, self.batch, self.open_size = target, precision, batch, open_size
         self.size = image_size(size or default_input_size(model))
         self.config = said_config(model)
         with torch.inference_mode(False):
             self.copy = copied(model).cpu().float().eval().requires_grad_(False)
         self.example = example_for(self.copy, self.size, batch or _TRACED, seed=0)
+        if open_size:
+            self.example = of_any_size(self.example, self.copy)
         with explained(self.example.pixels), quiet():
             self.flat = FlatModel(self.copy, self.example)
 
@@ -305,7 +313,10 @@ class _Subject:
         if int8 is not None:
             flat = self.target.quantized(flat, int8)
         with quiet(), nullcontext() if self.target.pads_heads else unpadded():
-            return trace(flat, self.example.images, self.batch is None, self.open_size, self.target.bounded)
+            traced = trace(flat, self.example.images, self.batch is None, self.open_size, self.target.bounded)
+            if self.open_size:
+                check_takes(traced, flat.given(self._other_size(traced)))
+        return traced if self.target.antialiases else replace(traced, program=products_for_resizing(traced.program))
 
     def compared(
         self, traced: Traced, file: Path, pixels: torch.Tensor | None
@@ -314,7 +325,7 @@ class _Subject:
         batches = batches_of(self.batch)
         examples = calls(self.copy, self.size, batches, pixels, self.config)
         if self.open_size:
-            examples.append(self._other_size())
+            examples.append(self._other_size(traced))
             batches += (1,)
         wanted = reference(self.flat, examples)
         with quiet(), blaming(traced.program, self.target.title):
@@ -324,11 +335,14 @@ class _Subject:
             got = [run(batch) for batch in arrays(self.flat, examples)]
         return compare(self.flat.output_names, wanted, got), batches
 
-    def _other_size(self) -> Example:
-        """A call of the model with another image size than its own."""
+    def _other_size(self, traced: Traced) -> Example:
+        """A call of the model with images of another size, along every axis that the graph leaves open."""
         channels, height, width = self.size
-        for more in (32, 64, height):  # multiples of usual patches, and of any
-            example = example_for(self.copy, (channels, height + more, width), 1, seed=9)
+        axes = next(shape[-2:] for shape in traced.inputs.values() if any(isinstance(n, str) for n in shape[1:]))
+        for higher, wider in ((32, 64), (64, 32), (height, width)):  # multiples of usual patches, and of any
+            sizes = {"height": height + higher, "width": width + wider}
+            size = channels, *(sizes[axis] if isinstance(axis, str) else axis for axis in axes)
+            example = example_for(self.copy, size, 1, seed=9)
             with suppress(ExportError):
                 reference(self.flat, [example])
                 return example

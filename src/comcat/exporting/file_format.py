@@ -36,6 +36,7 @@ class FileFormat(ABC):
         precisions: that it can hold; why_not: precision -> why it cannot.
         dynamic_batch, dynamic_size: whether it can leave the number and the size of images open.
         bounded: whether an open batch needs an upper bound.
+        antialiases: whether it has operators of antialiased resizing; products of matrices stand in for them otherwise.
         pads_heads: whether narrow queries go with wide values only behind zeros, as PyTorch's own kernels want it.
         holds_metadata: whether there is a place for it in the file; a JSON file beside it otherwise.
     """
@@ -52,6 +53,7 @@ class FileFormat(ABC):
     dynamic_batch: ClassVar[bool] = True
     dynamic_size: ClassVar[bool] = True
     bounded: ClassVar[bool] = False
+    antialiases: ClassVar[bool] = False
     pads_heads: ClassVar[bool] = False
     holds_metadata: ClassVar[bool] = True
 

@@ -26,6 +26,7 @@ class OnnxFormat(FileFormat):
     suffix = ".onnx"
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
     extra = "onnx"
+    antialiases = True
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
     why_not: ClassVar[Mapping[str, str]] = {
         "bf16": "ONNX Runtime has no bf16 kernels for processors, so that nobody could check the file here"

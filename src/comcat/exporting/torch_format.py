@@ -27,6 +27,7 @@ class TorchFormat(FileFormat):
     name = "torch"
     title = "torch.export"
     suffix = ".pt2"
+    antialiases = True
     pads_heads = True
     int8_packages: ClassVar[tuple[str, ...]] = ("torchao",)
     by_token = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import ExportError
 from ..models.running import out_of_memory
-from ..wording import some
+from ..wording import by, some
 from .flat_model import FlatModel
 
 #: More images than anybody puts into a batch; formats that plan their memory ahead want to know.
@@ -59,7 +59,7 @@ def trace(flat: FlatModel, images: int, dynamic_batch: bool, dynamic_size: bool,
         spec.append(axes)
     dynamic = (tuple(spec),) if dynamic_batch or dynamic_size else None
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _tracing() if dynamic_size else nullcontext():
             program = torch.export.export(flat, flat.tensors, dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # what a forward raises on symbols, and torch.export's own, which have no common base
         if out_of_memory(error):
@@ -70,6 +70,35 @@ def trace(flat: FlatModel, images: int, dynamic_batch: bool, dynamic_size: bool,
     if dynamic_size:
         _check_size(flat, inputs)
     return Traced(program, inputs, _shapes(program, flat.output_names, words, outputs=True))
+
+
+@contextmanager
+def _tracing() -> Iterator[None]:
+    """Models of transformers ask ``torch.jit.is_tracing`` whether to resize their positions for every size of images.
+
+    ``torch.export`` leaves that at no, and they take the shortcut for the size of the example, which binds the graph.
+    """
+    before = torch.jit.is_tracing
+    torch.jit.is_tracing = lambda: True
+    try:
+        yield
+    finally:
+        torch.jit.is_tracing = before
+
+
+def check_takes(traced: Traced, tensors: Sequence[torch.Tensor]) -> None:
+    """Raise ExportError unless the graph takes images of this other size."""
+    try:
+        with torch.no_grad():
+            traced.program.module()(*tensors)
+    except (AssertionError, RuntimeError) as error:  # guards, and shapes that do not fit
+        if out_of_memory(error):
+            raise
+        other = next(by(t.shape[1:]) for t in tensors if t.ndim == 4)
+        raise ExportError(
+            f"the graph does not take images of {other}, which the model takes ({_first_lines(error)[:160]}): its "
+            "forward decides by their size; leave dynamic_size out"
+        ) from error
 
 
 def _check_size(flat: FlatModel, inputs: Mapping[str, tuple[int | str, ...]]) -> None:

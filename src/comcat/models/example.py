@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -111,6 +111,12 @@ def example_for(model: Any, size: Sequence[int], images: int = 1, seed: int | No
         text = torch.randint(1, max(2, getattr(model, "vocab_size", 0)), shape, generator=generator)
         return Example((pixels(images, *size), text.to(parameter.device)), {}, images)
     return Example((pixels(images, *size),), {}, images)
+
+
+def of_any_size(example: Example, model: nn.Module) -> Example:
+    """The call with the switch of models of transformers on that lets them take images of other sizes than theirs."""
+    switch = "interpolate_pos_encoding"
+    return replace(example, kwargs={**example.kwargs, switch: True}) if switch in _arguments(model) else example
 
 
 def _arguments(model: nn.Module) -> list[str]:
