@@ -257,7 +257,8 @@ SECTIONS = {
         _OTHERS,
         "int8.py",
         "Int8",
-        "Training-free, calibrated on 256 images; all layers, and as many as stay within the default tolerance.",
+        "Training-free, over samples of calibration images; all layers, and as many as stay within the default "
+        "tolerance.",
         int8_tables,
     ),
     "export_parity": Section(

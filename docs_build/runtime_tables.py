@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,15 +44,19 @@ def int8_tables(results: Results) -> str:
     parts = []
     for teacher, found in results["results"].items():
         rows = []
-        for kind in ("dense", "compressed", "tuned"):
-            for to, files in found.get(kind, {}).items():
+        for kind in ("dense", "compressed"):
+            models = [files for name, files in found.items() if name.split()[0] == kind]
+            for to, files in models[0].items():
                 whole = found["dense"][to]["fp32"]["bytes"]
                 for name, one in files.items():
+                    every = [model[to][name] for model in models if to in model]
                     times = [one.get(f"batch {batch}", {}).get("of_dense_fp32") for batch in (1, 8)]
                     shown = ["" if time is None else f"{time:.2f}" for time in times]
-                    size = [f"{one['bytes'] / 1e6:.2f}", f"1/{whole / one['bytes']:.1f}"]
-                    layers = [str(len(one["weights_only"])), str(len(one["floats"]))]
-                    rows.append([f"{to}, {kind}, {name}", f"{one['top1']:.2f}", *size, *shown, *layers])
+                    size = statistics.fmean(file["bytes"] for file in every)
+                    layers = [spread([len(file[which]) for file in every], 0) for which in ("weights_only", "floats")]
+                    top1 = spread([file["top1"] for file in every])
+                    sizes = [f"{size / 1e6:.2f}", f"1/{whole / size:.1f}"]
+                    rows.append([f"{to}, {kind}, {name}", top1, *sizes, *shown, *layers])
         titles = ["", "top-1, %", "MB", "of dense fp32", "time, batch 1", "batch 8", "int8 weights only", "float"]
         head = f"`{teacher}`, {found['test_images']} test images, {100 * found['keep']:g} % of the parameters kept."
         parts.append(f"{head}\n\n{table(titles, rows)}")
