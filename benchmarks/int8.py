@@ -84,7 +84,7 @@ def main() -> None:
     rows = known.setdefault(args.teacher, {"test_images": args.test_images, "keep": args.keep, "method": args.method})
     models = {"dense": (dense, pool[:SAMPLE])}
     for number, images in enumerate(pool.split(SAMPLE)):
-        calibration = comcat.calibrate(dense, images.split(64))
+        calibration = comcat.calibrate(dense, images.split(64), fisher=True)
         plan = comcat.plan(dense, comcat.Budget(params=args.keep), calibration, method=args.method)
         models[f"compressed {number}"] = comcat.compress(dense, plan, calibration).eval(), images
     for to in args.to:
