@@ -54,6 +54,24 @@ def test_text_of_others_is_shown_as_it_is(options: dict[str, Any]) -> None:
     assert printable("a\nb\t") == "a\nb\t"
 
 
+def test_long_stages_say_how_far_they_are_where_there_are_no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "perf_counter", lambda: clock[0])
+    for json_output in (False, True):
+        screen = Screen(json_output)
+        screen.err = PlainConsole(file=io.StringIO(), width=40)
+        for stage, seconds, total in (("probe", 25, 8), ("read", 20, None), ("quick", 0.1, 9)):
+            for done in range(1, (total or 4) + 1):
+                screen.progress(stage, done, total)
+                clock[0] += seconds
+        assert isinstance(screen.err.file, io.StringIO)
+        said = [] if json_output else [
+            "probe: 3 of 8, about 1 min 23 s left", "probe: 5 of 8, about 1 min 0 s left",
+            "probe: 7 of 8, about 21 s left", "probe: done in 2 min 55 s", "read: 3",
+        ]  # fmt: skip
+        assert screen.err.file.getvalue().splitlines() == said
+
+
 def failing(error: BaseException, capfd: pytest.CaptureFixture[str], **options: Any) -> tuple[int, str, str]:
     @command
     def fail(json_output: bool = False) -> None:

@@ -1,6 +1,7 @@
 """The HTML report: what it says, that nothing in it runs or reaches out, and how it is refused."""
 
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -244,26 +245,53 @@ def test_after_fine_tuning(place, tmp_path):
 def test_times_in_runtimes(place, tmp_path):
     """The file is the one that comcat bench writes; what it says is words."""
     rows = [
-        BenchRow("dense <b>", "onnxruntime", "fp32", 8, 10.0, 9.5, 11.0, 800.0, 1.0, accuracy=61.25, metric="top-1"),
+        BenchRow(
+            "dense <b>", "onnxruntime", "fp32", 8, 10.0, 9.5, 11.0, 800.0, 1.0, accuracy=61.25, metric="top-1", unit="%"
+        ),
         BenchRow("small", "onnxruntime", "fp32", 8, 6.25, 6.0, 6.5, 1280.0, 1.6, mac_ratio=2.0),
         BenchRow("small int8", "openvino", "int8", 1, 2.0, 1.9, 2.2, 500.0, 3.1),
     ]
     machine = {"device": "a processor", "threads": 2, "torch_threads": 2, "runtimes": {"onnxruntime": "1.2"}}
-    Bench(rows, {**machine, "versions": {}}, ["small in torch-compile: no compiler"]).save(tmp_path / "bench.json")
+    Bench(rows, {**machine, "versions": {}}, ["small in torch-compile: no compiler"], 40).save(tmp_path / "bench.json")
     out = tmp_path / "page.html"
     result = report(place / "small", "--bench", tmp_path / "bench.json", "--out", out)
     assert result.code == 0, result.err
     text = check_harmless(out.read_text()).text
-    assert "onnxruntime, fp32, batches of 8 dense <b> 1.00 ×" in text
+    assert "Single images openvino, int8 small int8 3.10 ×" in text
+    assert "Batches of 8 onnxruntime, fp32 dense <b> 1.00 ×" in text
     assert "6.25 ms (6.00 to 6.50)" in text
-    assert "top-1 61.25" in text
+    assert "top-1 61.25 %" in text
+    assert "Scores are of 40 images" in text
     assert "Left out: small in torch-compile: no compiler" in text
-    assert "a processor , 2 threads, onnxruntime 1.2" in text.replace("processor,", "processor ,")
+    assert "a processor, 2 threads; onnxruntime 1.2." in text
     options = ["--out", tmp_path / "other.html", "--bench"]
     refused(report(place / "small", *options, tmp_path / "none"), "there is no file .*none. Correct --bench")
     refused(
-        report(place / "small", *options, place / "small" / "report.json"), "report.json' is damaged: rows is missing"
+        report(place / "small", *options, place / "small" / "report.json"),
+        "report.json' holds no times: write them with comcat bench DIR --out FILE",
     )
+    (tmp_path / "cut.json").write_text((tmp_path / "bench.json").read_text()[:200])
+    refused(report(place / "small", *options, tmp_path / "cut.json"), "cut.json': it is not valid JSON")
+
+
+def test_times_of_another_model_are_refused(place, tmp_path):
+    made = json.loads((place / "small" / "report.json").read_text())["report"]
+    machine = {"device": "a processor", "threads": None, "runtimes": {}, "versions": {}}
+
+    def of(*params: int | None) -> Path:
+        rows = [BenchRow(f"m{n}", "torch", "fp32", 1, 2.0, 2.0, 2.0, 500.0, params=n) for n in params]
+        Bench(rows, machine).save(tmp_path / "bench.json")
+        return tmp_path / "bench.json"
+
+    out = tmp_path / "page.html"
+    for params in ((made["params_before"], made["params_after"], None), (None,)):  # exported files say nothing
+        assert report(place / "small", "--out", out, "--overwrite", "--bench", of(*params)).code == 0
+    out.unlink()
+    message = (
+        r"bench.json' holds the times of other models \('m7' with 7 parameters\), and this one has .* comcat bench"
+    )
+    refused(report(place / "small", "--out", out, "--bench", of(7, None)), message)
+    assert not out.exists()
 
 
 def test_stock_models(tmp_path):
@@ -339,6 +367,10 @@ def test_damaged(place, tmp_path, field, value, message):
 
 def test_places_that_take_nothing(place, tmp_path):
     refused(report(place / "small", "--out", tmp_path, "--overwrite"), "cannot write .*: it is a directory")
+    if os.geteuid():  # who may write everywhere is refused by the system alone
+        tmp_path.chmod(0o500)
+        refused(report(place / "small", "--out", tmp_path / "x.html"), "may not be written to; choose another place")
+        tmp_path.chmod(0o700)
     (tmp_path / "file").write_text("a file where a directory should be")
     refused(report(place / "small", "--out", tmp_path / "file" / "x.html"), "cannot write .*x.html")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,5 +1,6 @@
 """Sessions: a file or module computes in every runtime what it computes in PyTorch, and refuses what it cannot run."""
 
+import shutil
 import subprocess
 import sys
 import warnings
@@ -238,6 +239,28 @@ def test_onnx_runtime_does_not_change_the_precision_of_a_file(file: Path) -> Non
     pytest.importorskip("onnxruntime")
     with pytest.raises(ComcatError, match=r"computes what a file holds, and .* holds fp32, not bf16; export it in"):
         runtimes.session(file, "onnxruntime", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("said", "there", "cure"),
+    [
+        ("ImportError: /a/torchinductor_me/fo/x.main.so: file too short", True, "is damaged: remove '/a/.*/x.main.so'"),
+        ("FileNotFoundError: g++", False, r"It needs a C\+\+ compiler \(apt-get install g\+\+\)"),
+        ("CppCompileError", True, r"Check its C\+\+ compiler"),
+    ],
+)
+def test_what_helps_where_nothing_can_be_compiled(
+    host: nn.Module, batch: np.ndarray, monkeypatch: pytest.MonkeyPatch, said: str, there: bool, cure: str
+) -> None:
+    error = type("BackendCompilerFailed", (RuntimeError,), {"__module__": "torch._dynamo.exc"})
+
+    def compiled(*_: Any, **__: Any) -> Any:
+        raise error(said)
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: compiled)
+    monkeypatch.setattr(shutil, "which", lambda name: name if there else None)
+    with pytest.raises(ModelError, match=f"torch.compile cannot compile .*: .*{cure}.*; or choose the runtime 'torch'"):
+        runtimes.session(host, "torch-compile")(batch)
 
 
 def test_ports_know_what_they_take() -> None:

@@ -19,11 +19,12 @@ from comcat.customize.files.numbers import Storage
 from comcat.customize.teaching.customize_config import CustomizeConfig
 from comcat.customize.teaching.photos import find_photos
 from comcat.errors import CheckpointError, ComcatError, DataError
+from comcat.report.format import duration
 from comcat.ui.compress_form import CompressForm
 from comcat.ui.customize_form import FIELDS, STORAGES, CustomizeForm, TrainingJob, page_words
 from comcat.ui.given_photos import GivenPhoto, add_photos, photos_of, read_told, with_captions, write_photos
 from comcat.ui.setting_fields import number
-from comcat.ui.status_card import duration, job_card, now_line, problem_card
+from comcat.ui.status_card import job_card, now_line, problem_card
 from comcat.ui.work import DONE, FAILED, RUNNING, STOPPED, STOPPING, WAITING, Job, Line, Stopped
 from comcat.ui.workplace import Workplace
 from test_customize_train import write_photos as random_photos

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comcat.report.figures import bars, kept_by_part
+from comcat.report.figures import bars, kept_by_part, stayed_dense
 from comcat.report.style import COLORS, INK, MUTED, heading, new_figure, save, tidy
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def draw_demo(
             )
             for i, (_, parts) in enumerate(grids)
         ]
-        bars(axes, rows, part, series)
+        bars(axes, rows, part, series, stayed_dense(rows, grids[0][1], part))
         axes.set_xlabel(
             " · ".join(f"{'pale' if i == 0 else 'dark'}: {n}" for i, n in enumerate(reports)),
             fontsize=7.5,

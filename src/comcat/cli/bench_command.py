@@ -9,13 +9,14 @@ import typer
 
 from . import options as opt
 from .console import Screen, command
-from .inputs import Reading, parse_model_args, report_skipped
+from .inputs import Reading, check_input_file, check_written_file, parse_model_args, report_skipped
 
 if TYPE_CHECKING:
     from torch import nn
 
 HOW = "How"
 _FILES = (".onnx", ".xml")
+_OTHERS = (".pt2", ".pte", ".tflite", ".mlpackage")
 
 
 @command
@@ -95,17 +96,25 @@ def bench(
     with screen:
         import comcat
 
+        from ..report.style import check_drawing
         from ..runtimes.registry import check_precisions, session_class
 
         for name in runtime or ():
             session_class(name)
         check_precisions(precisions)
+        check_input_file(checkpoint, "--checkpoint")
+        check_written_file(out, "--out", ".json")
+        check_written_file(picture, "--picture", ".png")
+        if picture is not None:
+            check_drawing()
         found = _models(models, dense, checkpoint, args, trained=data is not None, screen=screen)
         loader: Any = None
         if data is not None:
             from ..data import loader as reader
 
-            first = next(one for one in found.values() if not isinstance(one, Path))
+            modules = [one for one in found.values() if not isinstance(one, Path)]
+            # A compressed one knows how its images are prepared, which options may have said when it was made.
+            first = next((one for one in modules if _is_compressed(one)), modules[0])
             reading = Reading(data, data_root, class_map, skip_bad_images, mean, std, crop_pct, interpolation)
             images = reading.open_labelled(split, reading.configure(first), first, screen)
             loader = reader(images, batch_size, workers, eval_images)
@@ -117,14 +126,13 @@ def bench(
     for text in measured.left_out:
         screen.note(f"left out: {text}")
 
-    from ..report.bench_table import bench_table
+    from ..report.bench_table import bench_tables
 
-    place = f"{measured.machine['device']}, {threads or 'its own number of'} threads"
-    screen.out.print(bench_table(measured, place))
-    if out is not None:
-        measured.save(out)
-    if picture is not None:
-        measured.draw(picture)
+    screen.out.print(bench_tables(measured))
+    for path, write in ((out, measured.save), (picture, measured.draw)):
+        if path is not None:
+            write(path)
+            screen.say("written to ", (path, "bold"))
     screen.result(measured.to_dict())
 
 
@@ -147,9 +155,17 @@ def _models(
     from ..errors import ModelError
     from ..models.source import recorded_source
 
+    paths = [Path(name) for name in names]
+    for path in paths:
+        if path.suffix in _OTHERS and path.exists():
+            raise ModelError(
+                f"'{path}' is not timed here: a bench runs {' and '.join(_FILES)} files, and models as they are. Give "
+                "the directory that it was made from"
+            )
+        if path.suffix in _FILES and not path.is_file():
+            raise ModelError(f"there is no file '{path}'. Correct the name, or write it with comcat export")
     found: dict[str, nn.Module | Path] = {}
-    for name in names:
-        path = Path(name)
+    for name, path in zip(names, paths, strict=True):
         label = name.rstrip("/").rpartition("/")[2] or name
         label = label if label not in found else name
         if path.suffix in _FILES:
@@ -159,12 +175,30 @@ def _models(
     if dense is not None:
         is_there = trained or Path(dense).is_dir() or checkpoint is not None
         first = comcat.load_model(dense, checkpoint=checkpoint, model_args=args, pretrained=is_there)
-        return {"dense": first, **found}
-    compressed = next((one for one in found.values() if hasattr(one, "comcat")), None)
-    source = recorded_source(compressed) if compressed is not None and not isinstance(compressed, Path) else None
-    if source is not None and not trained:
-        screen.note("the dense model is its architecture with random weights, for its time alone")
-        return {"dense": source.build(), **found}
-    if trained and not any(not isinstance(one, Path) for one in found.values()):
+        return _after(first, found)
+    modules = [one for one in found.values() if not isinstance(one, Path)]
+    compressed = [one for one in modules if _is_compressed(one)]
+    if compressed and len(compressed) == len(modules) and not trained:
+        source = recorded_source(compressed[0])
+        if source is not None:
+            screen.note("the dense model is its architecture with random weights, for its time alone")
+            return _after(source.build(), found)
+    if trained and not modules:
         raise ModelError("exported files do not say how their images are prepared here: give --dense MODEL too")
+    if len(modules) > len(compressed):  # a dense one among them is what the others are compared with
+        base = next(n for n, one in found.items() if not isinstance(one, Path) and not _is_compressed(one))
+        return {base: found[base], **found}
     return found
+
+
+def _is_compressed(model: nn.Module) -> bool:
+    made: Any = getattr(model, "comcat", None)
+    return made is not None and bool(made.plan.layers)
+
+
+def _after(dense: nn.Module, others: dict[str, nn.Module | Path]) -> dict[str, nn.Module | Path]:
+    """The dense model before the others, under a name that none of them has."""
+    name = "dense"
+    while name in others:
+        name += ", given"
+    return {name: dense, **others}

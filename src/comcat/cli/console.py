@@ -31,13 +31,21 @@ from rich.segment import Segment
 from rich.text import Text
 
 from ..errors import ComcatError
+from ..report.format import duration
 from ..report.text import one_line, printable
 from ..wording import some
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
 #: What speaks of torchao where that is installed, when transformers or diffusers are imported: nobody asked for it.
-_CHATTER = ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+#: And of CUDA, when torch.compile looks for a compiler on a machine without.
+_CHATTER = (
+    "torch.utils._pytree",
+    "torch.utils.cpp_extension",
+    "diffusers.quantizers.torchao.torchao_quantizer",
+)
+#: Seconds after which a long stage says how far it is, where there is no terminal to draw bars on.
+_SILENCE = 30.0
 _given: list[str] = []
 #: Who else is told what a command tells its user: progress, notes, warnings and the result, as plain data.
 listeners: list[Callable[[dict[str, Any]], None]] = []
@@ -93,6 +101,7 @@ class Screen:
             disable=not self.err.is_terminal,
         )
         self._stages: dict[str, tuple[Any, float]] = {}
+        self._said = time.perf_counter()
 
     def __enter__(self) -> Screen:
         self._bars.start()
@@ -108,13 +117,23 @@ class Screen:
             self._stages[stage] = (self._bars.add_task(stage, total=total), time.perf_counter())
         task, start = self._stages[stage]
         self._bars.update(task, completed=done, total=total)
-        if total is not None and done >= total:
+        over = total is not None and done >= total
+        if over:
             del self._stages[stage]
-            if not self.err.is_terminal and not self.json_output:
-                # Without a terminal there are no bars: one line per stage that took a while.
-                seconds = time.perf_counter() - start
-                if seconds > 1:
-                    self.err.print(f"{stage}: done in {seconds:.0f} s", style="dim")
+        if self.err.is_terminal or self.json_output:
+            return
+        # Without a terminal there are no bars: a line for a stage that took a while, some within a long one.
+        now = time.perf_counter()
+        seconds = now - start
+        if over and seconds > 1:
+            self._line(f"{stage}: done in {duration(seconds)}")
+        elif not over and min(seconds, now - self._said) > _SILENCE:
+            left = f", about {duration(seconds * (total - done) / done)} left" if total and done else ""
+            self._line(f"{stage}: {done}{f' of {total}' if total else ''}{left}")
+
+    def _line(self, text: str) -> None:
+        self.err.print(text, style="dim", soft_wrap=True)
+        self._said = time.perf_counter()
 
     def stage(self, name: str) -> Callable[[str, int, int | None], None]:
         """A progress callable that shows its stages under ``name``."""

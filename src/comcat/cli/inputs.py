@@ -93,6 +93,19 @@ def check_output_file(path: Path, overwrite: bool) -> None:
         raise CheckpointError(f"'{path}' cannot be written: '{place}' {why}; choose another place")
 
 
+def check_written_file(path: Path | None, option: str, suffix: str = "") -> None:
+    """Raise CheckpointError, before any work is done, where a file that is replaced cannot be written in the end."""
+    from ..storage.atomic import check_place
+
+    if path is None:
+        return
+    if path.is_dir():
+        raise CheckpointError(f"'{path}' is a directory; give {option} the name of a file")
+    if suffix and path.suffix.lower() != suffix:
+        raise CheckpointError(f"'{path}' does not end in {suffix}, which {option} writes")
+    check_place(path)
+
+
 @dataclass(frozen=True)
 class Reading:
     """How images are read: the options that all commands with --data share."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from .bench_table import batches as batches_of
 from .style import INK, MUTED, heading, new_figure, save, tidy
 
 if TYPE_CHECKING:
@@ -36,16 +37,19 @@ def draw_bench(found: Bench, path: str | Path | IO[bytes]) -> None:
     scored = any(row.accuracy is not None for row in found.rows)
     figure = new_figure(1.2 + 5.2 * len(batches), 5.2)
     metric = next((row.metric for row in found.rows if row.metric), "")
+    unit = next((row.unit for row in found.rows if row.unit), "")
     title = f"{metric} against latency" if scored else "Speed-up against MACs"
+    title += f", {found.images:,} images" if scored and found.images else ""
     runtimes = ", ".join(f"{name} {version.partition('+')[0]}" for name, version in found.machine["runtimes"].items())
-    heading(figure, title, f"{found.machine['device']} · {runtimes}")
+    heading(figure, title, f"{found.place} · {runtimes}")
     panels = figure.subplots(1, len(batches), squeeze=False)[0]
     for axes, batch in zip(panels, batches, strict=True):
         rows = [row for row in found.rows if row.batch_size == batch]
         (_scores if scored else _speedups)(axes, rows)
-        axes.set_title("single images" if batch == 1 else f"batches of {batch}", fontsize=9, loc="left", color=INK)
+        axes.set_title(batches_of(batch), fontsize=9, loc="left", color=INK)
         tidy(axes, grid="both")
-    panels[0].set_ylabel(metric if scored else "times as fast as the first model", fontsize=8, color=INK)
+    score = f"{metric}, {unit}" if unit else metric
+    panels[0].set_ylabel(score if scored else "times as fast as the first model", fontsize=8, color=INK)
     _legend(figure, [row for row in found.rows if row.accuracy is not None or (row.mac_ratio and not scored)])
     save(figure, path)
 
@@ -64,14 +68,20 @@ def _scores(axes: Any, rows: Sequence[BenchRow]) -> None:
     for place, row in enumerate(rows):
         axes.plot([row.low_ms, row.high_ms], [row.accuracy] * 2, color=_look(row)["color"], linewidth=1, alpha=0.5)
         axes.scatter([row.median_ms], [row.accuracy], s=34 if place in front else 18, zorder=3, **_look(row))
-    _names(axes, [(*points[i], rows[i].model) for i in front])
+    fastest: dict[str, int] = {}
+    for place, row in enumerate(rows):
+        best = fastest.setdefault(row.model, place)
+        fastest[row.model] = place if row.median_ms < rows[best].median_ms else best
     axes.set_xscale("log")
     _plain_numbers(axes)
-    axes.set_xlabel("milliseconds for a batch; named: what nothing else beats in both", fontsize=8, color=INK)
+    axes.margins(x=0.14, y=0.12)
+    _names(axes, [(*points[i], name) for name, i in fastest.items()])
+    axes.set_xlabel("milliseconds for a batch, and quartiles; large: nothing else beats it in both", fontsize=8,
+                    color=INK)  # fmt: skip
 
 
-def _speedups(axes: Any, rows: Sequence[BenchRow]) -> None:
-    rows = [row for row in rows if row.speedup is not None and row.mac_ratio is not None]
+def _speedups(axes: Any, all_rows: Sequence[BenchRow]) -> None:
+    rows = [row for row in all_rows if row.speedup is not None and row.mac_ratio is not None]
     most = max([1.0, *(row.mac_ratio or 1 for row in rows)])
     axes.plot([1, most], [1, most], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
     middle = (1 + most) / 2
@@ -82,21 +92,41 @@ def _speedups(axes: Any, rows: Sequence[BenchRow]) -> None:
         axes.scatter([row.mac_ratio], [row.speedup], s=30, zorder=3, **_look(row))
     tops = {row.model: (row.mac_ratio, max(r.speedup or 0 for r in rows if r.model == row.model)) for row in rows}
     _names(axes, [(x, y, name) for name, (x, y) in tops.items()])
-    axes.set_xlabel("MACs of the first model over those of this one", fontsize=8, color=INK)
+    text = "MACs of the first model over those of this one"
+    if len(rows) < len(all_rows):
+        text += "; files, whose MACs are not known, are not drawn"
+    axes.set_xlabel(text, fontsize=8, color=INK)
 
 
 def _names(axes: Any, points: Sequence[tuple[Any, Any, str]]) -> None:
-    for x, y, name in points:
+    """Names beside their points, on the side where the panel goes on, one above the other where they would meet."""
+    axes.figure.canvas.draw()  # the limits and the scale as they come out
+    left, right = (axes.transAxes.transform((x, 0))[0] for x in (0, 1))
+    taken: list[tuple[float, float, float]] = []
+    for x, y, name in sorted(points, key=lambda point: point[1]):
         short = name if len(name) <= 24 else f"{name[:11]}…{name[-12:]}"
-        axes.annotate(short, (x, y), xytext=(4, 5), textcoords="offset points", fontsize=7, color=INK, parse_math=False)
+        at = axes.transData.transform((x, y))
+        turned = at[0] > (left + right) / 2
+        width = 6.5 * len(short)
+        begin, up = at[0] - width if turned else at[0], 5.0
+        while any(begin < b + w and b < begin + width and abs(at[1] + up - h) < 13 for b, w, h in taken):
+            up += 13
+        taken.append((begin, width, at[1] + up))
+        axes.annotate(
+            short, (x, y), xytext=(-4 if turned else 4, up * 72 / axes.figure.dpi), textcoords="offset points",
+            fontsize=7, color=INK, parse_math=False, ha="right" if turned else "left",
+        )  # fmt: skip
 
 
 def _plain_numbers(axes: Any) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    low, high = axes.get_xlim()
+    round_ones = [digit * 10.0**power for power in range(-4, 7) for digit in (1, 1.5, 2, 3, 5, 7)]
+    ticks = [tick for tick in round_ones if low <= tick <= high]
+    axes.xaxis.set_major_locator(FixedLocator(ticks[:: 1 + len(ticks) // 8]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _legend(figure: Any, rows: Sequence[BenchRow]) -> None:

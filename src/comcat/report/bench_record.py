@@ -7,7 +7,11 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from ..errors import CheckpointError
 from ..storage.reader import read_json, validated
+from ..wording import some
+from . import format as fmt
+from .bench_table import batches
 
 
 class BenchRowRecord(BaseModel):
@@ -26,6 +30,8 @@ class BenchRowRecord(BaseModel):
     mac_ratio: PositiveFloat | None = None
     accuracy: float | None = None
     metric: str | None = None
+    unit: str | None = None
+    params: PositiveInt | None = None
 
 
 class MachineRecord(BaseModel):
@@ -44,10 +50,11 @@ class BenchRecord(BaseModel):
     rows: list[BenchRowRecord]
     machine: MachineRecord
     left_out: list[str] = Field(default_factory=list)
+    images: PositiveInt | None = None
 
 
 class TimeBar(NamedTuple):
-    """One model: its time relative to the slowest beside it, in percent, and what is said of it."""
+    """One model: its time relative to the slowest of this batch size, in percent, and what is said of it."""
 
     model: str
     share: float
@@ -57,45 +64,60 @@ class TimeBar(NamedTuple):
 
 
 class TimeGroup(NamedTuple):
-    """Models that were timed in turns, in one runtime, precision and batch size."""
+    """Models that were timed in turns, in one runtime."""
 
     title: str
     bars: list[TimeBar]
 
 
-def read_bench(path: str | Path) -> BenchRecord:
+def read_bench(path: str | Path, params: int) -> BenchRecord:
     """The figures in a file of ``comcat bench --out``.
 
+    Args:
+        params: of the model that they are to be of. Exported files do not say theirs.
+
     Raises:
-        CheckpointError: it is none, or damaged.
+        CheckpointError: it is none, it is damaged, or holds the times of other models.
     """
-    found: BenchRecord = validated(BenchRecord, read_json(path, what="bench"), f"'{path}'")
+    document = read_json(path, what="bench")
+    if not isinstance(document, dict) or not {"rows", "machine"} <= document.keys():
+        raise CheckpointError(f"'{path}' holds no times: write them with comcat bench DIR --out FILE")
+    found: BenchRecord = validated(BenchRecord, document, f"'{path}'")
+    sizes = {row.model: row.params for row in found.rows if row.params is not None}
+    if sizes and params not in sizes.values():
+        said = some(f"'{name}' with {size:,} parameters" for name, size in sizes.items())
+        raise CheckpointError(
+            f"'{path}' holds the times of other models ({said}), and this one has {params:,} parameters: measure it "
+            "with comcat bench DIR --out FILE"
+        )
     return found
 
 
-def time_groups(record: BenchRecord) -> list[TimeGroup]:
-    """By batch size, runtime and precision; quantized models beside those that they were made from."""
-    groups: dict[tuple[int, str], list[BenchRowRecord]] = {}
-    for row in record.rows:
-        groups.setdefault((row.batch_size, row.runtime), []).append(row)
+def time_groups(record: BenchRecord) -> list[tuple[str, list[TimeGroup]]]:
+    """By batch size, then by runtime; quantized models beside those that they were made from."""
     found = []
-    for (batch, runtime), rows in sorted(groups.items()):
+    for batch in sorted({row.batch_size for row in record.rows}):
+        rows = [row for row in record.rows if row.batch_size == batch]
         slowest = max(row.median_ms for row in rows)
-        several = len({row.precision for row in rows}) > 1
-        bars = [_bar(row, slowest, several) for row in rows]
-        precision = "" if several else f", {rows[0].precision}"
-        found.append(TimeGroup(f"{runtime}{precision}, batches of {batch}", bars))
+        groups = []
+        for runtime in sorted({row.runtime for row in rows}):
+            of_runtime = [row for row in rows if row.runtime == runtime]
+            several = len({row.precision for row in of_runtime}) > 1
+            title = runtime if several else f"{runtime}, {of_runtime[0].precision}"
+            groups.append(TimeGroup(title, [_bar(row, slowest, several) for row in of_runtime]))
+        found.append((batches(batch), groups))
     return found
 
 
 def _bar(row: BenchRowRecord, slowest: float, several: bool) -> TimeBar:
     score = ""
     if row.accuracy is not None and row.metric:
-        score = f"{row.metric} {row.accuracy:.2f}"
+        score = f"{row.metric} {fmt.score(row.accuracy, row.unit)}"
+    low, middle, high = (fmt.milliseconds(ms) for ms in (row.low_ms, row.median_ms, row.high_ms))
     return TimeBar(
         model=f"{row.model}, {row.precision}" if several else row.model,
         share=100 * row.median_ms / slowest,
-        time=f"{row.median_ms:.2f} ms ({row.low_ms:.2f} to {row.high_ms:.2f})",
+        time=f"{middle} ms ({low} to {high})",
         faster=f"{row.speedup:.2f} ×" if row.speedup else "",
         score=score,
     )

@@ -35,6 +35,12 @@ def kept_by_part(report: Report) -> tuple[list[str], dict[str, dict[str, Kept]]]
     return rows, {part: parts[part] for part in ("qk", "pairs", "vo", "channels", "ffn", "head") if part in parts}
 
 
+def stayed_dense(rows: Sequence[str], parts: Mapping[str, Mapping[str, Kept]], part: str) -> list[str]:
+    """The blocks that have this part, as far as the report tells, and kept all of it; a classifier is no block."""
+    inside = {row for name, blocks in parts.items() if name != "head" for row in blocks}
+    return [] if part == "head" else [row for row in rows if row in inside and row not in parts.get(part, {})]
+
+
 def _parts(layer: LayerReport) -> dict[str, Kept]:
     if layer.kind == "attention":
         return {part: Kept(kept / layer.full[part], f"{kept}/{layer.full[part]}") for part, kept in layer.ranks.items()}
@@ -57,13 +63,19 @@ def draw_kept(report: Report, path: str | Path | IO[bytes], title: str, subtitle
     if parts:
         all_axes = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
         for axes, (part, blocks) in zip(all_axes, parts.items(), strict=True):
-            bars(axes, rows, part, [(blocks, COLORS[part], 0.72)])
+            bars(axes, rows, part, [(blocks, COLORS[part], 0.72)], stayed_dense(rows, parts, part))
             _labels(axes, rows, blocks)
     save(figure, path)
 
 
-def bars(axes: Any, rows: Sequence[str], part: str, series: Sequence[tuple[Mapping[str, Kept], Any, float]]) -> None:
-    """Horizontal bars, one per block, of each series on top of the one before."""
+def bars(
+    axes: Any,
+    rows: Sequence[str],
+    part: str,
+    series: Sequence[tuple[Mapping[str, Kept], Any, float]],
+    dense: Sequence[str] = (),
+) -> None:
+    """Horizontal bars, one per block, of each series on top of the one before; ``dense``: blocks that stayed so."""
     present = {row for blocks, _, _ in series for row in blocks}
     places = [i for i, row in enumerate(rows) if row in present]
     axes.barh(places, [1.0] * len(places), height=0.72, color=TRACK)
@@ -71,7 +83,7 @@ def bars(axes: Any, rows: Sequence[str], part: str, series: Sequence[tuple[Mappi
         found = [i for i, row in enumerate(rows) if row in blocks]
         axes.barh(found, [blocks[rows[i]].share for i in found], height=height, color=color)
     for i, row in enumerate(rows):
-        if row not in present:
+        if row in dense and row not in present:
             axes.text(0.02, i, "dense", va="center", fontsize=7, color=MUTED)
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)), yticklabels=rows)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "50 %", "", "100 %"])

@@ -26,6 +26,24 @@ def size(number: float) -> str:
     return f"{number:.0f} B"
 
 
+def milliseconds(number: float) -> str:
+    """With three digits that count: ``1.234`` -> ``1.23``, ``156.5`` -> ``157``."""
+    return f"{number:.2f}" if number < 9.995 else f"{number:.1f}" if number < 99.95 else f"{number:,.0f}"
+
+
+def score(number: float, unit: str | None) -> str:
+    """As :meth:`comcat.evaluation.scores.Figure.shown`."""
+    return f"{number:.2f} %" if unit else f"{number:.4f}"
+
+
+def duration(seconds: float) -> str:
+    """``75`` -> ``1 min 15 s``."""
+    whole = max(0, round(seconds))
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import CalibrationError, CheckpointError, DataError, ModelError
 from ..progress import Progress
-from ..storage.atomic import atomic_file
+from ..storage.atomic import atomic_file, check_place
 from .bench_record import read_bench
 from .facts import Facts, read_facts
 from .page_content import Extras, page_content
@@ -66,7 +66,8 @@ def write_report(
         The path of the page.
 
     Raises:
-        CheckpointError: ``folder`` is no compressed model or is damaged, or the file cannot be written.
+        CheckpointError: ``folder`` is no compressed model or is damaged, ``bench`` holds no times of it, or the file
+            cannot be written.
         ModelError: ``dense`` is not the model that was compressed, or one of both does not run on the images.
         DataError: images without the dense model, or none at all. CalibrationError: statistics of another model.
     """
@@ -77,7 +78,7 @@ def write_report(
         raise DataError("images show where the compressed model differs from the dense one: give the dense model too")
     if dense is None and calibration is not None:
         raise CalibrationError("the statistics are those of the dense model: give the dense model too")
-    extras = Extras(names=names, bench=None if bench is None else read_bench(bench))
+    extras = Extras(names=names, bench=None if bench is None else read_bench(bench, facts.report.params_after))
     if dense is not None:
         _check_dense(dense, facts)
         extras = _with_spectra(extras, dense, calibration)
@@ -90,9 +91,10 @@ def write_report(
 
 
 def check_page(path: Path, overwrite: bool) -> None:
-    """Raise CheckpointError, before any work is done, where the page would replace something unasked."""
+    """Raise CheckpointError, before any work is done, where the page would replace something or cannot be written."""
     if path.exists() and not overwrite:
         raise CheckpointError(f"'{path}' exists already. Choose another name or overwrite it (--overwrite)")
+    check_place(path)
 
 
 def render(facts: Facts, extras: Extras) -> str:
@@ -154,7 +156,7 @@ def _measured(
     labelled, kind = answers
     found: Comparison = compare(small, dense, loader, labelled=labelled, outputs=kind, progress=progress)
     speeds = throughput([dense, small], images_of(next(iter(loader))))
-    words = f"{place or 'images of yours'}, {found.images:,} images, for this report"
+    words = place or "images of yours"
     facts = replace(
         facts,
         dense=replace(facts.dense, evaluation=found.dense, speed=speeds[0]),

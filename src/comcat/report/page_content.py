@@ -59,7 +59,7 @@ def page_content(facts: Facts, extras: Extras) -> dict[str, Any]:
         "rows": rows,
         "column": facts.small.name,
         "mac_note": MAC_NOTE,
-        "evaluated_on": facts.evaluated_on,
+        "evaluated_on": _evaluated(facts, for_this=found is not None),
         "latency": facts.record.latency if facts.record else None,
         "bench": _bench(extras.bench),
         "panels": kept_bars(facts),
@@ -79,6 +79,14 @@ def page_content(facts: Facts, extras: Extras) -> dict[str, Any]:
     }
 
 
+def _evaluated(facts: Facts, for_this: bool) -> str | None:
+    """On what scores were measured, on how many images, and whether that was now."""
+    if facts.evaluated_on is None or facts.small.evaluation is None:
+        return facts.evaluated_on
+    words = f"{facts.evaluated_on}, {facts.small.evaluation.images:,} images"
+    return f"{words}, for this report" if for_this else words
+
+
 def _tiles(facts: Facts, rows: Sequence[Row]) -> list[Tile]:
     tiles = []
     for row in rows:
@@ -87,7 +95,7 @@ def _tiles(facts: Facts, rows: Sequence[Row]) -> list[Tile]:
             share = float(row.changes[0].removesuffix(" %")) if row.changes[0].endswith("%") else None
             tiles.append(Tile(row.label, after, f"{row.changes[0]} of {before}", share))
         elif row.label == "images/s":
-            tiles.append(Tile("speed", row.changes[0].replace(" x", " ×"), f"{after} images/s after {before}", None))
+            tiles.append(Tile("speed", row.changes[0].replace(" x", " ×"), f"{after} images/s, dense {before}", None))
     figures = [row for row in rows if row.label not in ("parameters", "MACs", "on disk", "images/s")]
     if figures:  # the score that counts most, first of all
         best = figures[0]
@@ -105,7 +113,8 @@ def _bench(record: BenchRecord | None) -> dict[str, Any] | None:
         "groups": time_groups(record),
         "device": record.machine.device,
         "threads": record.machine.threads,
-        "versions": record.machine.runtimes,
+        "versions": {name: version.partition("+")[0] for name, version in record.machine.runtimes.items()},
+        "images": record.images,
         "left_out": record.left_out,
     }
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from . import format as fmt
 from .facts import Facts
-from .figures import kept_by_part
+from .figures import kept_by_part, stayed_dense
 from .spectra_figure import SpectrumSummary
 from .style import TITLES
 from .vector import Curve, spectrum_curve
@@ -53,12 +53,14 @@ class Panel(NamedTuple):
 
 
 def kept_bars(facts: Facts) -> list[tuple[str, str, list[Bar]]]:
-    """For every part its key, its title and a bar for every block."""
+    """For every part its key, its title and a bar for every block that has it."""
     rows, parts = kept_by_part(facts.report)
     panels = []
     for part, blocks in parts.items():
-        bars = [Bar(r, 100 * blocks[r].share, blocks[r].label) if r in blocks else Bar(r, None, "dense") for r in rows]
-        panels.append((part, TITLES[part], bars))
+        dense = stayed_dense(rows, parts, part)
+        bars = [Bar(row, 100 * blocks[row].share, blocks[row].label) for row in rows if row in blocks]
+        bars += [Bar(row, None, "dense") for row in dense]
+        panels.append((part, TITLES[part], sorted(bars, key=lambda bar: rows.index(bar.row))))
     return panels
 
 

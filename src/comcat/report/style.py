@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
 from ..errors import ComcatError
+from ..storage.atomic import atomic_file
 from .text import one_line
 
 COLORS = {
@@ -35,16 +37,21 @@ MUTED = "#8a8a8a"
 TRACK = "#ececec"
 
 
+def check_drawing() -> None:
+    """Raise ComcatError where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise ComcatError("drawing needs another package. Install it: pip install matplotlib")
+
+
 def new_figure(width: float, height: float) -> Any:
     """A matplotlib figure of this size in inches.
 
     Raises:
         ComcatError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ComcatError("drawing needs another package. Install it: pip install matplotlib") from e
+    check_drawing()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
@@ -74,4 +81,13 @@ def heading(figure: Any, title: str, subtitle: str | None = None) -> None:
 
 
 def save(figure: Any, path: str | Path | IO[bytes]) -> None:
-    figure.savefig(path, dpi=150, format="png")
+    """As PNG; a file appears complete or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    if isinstance(path, (str, Path)):
+        with atomic_file(path) as file:
+            figure.savefig(file, dpi=150, format="png")
+    else:
+        figure.savefig(path, dpi=150, format="png")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,16 @@ from ..errors import ComcatError, ModelError
 from ..evaluation.measure import evaluate
 from ..models.machine import device_name, versions
 from ..models.profile import default_input_size
+from ..models.running import out_of_memory
 from ..progress import Progress
 from ..storage.atomic import atomic_file
+from ..wording import by
 from .bench_candidate import Candidate, SessionModule, candidate
 from .registry import available, session_class
 from .sessions import Session, in_turns
 
+#: A model in one of its sessions.
+Cell = tuple[Candidate, Session]
 #: Seconds for all turns of one batch size, after which there are no more; but three at least.
 _SECONDS, _LEAST_ROUNDS = 60.0, 3
 
@@ -37,7 +41,7 @@ class BenchRow:
         speedup: median over the turns of the first model's time over this one's, in the same runtime and precision
             (in its first precision there for a quantized file); None where the first model was not run.
         mac_ratio: of the first model over this one, by which time would fall if time went with MACs.
-        accuracy, metric: the score that counts most, where there is data, and its name.
+        accuracy, metric, unit: the score that counts most, where there is data, its name, and ``%`` or nothing.
     """
 
     model: str
@@ -55,6 +59,7 @@ class BenchRow:
     mac_ratio: float | None = None
     accuracy: float | None = None
     metric: str | None = None
+    unit: str | None = None
 
 
 @dataclass
@@ -64,11 +69,20 @@ class Bench:
     Attributes:
         rows: by batch size, runtime and precision, models in the order in which they were given.
         machine: device, threads and versions; left_out: what was not measured, and why.
+        images: that accuracy was measured on.
     """
 
     rows: list[BenchRow]
     machine: dict[str, Any]
     left_out: list[str] = field(default_factory=list)
+    images: int | None = None
+
+    @property
+    def place(self) -> str:
+        """The processor and its threads, in words."""
+        threads = self.machine.get("threads")
+        count = "threads as each runtime takes them" if threads is None else f"{threads} thread{'s' * (threads != 1)}"
+        return f"{self.machine['device']}, {count}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -124,26 +138,35 @@ def bench(
     for name in runtimes or ():
         session_class(name)
     found = [candidate(name, source) for name, source in models.items()]
-    work = _Bench(found, _size(found), threads, progress, strict=runtimes is not None)
+    size = _size(found)
+    for one in found:
+        one.check_batches(batch_sizes)
+    work = _Bench(found, size, threads, progress, strict=runtimes is not None)
     with work.stack:
         work.open(list(runtimes or available()), list(dict.fromkeys(precisions)))
         rows = [row for batch in batch_sizes for row in work.measure(batch, rounds)]
+        if not rows:
+            raise work.nothing()
+        images = None
         if loader is not None:
-            rows = work.scored(rows, loader)
+            rows, images = work.scored(rows, loader)
     machine = {"device": device_name(torch.device("cpu")), "threads": threads, "torch_threads": torch.get_num_threads()}
     runtimes_there = {one.runtime: one.version for _, one in work.cells}
-    return Bench(rows, {**machine, "runtimes": runtimes_there, "versions": versions()}, work.left_out)
+    return Bench(rows, {**machine, "runtimes": runtimes_there, "versions": versions()}, work.reasons(), images)
 
 
 def _size(found: Sequence[Candidate]) -> tuple[int, ...]:
     """(C, H, W) of all models."""
-    sizes = {tuple(default_input_size(one.model)) for one in found if one.model is not None}
-    sizes |= {size for one in found if (size := one.file_size())}
-    if len(sizes) != 1:
-        raise ModelError(
-            f"the models are for images of different sizes ({', '.join(map(str, sorted(sizes)))}); give models of one "
-            "size, the dense one first"
-        )
+    sizes: dict[tuple[int, ...], str] = {}
+    for one in found:
+        size = one.file_size() if one.model is None else tuple(default_input_size(one.model))
+        if size is not None:
+            sizes.setdefault(size, one.name)
+    if not sizes:
+        raise ModelError("the files take images of any size: give the model that they were made from too (--dense)")
+    if len(sizes) > 1:
+        said = ", ".join(f"'{name}' takes {by(size)}" for size, name in sizes.items())
+        raise ModelError(f"the models are for images of different sizes: {said}; give models of one size")
     return next(iter(sizes))
 
 
@@ -160,54 +183,95 @@ class _Bench:
     ) -> None:
         self.found, self.size, self.threads, self.progress, self.strict = found, size, threads, progress, strict
         self.stack = ExitStack()
-        self.cells: list[tuple[Candidate, Session]] = []
-        self.left_out: list[str] = []
+        self.cells: list[Cell] = []
+        self.left_out: dict[tuple[str, str], list[str]] = {}
 
     def open(self, runtimes: list[str], precisions: list[str]) -> None:
         """A session for every model, runtime and precision that go together."""
         made = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         folder = Path(self.stack.enter_context(made))
-        tell = self.progress or (lambda *_: None)
-        for done, runtime in enumerate(runtimes):
+        wanted: list[tuple[Candidate, str, str]] = []
+        for runtime in runtimes:
             known = session_class(runtime).precisions
             for precision in precisions:
-                if precision not in known or precision == "int8":
-                    self.left_out.append(f"{runtime} in {precision}: it does not compute models in that precision")
+                if precision == "int8":
+                    self._note(f"{runtime} in int8", "give a file of comcat export --int8 beside the models")
                     continue
-                for one in self.found:
-                    if not one.quantized:
-                        self._try(one, runtime, precision, folder)
-            for one in self.found:
-                if one.quantized:
-                    self._try(one, runtime, "int8", folder)
-            tell("open", done + 1, len(runtimes))
+                if precision not in known:
+                    self._note(f"{runtime} in {precision}", "it does not compute models in that precision")
+                    continue
+                wanted += [(one, runtime, precision) for one in self.found if not one.quantized]
+            wanted += [(one, runtime, "int8") for one in self.found if one.quantized]
+        for done, (one, runtime, precision) in enumerate(wanted):
+            with self._left_out(one, f"{runtime} in {precision}"):
+                session = one.open(runtime, precision, self.threads, folder)
+                self.cells += [] if session is None else [(one, session)]
+            self._tell("export and open", done + 1, len(wanted))
         if not self.cells:
-            raise ComcatError(f"there is nothing to measure: {'; '.join(self.left_out)}")
+            raise self.nothing()
 
-    def _try(self, one: Candidate, runtime: str, precision: str, folder: Path) -> None:
+    def nothing(self) -> ComcatError:
+        return ComcatError(f"there is nothing to measure: {'; '.join(self.reasons())}")
+
+    @contextmanager
+    def _left_out(self, one: Candidate, where: str) -> Iterator[None]:
+        """What fails inside is noted, or raised where these runtimes were asked for."""
         try:
-            made = one.open(runtime, precision, self.threads, folder)
+            yield
         except ComcatError as error:
             if self.strict:
                 raise
-            self.left_out.append(f"{one.name} in {runtime}: {error}")
-            return
-        if made is not None:
-            self.cells.append((one, made))
+            self._note(where, str(error), one.name)
+
+    def _note(self, where: str, why: str, *names: str) -> None:
+        self.left_out.setdefault((where, why), []).extend(names)
+
+    def reasons(self) -> list[str]:
+        """What was left out, and why, once for all models that it is true of."""
+        return [
+            f"{', '.join(names)} in {where}: {why}" if names else f"{where}: {why}"
+            for (where, why), names in self.left_out.items()
+        ]
 
     def measure(self, batch_size: int, rounds: int) -> list[BenchRow]:
-        inputs = [one.inputs(self.size, batch_size) for one, _ in self.cells]
-        sessions = [made for _, made in self.cells]
-        seconds = in_turns(sessions, inputs, rounds, 1, self._stage(f"batches of {batch_size}"), _SECONDS)
-        return [self._row(i, batch_size, seconds) for i in range(len(self.cells))]
+        """The rows of one batch size; of none where nothing runs such batches."""
+        try:
+            cells, inputs = self._warm(batch_size)
+            sessions = [made for _, made in cells]
+            stage = self._stage(f"batches of {batch_size}")
+            seconds = in_turns(sessions, inputs, rounds, 1, stage, _SECONDS) if cells else []
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise ModelError(
+                f"out of memory with batches of {batch_size:,} images: choose smaller ones (--batch)"
+            ) from error
+        return [self._row(cells, i, batch_size, seconds) for i in range(len(cells))]
+
+    def _warm(self, batch_size: int) -> tuple[list[Cell], list[list[np.ndarray]]]:
+        """Cells that have run such a batch, and their inputs: some compile first, which takes long, or fails."""
+        cells: list[Cell] = []
+        inputs: list[list[np.ndarray]] = []
+        for done, (one, made) in enumerate(self.cells):
+            with self._left_out(one, f"{made.runtime} in {made.precision}, batches of {batch_size}"):
+                batch = one.inputs(self.size, batch_size)
+                made(*batch)
+                cells.append((one, made))
+                inputs.append(batch)
+            self._tell(f"warm up, batches of {batch_size}", done + 1, len(self.cells))
+        return cells, inputs
+
+    def _tell(self, stage: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(stage, done, total)
 
     def _stage(self, name: str) -> Progress | None:
         return None if self.progress is None else lambda _, done, total: self.progress(name, done, total)  # type: ignore[misc]
 
-    def _row(self, i: int, batch_size: int, seconds: list[list[float]]) -> BenchRow:
-        one, made = self.cells[i]
+    def _row(self, cells: list[Cell], i: int, batch_size: int, seconds: list[list[float]]) -> BenchRow:
+        one, made = cells[i]
         low, median, high = (1e3 * np.quantile(seconds[i], (0.25, 0.5, 0.75))).tolist()
-        base, first = self._base(i), self.found[0]
+        base, first = self._base(cells, i), self.found[0]
         speedup = None if base is None else float(np.median(np.divide(seconds[base], seconds[i])))
         macs, params = one.cost(self.size)
         before, _ = first.cost(self.size)
@@ -227,25 +291,23 @@ class _Bench:
             mac_ratio=before / macs if before and macs else None,
         )
 
-    def _base(self, i: int) -> int | None:
+    def _base(self, cells: list[Cell], i: int) -> int | None:
         """The first model's place in the same runtime, in the same precision if it has that."""
-        runtime, precision = self.cells[i][1].runtime, self.cells[i][1].precision
-        places = [j for j, (one, made) in enumerate(self.cells) if one is self.found[0] and made.runtime == runtime]
-        same = [j for j in places if self.cells[j][1].precision == precision]
+        runtime, precision = cells[i][1].runtime, cells[i][1].precision
+        places = [j for j, (one, made) in enumerate(cells) if one is self.found[0] and made.runtime == runtime]
+        same = [j for j in places if cells[j][1].precision == precision]
         return next(iter(same or places), None)
 
-    def scored(self, rows: list[BenchRow], loader: Iterable[Any]) -> list[BenchRow]:
-        """With the score of every model in every precision."""
-        scores: dict[tuple[str, str], tuple[float, str]] = {}
+    def scored(self, rows: list[BenchRow], loader: Iterable[Any]) -> tuple[list[BenchRow], int]:
+        """With the score of every model in every precision, and on how many images."""
+        scores: dict[tuple[str, str], dict[str, Any]] = {}
+        images = 0
         for one, made in self.cells:
             key = one.name, made.precision
             if key in scores:
                 continue
             stage = self._stage(f"evaluate {one.name}, {made.precision}")
-            figure = evaluate(SessionModule(made), loader, progress=stage).figures()[0]
-            scores[key] = figure.value, figure.label
-        known = [scores[row.model, row.precision] for row in rows]
-        return [
-            BenchRow(**{**asdict(row), "accuracy": value, "metric": label})
-            for row, (value, label) in zip(rows, known, strict=True)
-        ]
+            found = evaluate(SessionModule(made), loader, progress=stage)
+            figure, images = found.figures()[0], found.images
+            scores[key] = {"accuracy": figure.value, "metric": figure.label, "unit": figure.unit}
+        return [BenchRow(**{**asdict(row), **scores[row.model, row.precision]}) for row in rows], images

@@ -16,7 +16,7 @@ from ..models.profile import profile
 from .onnx_runtime import file_precision
 from .openvino_runtime import is_quantized
 from .registry import session_class
-from .sessions import FileSession, Session
+from .sessions import FileSession, Session, unreadable
 from .whole_model import random_inputs, whole_session
 
 _ENDINGS = (".onnx", ".xml")
@@ -35,14 +35,12 @@ class Candidate:
         self.name, self.model, self.file = name, model, file
         self.quantized = False
         self._cost: tuple[int, int] | None = None
+        self._taken: tuple[int | None, ...] | None = None
         if file is not None:
             session_class("onnxruntime" if file.suffix == ".onnx" else "openvino")  # or how to install it
-            self.quantized = file_precision(file) == "int8" if file.suffix == ".onnx" else is_quantized(file)
-            beside = [
-                file,
-                *(p for p in (file.with_suffix(".bin"), file.with_name(f"{file.name}.data")) if p.is_file()),
-            ]
-            self.bytes = sum(one.stat().st_size for one in beside)
+            self.quantized = _holds_int8(file)
+            weights = file.with_name(f"{file.name}.data") if file.suffix == ".onnx" else file.with_suffix(".bin")
+            self.bytes = sum(one.stat().st_size for one in (file, weights) if one.is_file())
         else:
             assert model is not None
             self.bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
@@ -68,10 +66,35 @@ class Candidate:
         """(C, H, W) that the file takes, where it says."""
         if self.file is None:
             return None
+        found = tuple(n for n in self._shape()[1:] if n is not None)
+        return found if len(found) == 3 else None
+
+    def check_batches(self, sizes: Sequence[int]) -> None:
+        """Raise ModelError where the file takes batches of one size alone, and others are asked for."""
+        batch = None if self.file is None else self._shape()[0]
+        if batch is not None and set(sizes) != {batch}:
+            raise ModelError(
+                f"'{self.file}' takes batches of {batch} alone, and {', '.join(map(str, sizes))} are asked for: "
+                f"measure those of {batch} (--batch {batch}), or export it without a fixed batch"
+            )
+
+    def _shape(self) -> tuple[int | None, ...]:
+        """Of the images that the file takes; None for what may have any size.
+
+        Raises:
+            ModelError: the file takes no images.
+        """
+        assert self.file is not None
+        if self._taken is not None:
+            return self._taken
         runtime = "onnxruntime" if self.file.suffix == ".onnx" else "openvino"
         made: Any = session_class(runtime)(self.file)
-        found = made.inputs[0].shape[1:]
-        return tuple(found) if all(isinstance(n, int) for n in found) else None
+        shape: tuple[int | None, ...] = made.inputs[0].shape if made.inputs else ()
+        if len(shape) != 4 or len(made.inputs) > 1:
+            takes = ", ".join(port.text for port in made.inputs) or "nothing"
+            raise ModelError(f"'{self.file}' takes {takes}, and a bench gives images alone: leave it out")
+        self._taken = shape
+        return shape
 
     def cost(self, size: Sequence[int]) -> tuple[int | None, int | None]:
         """MACs of one image and parameters, where they can be counted."""
@@ -95,6 +118,15 @@ def candidate(name: str, source: nn.Module | str | Path) -> Candidate:
     if path.suffix not in _ENDINGS or not path.is_file():
         raise ModelError(f"'{path}' is no exported file ({', '.join(_ENDINGS)}); open a model with comcat.load_model")
     return Candidate(name, None, path)
+
+
+def _holds_int8(file: Path) -> bool:
+    if file.suffix != ".onnx":
+        return is_quantized(file)
+    try:
+        return file_precision(file) == "int8"
+    except (ValueError, OSError) as error:
+        raise unreadable("onnxruntime", file, error) from error
 
 
 class SessionModule(nn.Module):

@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..errors import ModelError
-from .sessions import PRECISIONS, FileSession, Port, first_line
+from .sessions import PRECISIONS, FileSession, Port, unreadable
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
@@ -61,9 +60,12 @@ def is_quantized(path: Path) -> bool:
         ModelError: OpenVINO cannot read it.
     """
     try:
+        with open(path, "rb") as file:  # otherwise every reader of OpenVINO tries, some of them aloud
+            if not file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+                raise ValueError("it is no XML")
         model = openvino_core().read_model(str(path))
-    except RuntimeError as error:
-        raise ModelError(f"openvino cannot read '{path}': {first_line(error)}") from error
+    except (RuntimeError, ValueError, OSError) as error:
+        raise unreadable("openvino", path, error) from error
     short = {"i8", "u8", "i4", "u4"}
     constants = (op for op in model.get_ops() if op.get_type_name() == "Constant")
     return any(op.get_type_name() == "FakeQuantize" for op in model.get_ops()) or any(

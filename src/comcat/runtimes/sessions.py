@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from ..wording import by
 if TYPE_CHECKING:
     from torch import nn
 
+#: Where in its source OpenVINO has noticed something.
+_PLACE = re.compile(r"Exception from src/|Check '.*' failed at ")
 #: In which a session can be asked to compute.
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 
@@ -112,7 +115,7 @@ class Session(ABC):
         Raises:
             ModelError: inputs of other names, numbers or shapes than the model takes.
         """
-        return self._arrays(self._run(self._prepared(arrays, named)))
+        return self._arrays(self._first(self._prepared(arrays, named)))
 
     def seconds(self, arrays: Sequence[np.ndarray], repeats: int = 1) -> list[float]:
         """How long a batch takes, each of ``repeats`` times after one that does not count; inputs are converted before.
@@ -121,8 +124,12 @@ class Session(ABC):
             ModelError: as calling it.
         """
         inputs = self._prepared(arrays, {})
-        self._run(inputs)
+        self._first(inputs)
         return [self._timed(inputs) for _ in range(repeats)]
+
+    def _first(self, inputs: Any) -> Any:
+        """:meth:`_run` of inputs that have not run before, which may fail; ModelError then."""
+        return self._run(inputs)
 
     def _timed(self, inputs: Any) -> float:
         begin = time.perf_counter()
@@ -155,11 +162,18 @@ class FileSession(Session):
         try:
             self._read(path)
         except (RuntimeError, ValueError, OSError) as error:
-            raise ModelError(f"{self.runtime} cannot read '{path}': {first_line(error)}") from error
+            raise unreadable(self.runtime, path, error) from error
 
     @abstractmethod
     def _read(self, path: Path) -> None:
         """Load it; sets ``inputs``."""
+
+    def _first(self, inputs: Any) -> Any:
+        try:
+            return self._run(inputs)
+        except Exception as error:  # of a runtime: they have no common base
+            sizes = ", ".join(by(array.shape) for array in inputs.values())
+            raise ModelError(f"{self.runtime} cannot run '{self.name}' on {sizes}: {first_line(error)}") from error
 
     def _prepared(self, arrays: Sequence[np.ndarray], named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         wanted = ", ".join(port.text for port in self.inputs)
@@ -180,9 +194,18 @@ class FileSession(Session):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a runtime begins with."""
+    """What an error of a runtime says first, behind the places in the runtime's own source."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    saying = [line for line in lines if not _PLACE.match(line)]
+    return next(iter(saying or lines), type(error).__name__)
+
+
+def unreadable(runtime: str, path: Path, error: BaseException) -> ModelError:
+    """That a runtime cannot read a file, and what helps."""
+    return ModelError(
+        f"{runtime} cannot read '{path}': {first_line(error)}. It is damaged, incomplete or none of its files: write "
+        "it again with comcat export"
+    )
 
 
 def in_turns(

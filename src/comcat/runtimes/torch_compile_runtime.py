@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 from itertools import count
 from types import FunctionType
 from typing import Any
@@ -32,10 +35,20 @@ class CompiledSession(TorchSession):
             cause = error.__cause__
             if not type(cause).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
+            said = str(cause).strip().splitlines()[0]
             raise ModelError(
-                f"torch.compile cannot compile {self.name}: {str(cause).strip().splitlines()[0]}. It needs a C++ "
-                "compiler (apt-get install g++); or choose the runtime 'torch'"
+                f"torch.compile cannot compile {self.name}: {said}. {_cure(said)}; or choose the runtime 'torch'"
             ) from cause
+
+
+def _cure(said: str) -> str:
+    """What helps against what a compiler has said."""
+    torn = re.search(r"(\S+\.so): file too short", said)
+    if torn:  # by a process that was killed while it compiled
+        return f"A file of its cache is damaged: remove '{torn[1]}'"
+    if shutil.which(os.environ.get("CXX") or "g++") is None and shutil.which("clang++") is None:
+        return "It needs a C++ compiler (apt-get install g++)"
+    return "Check its C++ compiler (CXX, or g++)"
 
 
 def _function_of(module: nn.Module) -> FunctionType:

@@ -71,7 +71,10 @@ def read_description(path: Path) -> Description:
     """
     file = path / CONFIG_NAME
     if not file.exists():
-        raise CheckpointError(f"'{path}' is not a model saved by comcat: it has no {CONFIG_NAME}")
+        raise CheckpointError(
+            f"'{path}' is not a model saved by comcat: it has no {CONFIG_NAME}. Give a directory that comcat compress, "
+            "comcat finetune or comcat.save wrote"
+        )
     config = read_json(file)
     if not isinstance(config, dict) or type(config.get("comcat_format")) is not int:
         raise CheckpointError(f"'{file}' is not a comcat model description")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from html import escape
 
+from ..report.format import duration
 from .work import DONE, FAILED, RUNNING, STOPPED, STOPPING, WAITING, Job, Line
 
 _WORDS = {
@@ -74,14 +75,6 @@ def now_line(line: Line) -> str:
     if waiting:
         told += f" · waiting: {escape(', '.join(other.title for other in waiting))}"
     return f'<div class="fine">{told}</div>'
-
-
-def duration(seconds: float) -> str:
-    """``75`` -> ``1 min 15 s``."""
-    whole = max(0, round(seconds))
-    minutes, rest = divmod(whole, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _bar(job: Job) -> str:
