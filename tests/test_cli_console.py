@@ -104,6 +104,30 @@ def test_memory(error: Exception, capfd: pytest.CaptureFixture[str]) -> None:
     assert (code, err[:21]) == (1, "error: out of memory.")
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_document_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], closed: bool
+) -> None:
+    """A full disk behind ``>``, or no stdout at all."""
+
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @command
+    def work(json_output: bool = False) -> None:
+        Screen(json_output).result({"a": 1})
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", None if closed else Full())
+        with pytest.raises(typer.Exit) as exit:
+            work(json_output=True)
+    assert exit.value.exit_code == 1
+    why = "stdout is closed" if closed else os.strerror(errno.ENOSPC)
+    text = f"error: the JSON document cannot be written to stdout: {why}. Send it elsewhere; "
+    assert capfd.readouterr().err.startswith(text)
+
+
 def test_other_runtime_errors_are_not_hidden() -> None:
     @command
     def fail() -> None:

@@ -24,7 +24,7 @@ from comcat.exporting.file_metadata import KEY, SIDECAR
 from comcat.exporting.formats import FORMAT_NAMES, file_format
 from comcat.exporting.parity import compare
 from comcat.exporting.resampling import products_for_resizing
-from comcat.exporting.tracing import layer_of
+from comcat.exporting.tracing import blaming, layer_of
 from comcat.runtimes import session
 from conftest import images, swin, vit
 
@@ -367,6 +367,19 @@ def test_an_unknown_operator_is_named_with_its_layer(to: str, tmp_path: Path) ->
     with pytest.raises(ExportError, match=r"operator aten\.special_bessel_j0 in module 'blocks\.1\.mlp\.act'"):
         exported(model, tmp_path, to)
     assert left_behind(tmp_path) == []
+
+
+def test_an_operator_that_a_converter_calls_otherwise_is_named() -> None:
+    """What ``aten.erfinv`` is called where it is taken apart."""
+
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.erfinv(x).exp()
+
+    program = torch.export.export(nn.Sequential(nn.Identity(), Inner()), (torch.zeros(2, 3),), strict=False)
+    message = r"A cannot express operator aten\.(special_)?erfinv in module '1' \("
+    with pytest.raises(ExportError, match=message), blaming(program, "A"):
+        raise RuntimeError("No ONNX function found for <OpOverload(op='prims.erf_inv', overload='default')>")
 
 
 def test_a_forward_that_is_no_graph_is_named_with_its_layer(tmp_path: Path) -> None:

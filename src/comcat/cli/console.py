@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +30,7 @@ from rich.progress import (
 from rich.segment import Segment
 from rich.text import Text
 
-from ..errors import ComcatError
+from ..errors import CheckpointError, ComcatError
 from ..report.format import duration
 from ..report.text import one_line, printable
 from ..wording import some
@@ -159,10 +159,26 @@ class Screen:
         self.say(("✓", "green"), " ", *parts)
 
     def result(self, document: dict[str, Any]) -> None:
-        """The JSON document, when it was asked for."""
+        """The JSON document, when it was asked for.
+
+        Raises:
+            CheckpointError: nobody can write there; a reader that has gone is a BrokenPipeError.
+        """
         _tell({"result": document})
-        if self.json_output:
+        if not self.json_output:
+            return
+        try:
+            if sys.stdout is None:  # closed by whoever started this
+                raise OSError(errno.EBADF, "stdout is closed")
             sys.stdout.write(json.dumps(document, indent=2, default=str) + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise CheckpointError(
+                f"the JSON document cannot be written to stdout: {error.strerror or error}. Send it elsewhere; what "
+                "the command has written otherwise is complete"
+            ) from error
 
 
 class Terminated(KeyboardInterrupt):
@@ -253,7 +269,8 @@ def what_was_written(paths: list[Path]) -> str:
 def _fail(text: str, code: int, json_output: bool, cause: BaseException, prefix: str = "error: ") -> None:
     screen = Screen(json_output)
     screen.err.print(Text.assemble((prefix, "red"), one_line(text)), soft_wrap=True)
-    screen.result({"error": text})
+    with suppress(CheckpointError):  # which may be what has gone wrong
+        screen.result({"error": text})
     raise typer.Exit(code) from cause
 
 

@@ -142,6 +142,7 @@ def export(
         if evaluate is not None:
             labelled = reading_of(evaluate).open_labelled(eval_split, config, loaded, screen)
             tested = loader(labelled, batch_size, workers, eval_images)
+        most = INT8_TOLERANCE if int8_tolerance is None else int8_tolerance
         report = comcat.export(
             loaded,
             out,
@@ -151,7 +152,7 @@ def export(
             dynamic_size=dynamic_size,
             batch_size=batch or 1,
             tolerance=tolerance,
-            int8_tolerance=INT8_TOLERANCE if int8_tolerance is None else int8_tolerance,
+            int8_tolerance=most,
             images=images,
             overwrite=overwrite,
             progress=screen.progress,
@@ -161,7 +162,7 @@ def export(
             made = FileModel(out, target, precision, list(report.outputs), batch, loaded)
             measured["model"] = measure(loaded, tested, progress=screen.stage("evaluate the model"))
             measured["file"] = measure(made, tested, progress=screen.stage("evaluate the file"))
-    say(screen, report)
+    say(screen, report, most)
     for name, found in measured.items():
         scores = ", ".join(f"{figure.label} {figure.shown()}" for figure in found.figures())
         screen.say(f"{name}: {scores}, on {found.images} images")
@@ -170,8 +171,8 @@ def export(
     )
 
 
-def say(screen: Screen, report: ExportReport) -> None:
-    """The report in words."""
+def say(screen: Screen, report: ExportReport, allowed: float) -> None:
+    """The report in words; ``allowed``: the largest divergence of an int8 file."""
     from ..report.format import size
 
     takes = ", ".join(f"{name} ({' x '.join(map(str, shape))})" for name, shape in report.inputs.items())
@@ -179,13 +180,16 @@ def say(screen: Screen, report: ExportReport) -> None:
     screen.done(f"{report.precision}, {size(report.bytes)}, {takes} to {gives}: ", (report.path, "bold"))
     if report.relative is not None and report.absolute is not None:
         kind = "images" if report.real else "random images"
-        screen.say(
-            f"differs from PyTorch in fp32 by at most {report.absolute:.2g}, {report.relative:.2g} of the largest "
-            f"output ({report.tolerance:.2g} allowed), on {report.images} {kind}"
-        )
+        found = f"differs from PyTorch in fp32 by at most {report.absolute:.2g}, {report.relative:.2g} of the largest "
+        found += f"output ({report.tolerance:.2g} allowed)"
+        found = found if report.absolute else "computes exactly what PyTorch does in fp32"
+        screen.say(f"{found}, on {report.images} {kind}")
     if report.divergence is not None:
         kept = [(report.weights_only, "compute in float with int8 weights"), (report.floats, "stay float")]
         said = ", ".join(f"{len(layers)} layers {what}" for layers, what in kept if layers) or "every layer is int8"
-        screen.say(f"diverges from PyTorch by {report.divergence:.2g} on the calibration images; {said}")
+        screen.say(
+            f"diverges from PyTorch by {report.divergence:.2g} on the calibration images ({allowed:.2g} allowed; of "
+            f"classes, nats an image); {said}"
+        )
     for note in report.notes:
         screen.note(note)

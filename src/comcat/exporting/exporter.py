@@ -161,7 +161,7 @@ def export(
             raise ExportError(
                 f"the file would compute something else than the model: output '{found.output}' differs by "
                 f"{found.relative:.2g} of its largest value, which is more than {allowed:.2g}; nothing was written. "
-                "Give a larger tolerance if that is good enough, or another precision or format"
+                "Give a larger tolerance (--tolerance) if that is good enough, or another precision or format"
             )
         size = sum(one.stat().st_size for one in stage.rglob("*") if one.is_file())
         publish(stage, path, overwrite)
@@ -347,8 +347,8 @@ class _Subject:
                 reference(self.flat, [example])
                 return example
         raise ExportError(
-            f"the model takes no images but those of {by(self.size)}: leave dynamic_size out; models of timm take "
-            "others with dynamic_img_size=True (--model-arg)"
+            f"the model takes no images but those of {by(self.size)}: leave dynamic_size out (--dynamic-size); models "
+            "of timm take others with dynamic_img_size=True (--model-arg)"
         )
 
 

@@ -36,7 +36,7 @@ def check_target(path: Path, overwrite: bool) -> None:
     elif path.is_dir():
         raise CheckpointError(f"'{path}' is a directory; choose another name")
     elif path.exists() and not overwrite:
-        raise CheckpointError(f"'{path}' exists already; choose another name or overwrite it")
+        raise CheckpointError(f"'{path}' exists already; choose another name or overwrite it (--overwrite)")
     check_place(path)
 
 

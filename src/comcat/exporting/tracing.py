@@ -177,14 +177,20 @@ def blaming(program: torch.export.ExportedProgram, target: str) -> Iterator[None
 def _blamed(program: torch.export.ExportedProgram, text: str) -> list[str]:
     """Operators of the graph that an error speaks of, with the layers that hold them."""
     found: dict[str, str] = {}
+    said = _plain(text)
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
         name = str(node.target).removesuffix(".default")  # aten.erfinv
-        short = re.escape(name.split(".")[1].removeprefix("special_") if "." in name else name)
-        if re.search(rf"(::|[.'\"])(special_)?{short}(?!\w)", text):  # aten::x, prims.x, 'x'
+        short = re.escape(_plain(name.split(".")[1]).removeprefix("special") if "." in name else _plain(name))
+        if re.search(rf"(::|[.'\"])(special)?{short}(?!\w)", said):  # aten::x, prims.x, 'x'
             found.setdefault(name, layer_of(node))
     return [f"operator {name} in module '{layer}'" if layer else f"operator {name}" for name, layer in found.items()]
+
+
+def _plain(name: str) -> str:
+    """``aten.erfinv`` is ``prims.erf_inv`` once it is taken apart."""
+    return name.replace("_", "")
 
 
 def layer_of(node: Any) -> str:
