@@ -203,13 +203,14 @@ def test_the_command(tmp_path: Path, image_folder: Path) -> None:
     assert document["divergence"] <= 1
     assert document["evaluation"]["file"]["images"] == document["evaluation"]["model"]["images"] == 36
     said = CliRunner().invoke(app, [*words, "--overwrite"])
-    assert "on the calibration images; every layer is int8" in said.output
+    assert "on the calibration images (1 allowed; of classes, nats an image); every layer is int8" in said.output
 
 
 @pytest.mark.parametrize(
     ("words", "text"),
     [
         (["--int8"], "give --data DATA to calibrate on"),
+        (["--precision", "int8"], "give --data DATA to calibrate on"),
         (["--int8", "--precision", "fp16", "--data", "x"], "is a precision of its own"),
         (["--int8-tolerance", "1"], "belongs to --int8"),
         (["--eval-images", "4"], "belongs to --evaluate"),

@@ -38,8 +38,8 @@ def draw_demo(
     left, right = top.subfigures(1, 2, width_ratios=[1, 1.9])
     _accuracy(left.subplots(), points, tuned)
     grids = [kept_by_part(report) for report in reports.values()]
-    rows = grids[0][0]
     panels = [part for part in ("qk", "vo", "ffn") if any(part in parts for _, parts in grids)]
+    rows = [row for row in grids[0][0] if any(row in parts.get(part, {}) for _, parts in grids for part in panels)]
     for axes, part in zip(right.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
         series = [
             (
@@ -74,12 +74,16 @@ def _accuracy(axes: Any, points: Sequence[tuple[str, int, float]], tuned: tuple[
     low = min(*accuracy, tuned[2])
     span = max(accuracy[0] - low, 1.5)
     labels = [(f"{name}\n{top1:.1f} %", x, top1, INK) for (name, _, top1), x in zip(points, sizes, strict=True)]
+    beside_there: list[tuple[float, float]] = []
     for text, x, top1, color in [*labels, (f"fine-tuned\n{tuned[2]:.1f} %", sizes[-1], tuned[2], COLORS["vo"])]:
         # Beside the line where it falls towards smaller models, otherwise above it.
         beside = accuracy[0] - top1 > 0.1 * span and color is INK
         style = {"textcoords": "offset points", "fontsize": 8, "color": color}
         style |= {"ha": "left", "va": "top"} if beside else {"ha": "center", "va": "bottom"}
-        axes.annotate(text, (x, top1), (7, -2) if beside else (0, 7), **style)
+        # Points close to each other have their labels one below the other.
+        near = sum(abs(x - a) < 0.15 * max(sizes) and abs(top1 - b) < 0.12 * span for a, b in beside_there)
+        beside_there += [(x, top1)] if beside else []
+        axes.annotate(text, (x, top1), (7, -2 - 24 * near) if beside else (0, 7), **style)
     x, before, after = sizes[-1], accuracy[-1], tuned[2]
     arrow = {"arrowstyle": "-|>", "color": COLORS["vo"], "linewidth": 1.4, "shrinkA": 5, "shrinkB": 4}
     axes.annotate("", (x, after), (x, before), arrowprops=arrow)

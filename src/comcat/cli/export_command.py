@@ -34,7 +34,8 @@ def export(
         ),
     ],
     precision: Annotated[
-        str, opt.Option(metavar="fp32|fp16|bf16", help="Of weights and arithmetic.", rich_help_panel=FILE)
+        str,
+        opt.Option(metavar="fp32|fp16|bf16", help="Of weights and arithmetic; int8 is --int8.", rich_help_panel=FILE),
     ] = "fp32",
     batch: Annotated[
         int | None,
@@ -103,7 +104,8 @@ def export(
     args = parse_model_args(model_arg)
     if split is not None and data is None:
         raise typer.BadParameter("belongs to --data", param_hint="--split")
-    if int8 and precision != "fp32":
+    int8 = int8 or precision == "int8"
+    if int8 and precision not in ("fp32", "int8"):
         raise typer.BadParameter("is a precision of its own", param_hint="--int8")
     if int8 and data is None:
         raise typer.BadParameter("give --data DATA to calibrate on", param_hint="--int8")
