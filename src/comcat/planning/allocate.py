@@ -7,7 +7,7 @@ step, and what is left of the budget is spent on the best affordable upgrades am
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -176,10 +176,11 @@ def _total(costs: list[np.ndarray], chosen: list[int], fixed: int) -> int:
     return fixed + sum(int(c[i]) for c, i in zip(costs, chosen, strict=True))
 
 
-def out_of_reach(wanted: str, smallest: str) -> BudgetError:
-    """The error for a budget below the smallest widths of all parts."""
+def out_of_reach(wanted: str, smallest: str, others: Sequence[str] = ()) -> BudgetError:
+    """The error for a budget below the smallest widths of all parts; ``others`` are not among these, and could be."""
     reachable = f"the smallest reachable with these parts and rank multiple is {smallest}"
-    return BudgetError(f"the budget of {wanted} is out of reach: {reachable}")
+    more = f"; {', '.join(others)} could be reduced too (parts, --parts)" if others else ""
+    return BudgetError(f"the budget of {wanted} is out of reach: {reachable}{more}")
 
 
 def _fill(chosen: list[int], costs: list[np.ndarray], losses: list[np.ndarray], total: int, limit: int) -> int:

@@ -196,6 +196,8 @@ class Planner:
         if method == "uniform" and ffn == "auto":
             self.ffn = "low-rank" if calibration is None else "neurons"
         parts = check_parts(parts)
+        possible = {layer.part_of(part) for layer in ready.inventory.layers for part in layer.full}
+        self.left_out = sorted(possible.difference(parts))
         if method == "uniform" and len(parts) > 1:
             parts = tuple(part for part in parts if part != "head")
         self.parts = parts
@@ -228,7 +230,7 @@ class Planner:
         options = self._options(flat)
         smallest = self.fixed + sum(int(o.costs[self.budget.unit].min()) for o in options)
         if smallest > self.limit:
-            raise out_of_reach(self._shown(self.limit), self._shown(smallest))
+            raise out_of_reach(self._shown(self.limit), self._shown(smallest), self.left_out)
 
     def plan(self) -> Plan:
         self.refuse_unreachable()
