@@ -6,9 +6,10 @@ The CIFAR-10 teachers are compared on test images, all others have random weight
 timm's DeiT-S and Swin-T as they are; models of the other libraries in small, since a file takes as long to write as
 it has operators, and layers are alike: a width of 192, two layers, images of 112 pixels, or two stages of two layers.
 
-Every file takes any batch where its format does. In float32, files that take images of any size are written besides,
-and compared on another size than they were traced with. Results are added to those that the JSON file holds, so that
-formats in an environment of their own come to the same table; a cell that is there is measured again with ``--again``.
+Every file takes any batch where its format does. In float32, files of models that resize their position embeddings are
+written for images of any size besides, and compared on another size than they were traced with. Results are added to
+those that the JSON file holds, so that formats in an environment of their own come to the same table; a cell that is
+there is measured again with ``--again``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from torch import nn
 import comcat
 from comcat.exporting.formats import FORMAT_NAMES, file_format
 from common import cifar10, parser, teacher, write
+
+#: Those that resize their position embeddings.
+ANY_SIZE = ("timm ViT of any size", "transformers ViT", "transformers DINOv2", "transformers SigLIP tower")
 
 
 def models(shared: Path) -> dict[str, Callable[[], nn.Module]]:
@@ -142,7 +146,7 @@ def main() -> None:
                 target = file_format(to)
                 cells = known.setdefault(name, {}).setdefault(kind, {}).setdefault(to, {})
                 wanted = [one for one in target.precisions if one in args.precisions]
-                wanted += ["any size"] if "fp32" in wanted and target.dynamic_size else []
+                wanted += ["any size"] if "fp32" in wanted and target.dynamic_size and name in ANY_SIZE else []
                 for cell in wanted if args.again else [one for one in wanted if one not in cells]:
                     precision, images = cell, test if "cifar" in name else None
                     if cell == "any size":

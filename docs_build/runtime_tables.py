@@ -63,16 +63,49 @@ def int8_tables(results: Results) -> str:
     return "\n".join(parts)
 
 
+#: Cells of a file, with the head of their column.
+_FILES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "any size": "fp32, other size"}
+
+
 def parity_table(results: Results) -> str:
-    """The largest difference from PyTorch in float32, in units of the largest output."""
-    rows = []
+    """The largest difference from PyTorch in float32, in units of the largest output; by format, then by model."""
+    rows: list[list[str]] = []
+    largest: dict[str, dict[str, list[float]]] = {}
+    refusals: dict[str, list[str]] = {}
     for model, kinds in results["results"].items():
         for kind, formats in kinds.items():
-            for to, precisions in formats.items():
-                shown = {name: one["relative"] for name, one in precisions.items()}
-                cells = [
-                    "" if name not in shown else "not run here" if shown[name] is None else f"{shown[name]:.1e}"
-                    for name in ("fp32", "fp16", "bf16")
-                ]
-                rows.append([f"{model}, {kind}, {to}", *cells])
-    return table(["", "fp32", "fp16", "bf16"], rows)
+            for to, cells in formats.items():
+                rows.append([f"{model}, {kind}, {to}", *(_parity_cell(cells.get(name)) for name in _FILES)])
+                for name, cell in cells.items():
+                    if "refused" in cell:
+                        refusals.setdefault(cell["refused"], []).append(f"{model}, {kind}, {to}, {_FILES[name]}")
+                    elif cell["relative"] is not None:
+                        largest.setdefault(to, {}).setdefault(name, []).append(cell["relative"])
+    heads = list(_FILES.values())
+    summary = [
+        [to, *(f"{max(found[name]):.1e} ({len(found[name])})" if name in found else "" for name in _FILES)]
+        for to, found in largest.items()
+    ]
+    parts = [
+        "The largest of every format (over so many files):\n",
+        table(["", *heads], summary),
+        "All:\n",
+        table(["", *heads], rows),
+    ]
+    if refusals:
+        parts.append("Refused:\n")
+        parts.append("\n".join(f"* {'; '.join(files)}: {_plain(text)}" for text, files in refusals.items()) + "\n")
+    return "\n".join(parts)
+
+
+def _parity_cell(cell: Any) -> str:
+    if cell is None:
+        return ""
+    if "refused" in cell:
+        return "refused"
+    return "not run here" if cell["relative"] is None else f"{cell['relative']:.1e}"
+
+
+def _plain(text: str) -> str:
+    """A message as a line of code, whatever is in it."""
+    return f"`{' '.join(text.replace('`', '').split())}`"

@@ -51,17 +51,27 @@ class ExecuTorchFormat(FileFormat):
         return run
 
 
+_SPLITS = tuple(
+    getattr(getattr(torch.ops.aten, name), overload)
+    for name in ("split_with_sizes", "split", "chunk", "tensor_split")
+    for overload in getattr(torch.ops.aten, name).overloads()
+)
+
+
 def slice_for_split(graph: torch.fx.Graph) -> None:
-    """Slices for splits: for those ExecuTorch fixes the number of images to that of the example."""
+    """Slices for splits of any kind: for those ExecuTorch fixes the number of images to that of the example."""
     for node in list(graph.nodes):
-        if node.target is not torch.ops.aten.split_with_sizes.default:
+        if node.target not in _SPLITS:
             continue
-        tensor, sizes, axis = (*node.args, 0)[:3]
-        ends = list(accumulate(sizes))
+        tensor, axis = node.args[0], node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+        ends = list(accumulate(part.shape[axis] for part in node.meta["val"]))
+        if not all(isinstance(end, int) for end in ends):
+            continue
         for user in list(node.users):
-            end = ends[user.args[1]]
+            place = range(len(ends))[user.args[1]]
+            bounds = ends[place - 1] if place else 0, ends[place]
             with graph.inserting_before(user):
-                piece = graph.call_function(torch.ops.aten.slice.Tensor, (tensor, axis, end - sizes[user.args[1]], end))
+                piece = graph.call_function(torch.ops.aten.slice.Tensor, (tensor, axis, *bounds))
             piece.meta.update(user.meta)
             user.replace_all_uses_with(piece)
             graph.erase_node(user)

@@ -328,7 +328,7 @@ class _Subject:
             examples.append(self._other_size(traced))
             batches += (1,)
         wanted = reference(self.flat, examples)
-        with quiet(), blaming(traced.program, self.target.title):
+        with quiet(), blaming(traced.program, self.target.title, "run"):
             run = self.target.opened(file, self.precision)
             if run is None:
                 return None, batches

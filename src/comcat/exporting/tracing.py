@@ -156,8 +156,8 @@ def _deepest(trace: TracebackType | None, names: Mapping[int, str]) -> str:
 
 
 @contextmanager
-def blaming(program: torch.export.ExportedProgram, target: str) -> Iterator[None]:
-    """A failure of a converter inside becomes one error that names the operator and the layer that holds it."""
+def blaming(program: torch.export.ExportedProgram, target: str, verb: str = "express") -> Iterator[None]:
+    """A failure of a converter or runtime inside becomes one error that names the operator and its layer."""
     try:
         yield
     except (ExportError, MemoryError, OSError):
@@ -169,7 +169,7 @@ def blaming(program: torch.export.ExportedProgram, target: str) -> Iterator[None
         found = _blamed(program, text)
         what = some(found) if found else "the graph"
         raise ExportError(
-            f"{target} cannot express {what} ({_first_lines(error)}); write the layer in other operators, or choose "
+            f"{target} cannot {verb} {what} ({_first_lines(error)}); write the layer in other operators, or choose "
             "another format"
         ) from error
 
