@@ -129,6 +129,7 @@ def main() -> None:
     p = parser(__doc__)
     p.add_argument("--shared", type=Path, required=True, help="folder with teachers/ and data/cifar10/")
     p.add_argument("--models", nargs="*", help="beginnings of names; all by default")
+    p.add_argument("--kinds", nargs="*", default=("dense", "compressed"))
     p.add_argument("--to", nargs="*", default=installed(), choices=FORMAT_NAMES)
     p.add_argument("--precisions", nargs="*", default=("fp32", "fp16", "bf16"))
     p.add_argument("--again", action="store_true", help="measure cells that the JSON file holds already")
@@ -142,6 +143,8 @@ def main() -> None:
         dense = build().eval()
         small = comcat.compress(dense, comcat.plan(dense, comcat.Budget(params=0.5))).eval()
         for kind, model in (("dense", dense), ("compressed", small)):
+            if kind not in args.kinds:
+                continue
             for to in args.to:
                 target = file_format(to)
                 cells = known.setdefault(name, {}).setdefault(kind, {}).setdefault(to, {})

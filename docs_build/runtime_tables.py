@@ -103,7 +103,7 @@ def _parity_cell(cell: Any) -> str:
         return ""
     if "refused" in cell:
         return "refused"
-    return "not run here" if cell["relative"] is None else f"{cell['relative']:.1e}"
+    return "converted, never run" if cell["relative"] is None else f"{cell['relative']:.1e}"
 
 
 def _plain(text: str) -> str:
