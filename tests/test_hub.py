@@ -108,6 +108,10 @@ def test_revisions(place, hub: StandIn, tmp_path):
     assert comcat.load(f"hf-hub:{REPOSITORY}", revision=first).num_classes == ARGS["num_classes"]
     with pytest.raises(comcat.CheckpointError, match="it has no revision 'v3'; name a branch, a tag or a commit"):
         comcat.load(f"hf-hub:{REPOSITORY}", revision="v3")
+    for name in (f"hf-hub:{REPOSITORY}@v3", f"{REPOSITORY}@v3"):
+        refused(
+            Result(["evaluate", name, "--data", place / "data"]), "it has no revision 'v3'; name a branch, a tag or a"
+        )
     with pytest.raises(comcat.CheckpointError, match="is a directory, which has no revisions"):
         comcat.load(place / "small", revision="v2")
 
@@ -191,7 +195,8 @@ def test_private_repositories(place, hub: StandIn, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", BOB)
     options = ["--data", place / "data"]
     message = f"cannot load '{REPOSITORY}' from the Hub: there is no such repository, or it is private"
-    refused(Result(["evaluate", REPOSITORY, *options]), message)
+    for model in (REPOSITORY, f"hf-hub:{REPOSITORY}"):
+        refused(Result(["evaluate", model, *options]), message)
     refused(push(place / "small"), r"cannot push to .*: no permission \(403\): log in with a token that may")
     monkeypatch.delenv("HF_TOKEN")
     refused(push(place / "small", name="alice/other"), r"no permission \(401\): log in")
@@ -207,6 +212,7 @@ def test_from_the_cache(place, hub: StandIn, monkeypatch):
     message = "cannot load 'alice/never' from the Hub: HF_HUB_OFFLINE is set and the cache does not hold it"
     with pytest.raises(comcat.CheckpointError, match=message):
         comcat.load("hf-hub:alice/never")
+    refused(Result(["evaluate", "hf-hub:alice/never", "--data", place / "data"]), message)
     refused(push(place / "small"), "HF_HUB_OFFLINE is set: nothing can be pushed; unset it")
     assert len(hub.asked) == asked
 

@@ -86,9 +86,13 @@ def test_arguments_that_the_architecture_does_not_take(args: dict[str, Any]) -> 
 
 def test_weights_that_cannot_be_had() -> None:
     with pytest.raises(
+        ModelError, match="cannot load 'nobody/nothing' from the Hub: HF_HUB_OFFLINE is set and the cache"
+    ):
+        comcat.load_model("hf-hub:nobody/nothing")
+    with pytest.raises(
         ModelError, match=r"cannot load the pretrained weights of .*check the network, or give --checkpoint"
     ):
-        comcat.load_model("hf-hub:nobody/nothing-at-all")
+        comcat.load_model("vit_large_patch14_clip_336")
 
 
 def test_unreadable_checkpoints(checkpoint: Path, tmp_path: Path) -> None:

@@ -105,11 +105,12 @@ def _open_saved(place: str | Path, wanted: Wanted) -> nn.Module:
 
 
 def _is_ours(repository: str) -> bool:
-    """Whether a repository that timm could have written is one of comcat; timm says what is wrong with it otherwise."""
-    try:
-        return (fetch(repository, (CONFIG_NAME, CONFIGS[0])) / CONFIG_NAME).exists()
-    except ModelError:
-        return False
+    """Whether a repository that timm could have written is one of comcat.
+
+    Raises:
+        ModelError: it cannot be had, for a reason that timm would not say.
+    """
+    return (fetch(repository, (CONFIG_NAME, CONFIGS[0])) / CONFIG_NAME).exists()
 
 
 def _open_repository(name: str, wanted: Wanted) -> nn.Module:
