@@ -9,7 +9,6 @@ import pytest
 import torch
 from timm.layers.attention import AttentionRope
 from timm.models.efficientformer_v2 import Attention2d
-from timm.models.iformer import SHMA
 from torch import Tensor, nn
 
 import comcat
@@ -18,7 +17,7 @@ from comcat.layers.attention import AttentionLayer
 from comcat.linalg.factorize import order_channels
 from comcat.nn.projections import HeadOutput, HeadProjection
 from conftest import VIT, calibrated, images, make, randomize, vit
-from test_hosts_layouts import LEVIT, Queries, halo, made, named
+from test_hosts_layouts import LEVIT, Queries, halo, iformer, made, named
 from test_hosts_timm import gated
 
 #: Of queries on a coarser grid than the output, which is brought back to its size.
@@ -53,7 +52,7 @@ HOSTS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "gate": (gated, "blocks.0.attn"),
     "gate, rotary": (rotary, "blocks.0.attn"),
     "gate, groups": (grouped, "blocks.0.attn"),
-    "gate beside the values": (lambda: made(Queries, attn=SHMA(14)), "attn"),
+    "gate beside the values": (lambda: made(Queries, attn=iformer("SHMA", 14)), "attn"),
     "output projection in the block": (lambda: made(Queries, attn=halo(2)), "attn"),
 }
 

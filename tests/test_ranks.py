@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from timm.models.iformer import SHMA
 from torch import Tensor, nn
 
 import comcat
@@ -14,7 +13,7 @@ from comcat.hosts import find_layers
 from comcat.rank_search.distribution import RankDistribution, candidate_widths
 from comcat.rank_search.space import SearchSpace
 from conftest import calibrated, images, make, swin, vit
-from test_hosts_layouts import Queries, made
+from test_hosts_layouts import Queries, iformer, made
 from test_hosts_timm import gated
 from test_latency import measure
 
@@ -26,7 +25,7 @@ HOSTS: dict[str, Any] = {
     "layer scale": lambda: vit(init_values=0.5),
     "query-key norm": lambda: vit(qk_norm=True),
     "gate": gated,
-    "gate beside the values": lambda: made(Queries, attn=SHMA(14)),
+    "gate beside the values": lambda: made(Queries, attn=iformer("SHMA", 14)),
     "swin": swin,
     "two classifiers": lambda: make(
         "deit_tiny_distilled_patch16_224",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..errors import ModelError
 from ..layers.base import Inventory
@@ -23,6 +23,14 @@ from .running import explained
 class ModuleCost(NamedTuple):
     params: int
     macs: int
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *others: Any, **options: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+#: PyTorch before 2.15 counts fused attention on GPUs alone: the same model would be cheaper on the CPU.
+FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,7 @@ def profile(model: nn.Module, input_size: Sequence[int] | None = None, example: 
     if parameter is None:
         raise ModelError(f"{type(model).__name__} has no parameters to count")
     shown = example_for(model, size) if example is None else given_example(example, model)
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=FUSED)
     # The counter trips over leaves passed as inputs.
     with explained(shown.pixels), frozen(model), counter, torch.no_grad():
         shown.run(model)

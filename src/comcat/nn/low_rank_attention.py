@@ -55,7 +55,8 @@ def attend(
         kernels want one width and fall back to an unfused path, several times slower, without it.
     """
     r_qk, r_vo = q.shape[-1], v.shape[-1]
-    if not _padded.get():
+    # Only newer versions of torch.compile read context variables.
+    if not torch.compiler.is_dynamo_compiling() and not _padded.get():
         r_qk = r_vo
     if r_qk < r_vo:
         q, k = F.pad(q, (0, r_vo - r_qk)), F.pad(k, (0, r_vo - r_qk))
