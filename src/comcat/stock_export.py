@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from .errors import ModelError
 from .models.example import example_for, given_example
 from .models.modes import evaluating
 from .models.running import exact, tensors_in
-from .models.stock_forms import ConfigConstructor, constructor_of, shapes_of
+from .models.source import describe
+from .models.stock_forms import TimmConstructor, constructor_of, shapes_of
 from .planning.plan import Plan
 from .planning.stock import stock_widths
 from .prepared import Prepared, prepared
@@ -123,8 +124,10 @@ def export_stock(
     notes = []
     if lost:
         notes.append(f"the mean that reduced layers lose goes into a bias, and the stock form has no {some(lost)}")
-    if not isinstance(constructor, ConfigConstructor):
+    if isinstance(constructor, TimmConstructor):
         stock.pretrained_cfg = stock.default_cfg = copy.deepcopy(dense.pretrained_cfg)
+        source = constructor.source
+        stock.comcat_source = replace(source, args={**source.args, **settings})  # type: ignore[assignment]
     report: Any = small.comcat.report  # type: ignore[union-attr]
     return Stock(stock.train(dense.training), settings, plan, report, notes)
 
@@ -141,8 +144,9 @@ def write_plain(model: nn.Module, folder: Path, processor: str | Path | None = N
     else:
         from timm.models._hub import save_for_hf
 
+        source = describe(model)  # older versions of timm do not record how a model was made
         try:
-            save_for_hf(model, str(folder), safe_serialization=True)
+            save_for_hf(model, str(folder), safe_serialization=True, model_args=source and source.args)
         except ValueError as error:
             raise ModelError(f"timm cannot describe the model in a file: {error}") from error
     if processor is not None:
