@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -57,7 +58,10 @@ class TorchFormat(FileFormat):
     def opened(self, path: Path, precision: str) -> Run:
         if precision == "int8":
             import torchao  # noqa: F401  its operators are in the file
-        model = torch.export.load(path).module(check_guards=False)  # PyTorch 2.9 cannot name all inputs in its guards
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")  # of PyTorch 2.9 itself
+            program = torch.export.load(path)
+        model = program.module(check_guards=False)  # PyTorch 2.9 cannot name all inputs in its guards
 
         def run(batch: Sequence[np.ndarray]) -> list[np.ndarray]:
             with exact(torch.device("cpu")), torch.no_grad():
