@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+LOWEST := .venv-lowest
 
-.PHONY: demo demo-customize docs docs-serve test test-kernels setup lint types clean
+.PHONY: demo demo-customize docs docs-serve test test-kernels test-lowest setup lint types clean
 
 demo: setup
 	$(BIN)/comcat demo --out comcat-demo --overwrite
@@ -26,6 +27,12 @@ docs-serve: setup
 test-kernels: setup
 	$(BIN)/python benchmarks/kernels.py
 
+# The tests with the oldest versions that pyproject.toml allows, which have packages for Python 3.11.
+test-lowest:
+	test -x $(LOWEST)/bin/python || python3.11 -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev]'
+	$(LOWEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -42,4 +49,4 @@ types: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) comcat-demo comcat-demo-customize site
+	rm -rf $(VENV) $(LOWEST) comcat-demo comcat-demo-customize site

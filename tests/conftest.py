@@ -10,6 +10,7 @@ import signal
 import socket
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # what reads images forks, of which older ones warn
 
 from collections.abc import Iterator
 from importlib import import_module

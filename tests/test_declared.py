@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
@@ -38,13 +40,18 @@ def imports(package: str) -> Iterator[tuple[str, bool, Path]]:
                 yield name.partition(".")[0], id(node) not in lazy, file.relative_to(SOURCE)
 
 
-def declared() -> dict[str, set[str]]:
-    """Names of extras, and ``""`` for what is always installed -> packages, those of extras in extras too."""
+def requirements() -> dict[str, list[Requirement]]:
+    """Names of extras, and ``""`` for what is always installed -> what they name, with versions."""
     text = (ROOT / "pyproject.toml").read_text()  # tomllib is as young as Python 3.11
     lists = {"": re.search(r"^dependencies = (\[.*?^\])", text, re.M | re.S)[1]}
     section = re.search(r"^\[project.optional-dependencies\]\n(.*?)\n\n", text, re.M | re.S)[1]
     lists |= dict(line.split(" = ", 1) for line in section.splitlines())
-    found = {extra: [Requirement(r) for r in ast.literal_eval(items)] for extra, items in lists.items()}
+    return {extra: [Requirement(r) for r in ast.literal_eval(items)] for extra, items in lists.items()}
+
+
+def declared() -> dict[str, set[str]]:
+    """Names of extras, and ``""`` for what is always installed -> packages, those of extras in extras too."""
+    found = requirements()
 
     def packages(extra: str) -> set[str]:
         own = {r.name.replace("_", "-") for r in found[extra] if r.name != "comcat"}
@@ -95,3 +102,17 @@ def test_what_is_declared_is_imported() -> None:
 def test_the_library_imports_the_demos_only_to_run_them() -> None:
     found = [(file, with_module) for name, with_module, file in imports("comcat") if name == "comcat_demos"]
     assert set(found) == {(Path("comcat/cli/demo_command.py"), False)}
+
+
+def test_every_lower_bound_is_the_version_that_is_tested() -> None:
+    """``make test-lowest`` runs with the versions of ``constraints-lowest.txt``."""
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    bounds = {
+        canonicalize_name(r.name): Version(s.version)
+        for extra, found in requirements().items()
+        for r in found
+        for s in r.specifier
+        if extra not in OTHERS and s.operator == ">="
+    }
+    assert {name: pins[name] for name, bound in bounds.items() if Version(pins[name]) != bound} == {}

@@ -29,6 +29,7 @@ MODEL_ARGS: dict[str, Any] = {
     "num_classes": 10,
 }
 SIZE = 16
+EPOCHS, RATE = 20, 6e-3
 
 
 def write_digits(folder: Path, seed: int = 0) -> None:
@@ -80,24 +81,21 @@ def train(
     """Train in place: one-cycle learning rate, label smoothing, small random shifts and turns.
 
     Muon for the block matrices and AdamW for the rest: on data this small it needs a quarter of the epochs.
-    Before PyTorch 2.9, which has no Muon, AdamW takes them all.
 
     Args:
         images: (N, C, H, W), normalized; labels: (N,).
         progress: called as ``progress("train", epochs done, epochs)``.
     """
-    has_muon = hasattr(torch.optim, "Muon")
-    epochs = epochs or (20 if has_muon else 80)
-    rate = 6e-3 if has_muon else 1.5e-3
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "blocks" in name and has_muon]
+    epochs = epochs or EPOCHS
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "blocks" in name]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=rate, weight_decay=0.05)]
-    if has_muon:
-        muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(muon)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=RATE, weight_decay=0.05),
+        torch.optim.Muon(matrices, lr=RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+    ]
     steps = math.ceil(len(images) / batch_size) * epochs
     schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(o, rate, steps, pct_start=0.15, cycle_momentum=False) for o in optimizers
+        torch.optim.lr_scheduler.OneCycleLR(o, RATE, steps, pct_start=0.15, cycle_momentum=False) for o in optimizers
     ]
     model.train()
     with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""The oldest versions of the libraries that open what users were given; the same as in ``pyproject.toml``."""
+"""The oldest versions of the libraries that open safely what users were given; ``pyproject.toml`` has none below."""
 
 from __future__ import annotations
 
