@@ -19,11 +19,11 @@ import comcat
 from comcat import CheckpointError, ExportError
 from comcat.cli import app
 from comcat.exporting import file_format as file_format_module
-from comcat.exporting.executorch_format import slice_for_split
 from comcat.exporting.file_metadata import KEY, SIDECAR
 from comcat.exporting.formats import FORMAT_NAMES, file_format
 from comcat.exporting.parity import compare
 from comcat.exporting.resampling import products_for_resizing
+from comcat.exporting.splits import slice_for_split
 from comcat.exporting.tracing import blaming, layer_of
 from comcat.runtimes import session
 from conftest import images, randomize, swin, vit

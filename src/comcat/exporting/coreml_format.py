@@ -13,6 +13,7 @@ import torch
 from .file_format import FileFormat, Run
 from .int8_choice import Int8
 from .publishing import PACKAGE_SUFFIX
+from .splits import slice_for_split
 from .tracing import Traced
 
 
@@ -37,6 +38,7 @@ class CoreMlFormat(FileFormat):
     ) -> None:
         import coremltools
 
+        slice_for_split(traced.program.graph_module.graph)
         made: Any = coremltools.convert(
             traced.program.run_decompositions({}),
             outputs=[coremltools.TensorType(name=name, dtype=np.float32) for name in traced.outputs],

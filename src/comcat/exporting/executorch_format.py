@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,6 +11,7 @@ import torch
 
 from .file_format import FileFormat, Run
 from .int8_choice import Int8
+from .splits import slice_for_split
 from .tracing import Traced
 
 
@@ -49,33 +49,6 @@ class ExecuTorchFormat(FileFormat):
             return [tensor.numpy().copy() for tensor in method.execute([torch.from_numpy(one) for one in batch])]
 
         return run
-
-
-_SPLITS = tuple(
-    getattr(getattr(torch.ops.aten, name), overload)
-    for name in ("split_with_sizes", "split", "chunk", "tensor_split")
-    for overload in getattr(torch.ops.aten, name).overloads()
-)
-
-
-def slice_for_split(graph: torch.fx.Graph) -> None:
-    """Slices for splits of any kind: for those ExecuTorch fixes the number of images to that of the example."""
-    for node in list(graph.nodes):
-        if node.target not in _SPLITS:
-            continue
-        tensor, axis = node.args[0], node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-        ends = list(accumulate(part.shape[axis] for part in node.meta["val"]))
-        if not all(isinstance(end, int) for end in ends):
-            continue
-        for user in list(node.users):
-            place = range(len(ends))[user.args[1]]
-            bounds = ends[place - 1] if place else 0, ends[place]
-            with graph.inserting_before(user):
-                piece = graph.call_function(torch.ops.aten.slice.Tensor, (tensor, axis, *bounds))
-            piece.meta.update(user.meta)
-            user.replace_all_uses_with(piece)
-            graph.erase_node(user)
-        graph.erase_node(node)
 
 
 FORMAT = ExecuTorchFormat()
