@@ -205,7 +205,7 @@ def test_left_dense_and_notes(tmp_path):
     plan = comcat.Plan({"blocks.0.attn": {"vo": 2}}, estimate={"params": 3})
     with pytest.warns(UserWarning, match="the plan expected 3 params"):
         small = comcat.compress(model, plan)
-    comcat.save(small, tmp_path / "m")
+    comcat.save(small, tmp_path / "m", model_args={**VIT, "qk_norm": True})
     page = check_harmless(comcat.write_report(tmp_path / "m").read_text())
     assert small.comcat.report.dense
     for entry in small.comcat.report.dense:
