@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from .._version import __version__
-from ..exporting.exporter import quiet
 from ..exporting.file_format import FileFormat
 from ..exporting.flat_model import FlatModel
 from ..exporting.formats import file_format
 from ..exporting.int8_choice import Int8
+from ..exporting.quiet import quiet
 from ..exporting.tracing import blaming, trace
 from ..models.example import Example
 from ..models.modes import layers_called
