@@ -22,7 +22,7 @@ from torch import nn
 import comcat
 from common import accuracy, cifar10, parser, spread, write
 
-KEPT = (0.7, 0.5, 0.4, 0.3)
+KEPT = (0.7, 0.5, 0.4, 0.3, 0.2)
 SEEDS = (0, 1, 2)
 PARTS = {"VO and FFN": ("vo", "ffn", "head"), "pairs, VO and FFN": ("pairs", "vo", "ffn", "head")}
 METHODS = {

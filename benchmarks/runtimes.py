@@ -6,8 +6,7 @@
 speed      DeiT-S and Swin-T with random weights, uniform plans of half the MACs and of half the time, in turns in one
            run: time over the dense model's, and how much of the saved MACs is saved time (speed-up over MAC ratio).
 accuracy   CIFAR-10 teachers: the plan of half the time against the plan by MACs that takes the same time. Both are
-           timed once and made from several samples of calibration images, as plans vary with them. All parts may be
-           cut, rotary pairs too.
+           timed once and made from several samples of calibration images, as plans vary with them.
 
 Cells that the JSON file holds already are not measured again, so that a run may end at any time (Ctrl-C) and go on. A
 budget that is out of reach is a cell too.
@@ -28,7 +27,6 @@ import torch
 from torch import nn
 
 import comcat
-from comcat.layers.base import PARTS
 from comcat.models.machine import device_name, versions
 from comcat.prepared import Prepared
 from comcat.runtimes.realizing import RuntimeClock, realize
@@ -100,7 +98,7 @@ class Subject:
 
     def plan(self, budget: comcat.Budget, table: comcat.LatencyTable | None) -> comcat.Plan:
         multiple = 8
-        return comcat.plan(self.ready, budget, self.calibration, self.method, PARTS, multiple, latency=table)
+        return comcat.plan(self.ready, budget, self.calibration, self.method, rank_multiple=multiple, latency=table)
 
     def build(self, plan: comcat.Plan) -> nn.Module:
         return comcat.compress(self.ready, plan, self.calibration)

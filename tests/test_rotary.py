@@ -176,6 +176,26 @@ def test_fewer_pairs_of_a_model(host: str) -> None:
     assert error(full // 2, calibration) < error(full // 2, free)
 
 
+def test_pairs_are_cut_by_whoever_knows_what_they_are_worth() -> None:
+    """An equal share leaves them; where all parts are compared, the budget is the same for every method."""
+    model = eva()
+    ready, calibration = comcat.prepare(model), calibrated(model, 384)
+
+    def parts(method: str, kept: float) -> set[str]:
+        plan = comcat.plan(ready, comcat.Budget(params=kept), calibration, method)
+        return {part for choice in plan.layers.values() for part in choice}
+
+    assert "pairs" not in parts("uniform", 0.7)
+    assert "pairs" in parts("spectrum", 0.45) & parts("probe", 0.45)
+    with pytest.raises(comcat.ComcatError, match=r"out of reach.*; head, pairs could be reduced too \(parts, "):
+        comcat.plan(ready, comcat.Budget(params=0.01), calibration, "spectrum", ("vo", "ffn"))
+    costs = {
+        method: comcat.plan(ready, comcat.Budget(params=0.7, of="parts"), calibration, method).estimate["params"]
+        for method in ("auto", "spectrum")
+    }
+    assert costs["auto"] <= costs["spectrum"] * 1.005
+
+
 HEADS, DIM = 4, 24
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "one projection": lambda: EvaAttention(DIM, HEADS, num_prefix_tokens=2, scale_norm=False),

@@ -71,9 +71,13 @@ def compress(
         ),
     ] = None,
     parts: Annotated[
-        str,
-        opt.Option(help="Parts to compress, of qk, vo, ffn, head and (rotary) pairs.", rich_help_panel=HOW),
-    ] = "qk,vo,ffn,head",
+        str | None,
+        opt.Option(
+            help="Parts to compress, of qk, vo, ffn, head and (rotary) pairs; all by default, but pairs not by uniform "
+            "and search.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
     rank_multiple: Annotated[
         int | None,
         opt.Option(
@@ -262,7 +266,7 @@ def compress(
             out=out,
             overwrite=overwrite,
             method=method,
-            parts=tuple(p.strip() for p in parts.split(",") if p.strip()),
+            parts=None if parts is None else tuple(p.strip() for p in parts.split(",") if p.strip()),
             rank_multiple=rank_multiple,
             latency=LatencyWanted(latency_file, latency_batch, runtime, precision or "fp32", threads),
             calibration_images=calibration_images,

@@ -54,7 +54,8 @@ class CompressJob:
         from ..evaluation.outputs import check_kind
         from ..layers.base import check_parts
 
-        check_parts(self.settings.parts)
+        if self.settings.parts is not None:
+            check_parts(self.settings.parts)
         self.settings.latency.check()
         check_kind(self.settings.judging.outputs)
         self.settings.judging.check()
@@ -186,13 +187,15 @@ class CompressJob:
     def _learn_plan(self, search: Search, budget: Budget) -> Plan:
         import comcat
 
+        from ..planning.planner import usual_parts
+
         return comcat.search(
             self.prepared,
             budget,
             self.images.search,
             search.config,
             calibration=self.calibration,
-            parts=self.settings.parts,
+            parts=self.settings.parts or usual_parts("search"),
             rank_multiple=self.settings.rank_multiple,
             latency=self.latency,
             out=search.folder,

@@ -21,7 +21,7 @@ class CompressSettings:
     out: Path
     overwrite: bool
     method: str | None
-    parts: tuple[str, ...]
+    parts: tuple[str, ...] | None
     rank_multiple: int | None
     latency: LatencyWanted
     calibration_images: int | None

@@ -259,7 +259,7 @@ class _Stages:
             out=self.out / COMPRESSED,
             overwrite=False,
             method=recipe.method,
-            parts=tuple(made.get("parts", ("qk", "vo", "ffn", "head"))),
+            parts=tuple(made["parts"]) if "parts" in made else None,
             rank_multiple=made.get("rank_multiple"),
             # Kept, so that a resumed search goes on with the same timings.
             latency=LatencyWanted(

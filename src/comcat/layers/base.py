@@ -31,8 +31,8 @@ Choice = dict[str, int]
 
 #: The parts a user can select; ``head`` is the classifier, ``pairs`` are those of rotary queries and keys.
 PARTS = ("qk", "vo", "ffn", "head", "pairs")
-#: What is reduced where nothing is said. Cutting pairs gains nothing over cutting the rest at equal size
-#: (benchmarks/rotary_training_free.py), and outside of timm a narrow rotary projection is spread to its places again.
+#: What is reduced where nothing is said and no loss is measured: an equal share of rotary pairs costs more than one of
+#: the rest (benchmarks/rotary_training_free.py), and the gates of a search cut them without a refit.
 USUAL_PARTS = PARTS[:4]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..calibration.statistics import Calibration
 from ..errors import PlanError
 from ..evaluation.outputs import Forward
-from ..layers.base import USUAL_PARTS, Choice, Inventory, Layer, check_parts
+from ..layers.base import PARTS, USUAL_PARTS, Choice, Inventory, Layer, check_parts
 from ..models.batches import Batch
 from ..models.modes import exclusive
 from ..models.running import exact, still
@@ -48,7 +48,7 @@ def plan(
     budget: Budget,
     calibration: Calibration | None = None,
     method: str | None = None,
-    parts: Sequence[str] = USUAL_PARTS,
+    parts: Sequence[str] | None = None,
     rank_multiple: int | None = None,
     input_size: Sequence[int] | None = None,
     progress: Progress | None = None,
@@ -66,7 +66,8 @@ def plan(
         method: one of :data:`METHODS`; default ``"auto"`` with a calibration that has held-out images (calibrated on
             more than 256), else ``"spectrum"`` where it has output gradients, ``"probe"`` where it has images,
             ``"uniform"`` without a calibration.
-        parts: which of :data:`comcat.layers.base.PARTS` may be reduced; default all but rotary ``pairs``.
+        parts: which of :data:`comcat.layers.base.PARTS` may be reduced; default all, but for ``uniform`` no rotary
+            ``pairs``.
         rank_multiple: every width is a multiple of this; default 8, which suits tensor cores and SIMD, for a latency
             budget, else 1. Times between the widths of the latency table are interpolated, and widths off a multiple of
             8 can take longer than that.
@@ -105,12 +106,15 @@ def plan(
 
     def planner(method: str) -> Planner:
         made = planner_class(stock)
-        return made(ready, budget, calibration, method, parts, multiple, input_size, progress, latency, ffn, forward)
+        chosen = usual_parts(method) if parts is None else parts
+        return made(ready, budget, calibration, method, chosen, multiple, input_size, progress, latency, ffn, forward)
 
     with exclusive(dense), exact(next(dense.parameters()).device), still(dense):
         if method == "auto" and held_out is not None:
             probe = ("probe",) if calibration is not None and len(calibration.sample) else ()
-            return best_plan([planner(name) for name in ("uniform", "spectrum", *probe)], held_out)
+            planners = [planner(name) for name in ("uniform", "spectrum", *probe)]
+            planners[0].limit = planners[1].limit  # a budget of the parts is of all parts, though uniform cuts fewer
+            return best_plan(planners, held_out)
         return planner(method).plan()
 
 
@@ -128,6 +132,11 @@ def default_multiple(budget: Budget) -> int:
     return UNITS[budget.unit].multiple
 
 
+def usual_parts(method: str | None) -> tuple[str, ...]:
+    """Those of :data:`comcat.layers.base.PARTS` that a method reduces where none are named."""
+    return USUAL_PARTS if method in ("uniform", "search") else PARTS
+
+
 def default_method(calibration: Calibration | None) -> str:
     """A measured choice where there are images for it; else what has been best on the whole."""
     if calibration is None:
@@ -140,7 +149,7 @@ def default_method(calibration: Calibration | None) -> str:
 def check_budget(
     model: nn.Module | Prepared,
     budget: Budget,
-    parts: Sequence[str] = USUAL_PARTS,
+    parts: Sequence[str] | None = None,
     rank_multiple: int | None = None,
     input_size: Sequence[int] | None = None,
     method: str | None = None,
@@ -148,6 +157,7 @@ def check_budget(
     stock: bool = False,
 ) -> None:
     """Raise what :func:`plan` would raise of the budget and the parts, before any image is looked at."""
+    parts = usual_parts(method) if parts is None else parts
     if method == "uniform" and len(check_parts(parts)) > 1:
         parts = [part for part in parts if part != "head"]
     # Whether there will be images to refit neurons on is not known here, so both forms of the FFN count.
