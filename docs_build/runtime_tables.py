@@ -18,7 +18,7 @@ def latency_tables(results: Results) -> str:
     refused = []
     for kind, more in (("speed", []), ("accuracy", ["top-1, %"])):
         rows = []
-        for key, cell in results["cells"].items():
+        for key, cell in sorted(results["cells"].items()):
             begin, name, rest = key.split(" ", 2)
             if begin != kind:
                 continue
