@@ -53,7 +53,10 @@ def int8_tables(results: Results) -> str:
                     times = [one.get(f"batch {batch}", {}).get("of_dense_fp32") for batch in (1, 8)]
                     shown = ["" if time is None else f"{time:.2f}" for time in times]
                     size = statistics.fmean(file["bytes"] for file in every)
-                    layers = [spread([len(file[which]) for file in every], 0) for which in ("weights_only", "floats")]
+                    layers = [
+                        spread(counts if len(set(counts)) > 1 else counts[:1], 0)
+                        for counts in ([len(file[which]) for file in every] for which in ("weights_only", "floats"))
+                    ]
                     top1 = spread([file["top1"] for file in every])
                     sizes = [f"{size / 1e6:.2f}", f"1/{whole / size:.1f}"]
                     rows.append([f"{to}, {kind}, {name}", top1, *sizes, *shown, *layers])
