@@ -160,7 +160,7 @@ def test_a_file_that_never_meets_the_tolerance_is_refused(tmp_path: Path, monkey
         return choose(self, 1e9)
 
     monkeypatch.setattr(FloatChoice, "within", within)
-    monkeypatch.setattr(exporter, "diverging", lambda *_: 1.0)
+    monkeypatch.setattr(export_subject, "diverging", lambda *_: 1.0)
     monkeypatch.setattr(exporter, "_ATTEMPTS", 2)
     model = vit(dtype=torch.float32)
     with pytest.raises(ExportError, match=r"outputs of the file diverge by 1, and 0\.5 is allowed"):
