@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import comcat
 from comcat import ExportError
 from comcat.cli import app
-from comcat.exporting import exporter
+from comcat.exporting import export_subject, exporter
 from comcat.exporting.file_model import FileModel
 from comcat.exporting.formats import file_format
 from comcat.exporting.int8_choice import FloatChoice, _by_channel, diverging, groups_of
