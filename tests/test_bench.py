@@ -216,7 +216,7 @@ def test_the_command_compares_a_directory_with_its_architecture(place: Path, tmp
     made = compress(place, tmp_path / "half", "--keep-macs", 0.5, "--data-free", "--method", "uniform", "--no-eval",
                     "--mean", 0.4, 0.5, 0.6, "--std", 0.2, 0.2, 0.2)  # fmt: skip
     assert made.code == 0, made.err
-    options = ["--runtime", "torch", "--batch", "2", "--rounds", 1, "--threads", 1]
+    options = ["--runtime", "torch,torch", "--batch", "2", "--rounds", 1, "--threads", 1]
     result = Result(
         ["bench", tmp_path / "half", *options, "--out", tmp_path / "a.json", "--picture", tmp_path / "a.png"]
     )
@@ -225,8 +225,8 @@ def test_the_command_compares_a_directory_with_its_architecture(place: Path, tmp
     assert "half" in result.out
     assert [row["model"] for row in json.loads((tmp_path / "a.json").read_text())["rows"]] == ["dense", "half"]
     assert (tmp_path / "a.png").is_file()
-    dense = ["--dense", NAME, "--checkpoint", place / "dense.safetensors"]
-    dense += [x for k, v in ARGS.items() for x in ("--model-arg", f"{k}={v}")]
+    dense = ["--dense", NAME, "--dense-checkpoint", place / "dense.safetensors"]
+    dense += [x for k, v in ARGS.items() for x in ("--dense-arg", f"{k}={v}")]
     scored = Result(["bench", tmp_path / "half", *dense, *options, "--data", place / "data", "--json",
                      "--mean", 0.4, 0.5, 0.6, "--std", 0.2, 0.2, 0.2])  # fmt: skip
     assert scored.code == 0, scored.err
@@ -245,7 +245,7 @@ def test_the_command_compares_a_directory_with_its_architecture(place: Path, tmp
         (["--out", HERE.parent], "tests' is a directory; give --out the name of a file"),
         (["--picture", "bench.jpg"], "'bench.jpg' does not end in .png, which --picture writes"),
         (["--picture", HERE / "bench.png"], "test_bench.py' is a file; choose another place"),
-        (["--checkpoint", "none.safetensors"], "there is no file none.safetensors. Correct --checkpoint"),
+        (["--checkpoint", "none.safetensors"], "there is no file none.safetensors. Correct --dense-checkpoint"),
     ],
 )
 def test_bad_options_are_refused(options: list[Any], message: str) -> None:

@@ -37,12 +37,30 @@ def bench(
             rich_help_panel=opt.MODEL,
         ),
     ] = None,
-    checkpoint: opt.Checkpoint = None,
-    model_arg: opt.ModelArgs = None,
+    checkpoint: Annotated[
+        Path | None,
+        opt.Option(
+            "--dense-checkpoint",
+            "--checkpoint",
+            metavar="FILE",
+            help="Its weights (.safetensors), for an architecture.",
+            rich_help_panel=opt.MODEL,
+        ),
+    ] = None,
+    model_arg: Annotated[
+        list[str] | None,
+        opt.Option(
+            "--dense-arg",
+            "--model-arg",
+            metavar="NAME=VALUE",
+            help="Argument of its architecture; repeatable.",
+            rich_help_panel=opt.MODEL,
+        ),
+    ] = None,
     runtime: Annotated[
         list[str] | None,
         opt.Option(
-            metavar="NAME",
+            metavar="NAME[,NAME...]",
             help="torch, torch-compile, onnxruntime or openvino, repeatable; all that are installed.",
             rich_help_panel=HOW,
         ),
@@ -99,10 +117,12 @@ def bench(
         from ..report.style import check_drawing
         from ..runtimes.registry import check_precisions, session_class
 
-        for name in runtime or ():
+        asked = [name.strip() for names in runtime or () for name in names.split(",")]
+        runtimes = list(dict.fromkeys(asked)) or None
+        for name in runtimes or ():
             session_class(name)
         check_precisions(precisions)
-        check_input_file(checkpoint, "--checkpoint")
+        check_input_file(checkpoint, "--dense-checkpoint")
         check_written_file(out, "--out", ".json")
         check_written_file(picture, "--picture", ".png")
         if picture is not None:
@@ -119,7 +139,7 @@ def bench(
             images = reading.open_labelled(split, reading.configure(first), first, screen)
             loader = reader(images, batch_size, workers, eval_images)
         measured = comcat.bench(
-            found, runtime, precisions, batches, threads, rounds, loader=loader, progress=screen.progress
+            found, runtimes, precisions, batches, threads, rounds, loader=loader, progress=screen.progress
         )
     if loader is not None:
         report_skipped(screen, loader.skipped)
