@@ -75,6 +75,10 @@ def _scores(axes: Any, rows: Sequence[BenchRow]) -> None:
     axes.set_xscale("log")
     _plain_numbers(axes)
     axes.margins(x=0.14, y=0.12)
+    scores = [score for _, score in points]
+    room = 0.005 * max((abs(score) for score in scores), default=0.0)
+    if scores and max(scores) - min(scores) < room:  # equal ones would be in the middle of nowhere, far above 100 %
+        axes.set_ylim(min(scores) - room, max(scores) + room)
     _names(axes, [(*points[i], name) for name, i in fastest.items()])
     axes.set_xlabel("milliseconds for a batch, and quartiles; large: nothing else beats it in both", fontsize=8,
                     color=INK)  # fmt: skip
