@@ -176,7 +176,7 @@ class Planner:
         fixed: what of the model's cost no choice changes.
         inventory: the layers that have a part to reduce; ``factors`` and ``shapes`` by layer name.
         unit: of the budget; units: all that an estimate can name.
-        parts: the selected parts; multiple: what every width is a multiple of.
+        parts: the selected parts; left_out: others that layers have; multiple: what every width is a multiple of.
         method: goes into the plan; any name will do here.
     """
 
