@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from comcat.layers.heads import Heads, HeadWeights, Stream, flatten_heads, gram, is_identity
+from comcat.models.profile import FUSED
 from comcat.nn.low_rank_attention import LowRankAttention, attend
 from conftest import randomize
 
@@ -116,7 +117,7 @@ def test_biases_are_optional(bias: bool) -> None:
 @pytest.mark.parametrize(("qk", "vo"), WIDTHS)
 def test_the_arithmetic_is_what_the_ranks_say(qk: int, vo: int) -> None:
     made = layer(qk, vo)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False, custom_mapping=FUSED) as counter, torch.no_grad():
         made(normal(1, N, D))
     inner = H * (2 * qk + vo)
     assert counter.get_total_flops() // 2 == N * (D * inner + H * vo * OUT) + 2 * N * N * H * max(qk, vo)
